@@ -1,0 +1,146 @@
+"""The conjugate gradient method for ``A x = b``, with a symmetric positive definite ``A`` that is only multiplied."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+CGStop = Literal["tolerance", "progress", "max_iters", "negative_curvature", "not_finite"]
+
+
+@dataclass(frozen=True)
+class CGResult:
+    """What :func:`conjugate_gradient` found, and why it stopped.
+
+    Attributes:
+        solution: the approximate solution ``x``, same shape as ``b``.
+        iterations: CG iterations done.
+        products: calls of ``matvec``: ``iterations``, and one more if ``x0`` was not zero.
+        residual: ``‖b − A x‖ / ‖b‖`` as the recursion tracks it; 0 if ``b`` is zero.
+        stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
+            ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; ``solution`` is the last
+            iterate before it, or ``b`` if that is zero: Nocedal & Wright, Algorithm 7.1) or ``"not_finite"`` (``b`` or
+            a product had a NaN or an infinity; ``solution`` is the last iterate before it).
+        x_dot_b: ``xᵀb``.
+        x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
+    """
+
+    solution: Tensor
+    iterations: int
+    products: int
+    residual: float
+    stop: CGStop
+    x_dot_b: float
+    x_dot_r: float
+
+    @property
+    def x_dot_ax(self) -> float:
+        """``xᵀA x``."""
+        return self.x_dot_b - self.x_dot_r
+
+
+def conjugate_gradient(
+    matvec: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    x0: Tensor | None = None,
+    max_iters: int = 250,
+    tol: float = 1e-6,
+    progress_tol: float = 0.0,
+) -> CGResult:
+    """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithm 5.2).
+
+    Args:
+        matvec: ``v ↦ A v`` for a vector shaped like ``b``.
+        b: right-hand side, shape ``(n,)``.
+        x0: where to start. It is used only if it lies below zero on the quadratic model
+            ``φ(x) = ½ xᵀA x − bᵀx``; otherwise the solve starts from zero, so that the solution always has
+            ``bᵀx > 0`` (a descent direction when ``b = −g``), however early it is cut off.
+        max_iters: most iterations.
+        tol: stop when ``‖b − A x‖ ≤ tol · ‖b‖``.
+        progress_tol: stop when ``φ`` gained less than this fraction of itself per iteration over the last
+            ``max(10, i/10)`` iterations (Martens 2010, section 4.4); 0 turns the test off.
+
+    Raises:
+        ValueError: ``b`` is not a vector, ``x0`` has another shape, or a setting is negative.
+    """
+    _check(b, x0, max_iters, tol, progress_tol)
+    target = tol * b.norm().item()
+    x, r, model = torch.zeros_like(b), b.clone(), 0.0
+    start_products = 0
+    if x0 is not None and x0.any() and math.isfinite(target):
+        start_residual = b - matvec(x0)
+        start_products = 1
+        start_model = -0.5 * torch.dot(x0, b + start_residual).item()
+        if start_model < 0:
+            x, r, model = x0.clone(), start_residual, start_model
+
+    p = r.clone()
+    r_dot_r = torch.dot(r, r).item()
+    models = [model]
+    iteration = 0
+    stop: CGStop
+    while True:
+        if not math.isfinite(r_dot_r):
+            stop = "not_finite"
+            break
+        if math.sqrt(r_dot_r) <= target:
+            stop = "tolerance"
+            break
+        if progress_tol > 0 and _stalled(models, progress_tol):
+            stop = "progress"
+            break
+        if iteration == max_iters:
+            stop = "max_iters"
+            break
+        a_p = matvec(p)
+        iteration += 1
+        p_dot_ap = torch.dot(p, a_p).item()
+        if not math.isfinite(p_dot_ap):
+            stop = "not_finite"
+            break
+        if p_dot_ap <= 0:
+            stop = "negative_curvature"
+            if not x.any():
+                x, r = p, r - a_p
+            break
+        alpha = r_dot_r / p_dot_ap
+        x.add_(p, alpha=alpha)
+        r.sub_(a_p, alpha=alpha)
+        # An exact step along p lowers φ by ½ α rᵀr: the model's value costs nothing.
+        models.append(models[-1] - 0.5 * alpha * r_dot_r)
+        previous, r_dot_r = r_dot_r, torch.dot(r, r).item()
+        p.mul_(r_dot_r / previous).add_(r)
+
+    norm = b.norm().item()
+    return CGResult(
+        solution=x,
+        iterations=iteration,
+        products=iteration + start_products,
+        residual=r.norm().item() / norm if norm else 0.0,
+        stop=stop,
+        x_dot_b=torch.dot(x, b).item(),
+        x_dot_r=torch.dot(x, r).item(),
+    )
+
+
+def _stalled(models: list[float], progress_tol: float) -> bool:
+    i = len(models) - 1
+    window = max(10, i // 10)
+    return i > window and models[-1] < 0 and (models[-1] - models[-1 - window]) / models[-1] < window * progress_tol
+
+
+def _check(b: Tensor, x0: Tensor | None, max_iters: int, tol: float, progress_tol: float) -> None:
+    if b.ndim != 1:
+        raise ValueError(f"b must be a vector, got shape {tuple(b.shape)}")
+    if x0 is not None and x0.shape != b.shape:
+        raise ValueError(f"x0 must have the shape of b, {tuple(b.shape)}, got {tuple(x0.shape)}")
+    if not max_iters >= 0:
+        raise ValueError(f"max_iters must be at least 0, got {max_iters}")
+    if not tol >= 0:
+        raise ValueError(f"tol must be at least 0, got {tol}")
+    if not progress_tol >= 0:
+        raise ValueError(f"progress_tol must be at least 0, got {progress_tol}")

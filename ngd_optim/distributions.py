@@ -1,0 +1,125 @@
+"""``torch.distributions`` objects as differentiable functions of their parameters."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Laplace, Pareto, TransformedDistribution, Uniform
+from torch.distributions.kl import kl_divergence
+
+# Where a distribution offers the same parameter in two forms, the unconstrained (or cheaper) one is taken.
+_REDUNDANT = frozenset({"probs", "covariance_matrix", "precision_matrix"})
+_USE_FORM_C = "return (loss, kl) from the closure instead, with your own scalar KL estimate: closure form (c)"
+
+Metric = Distribution | list["Metric"] | tuple["Metric", ...] | dict[str, "Metric"]
+
+
+def heads(metric: object) -> Iterator[Distribution]:
+    """The distributions in nested lists, tuples and dicts, in order.
+
+    Raises:
+        TypeError: something in it is not a distribution.
+    """
+    if isinstance(metric, Distribution):
+        yield metric
+    elif isinstance(metric, list | tuple):
+        for part in metric:
+            yield from heads(part)
+    elif isinstance(metric, Mapping):
+        for part in metric.values():
+            yield from heads(part)
+    else:
+        raise TypeError(
+            "the metric that the closure returns must be a torch.distributions.Distribution, a list, tuple or dict of "
+            f"them, or a scalar tensor, got {type(metric).__name__}"
+        )
+
+
+def parameters(distribution: Distribution) -> dict[str, Tensor]:
+    """The tensors that define a distribution, by constructor argument.
+
+    Raises:
+        NotImplementedError: the distribution cannot be described by such tensors, or its support moves with them.
+    """
+    if isinstance(distribution, Uniform | Pareto):
+        raise NotImplementedError(
+            f"{type(distribution).__name__} has no Fisher information: its support depends on its parameters; "
+            f"{_USE_FORM_C}"
+        )
+    base = _wrapped(distribution)
+    if base is not None:
+        return parameters(base)
+    names = [name for name in distribution.arg_constraints if name not in _REDUNDANT]
+    if distribution.arg_constraints.keys() == {"probs"}:
+        names = ["probs"]
+    values = {name: getattr(distribution, name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distribution:
+    """The same distribution with other parameters, as :func:`parameters` names them.
+
+    Raises:
+        NotImplementedError: the constructor does not take them.
+    """
+    base = _wrapped(distribution)
+    try:
+        if isinstance(distribution, Independent):
+            return Independent(
+                rebuild(distribution.base_dist, values), distribution.reinterpreted_batch_ndims, validate_args=False
+            )
+        if base is not None:
+            assert isinstance(distribution, TransformedDistribution)
+            return TransformedDistribution(rebuild(base, values), distribution.transforms, validate_args=False)
+        constructor: Any = type(distribution)
+        return constructor(**values, validate_args=False)
+    except TypeError as error:
+        raise NotImplementedError(
+            f"{type(distribution).__name__} cannot be rebuilt from its parameters {sorted(values)}; {_USE_FORM_C}"
+        ) from error
+
+
+def mean_kl(old: Distribution, new: Distribution) -> Tensor:
+    """``KL(old ‖ new)`` averaged over the batch: a scalar, in nats per sample.
+
+    Raises:
+        NotImplementedError: torch knows no closed form.
+    """
+    try:
+        return kl_divergence(old, new).mean()
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"torch knows no closed-form KL divergence between two {type(old).__name__} distributions; {_USE_FORM_C}"
+        ) from error
+
+
+def local_divergence(old: Distribution, new: Distribution) -> Tensor:
+    """A scalar whose Hessian in ``new``'s parameters, at ``new = old``, is that of :func:`mean_kl`."""
+    if isinstance(old, Independent) and isinstance(new, Independent) and isinstance(old.base_dist, Laplace):
+        return local_divergence(old.base_dist, new.base_dist) * (old.base_dist.batch_shape.numel() / _batch(old))
+    if isinstance(old, Laplace) and isinstance(new, Laplace):
+        # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink, although the
+        # divergence itself is twice differentiable there. Its Fisher information is 1/scale² in loc and in scale.
+        distance = ((new.loc - old.loc).square() + (new.scale - old.scale).square()) / old.scale.square()
+        return 0.5 * distance.mean()
+    return mean_kl(old, new)
+
+
+def _batch(distribution: Distribution) -> int:
+    return distribution.batch_shape.numel()
+
+
+def _wrapped(distribution: Distribution) -> Distribution | None:
+    """The base distribution, for a wrapper that has no parameters of its own."""
+    if isinstance(distribution, Independent):
+        return distribution.base_dist
+    if isinstance(distribution, TransformedDistribution) and not distribution.arg_constraints:
+        for transform in distribution.transforms:
+            if any(torch.is_tensor(v) and v.requires_grad for v in vars(transform).values()):
+                raise NotImplementedError(
+                    f"{type(transform).__name__} has learned parameters, and only the base distribution's can be "
+                    f"followed; {_USE_FORM_C}"
+                )
+        return distribution.base_dist
+    return None

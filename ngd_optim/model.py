@@ -1,0 +1,93 @@
+"""The quadratic model of the objective around the current parameters, and a step as that model sees it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngd_optim.cg import CGResult
+from ngd_optim.trust_region import TrustRegion, trust_region_scale
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """``m(d) = gᵀd + ½ dᵀ(F + W) d``; the linear system adds the damping: ``(F + W + λI) d = −g``.
+
+    Attributes:
+        gradient: ``g``, flat, that of the weight decay included.
+        curvature: ``v ↦ F v``, flat to flat.
+        decay: ``W``, the weight decay: one number or a flat vector.
+        damping: ``λ``, likewise.
+    """
+
+    gradient: Tensor
+    curvature: Callable[[Tensor], Tensor]
+    decay: float | Tensor
+    damping: float | Tensor
+
+    def system(self, v: Tensor) -> Tensor:
+        """``(F + W + λI) v``."""
+        return self.curvature(v) + (self.decay + self.damping) * v
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step ``d`` with what the model says of any fraction of it.
+
+    Attributes:
+        direction: ``d``, flat.
+        scale: what the trust region made of the solution of the system, ``lr`` not counted.
+        slope: ``gᵀd``.
+        metric: ``dᵀF d``.
+        decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
+    """
+
+    direction: Tensor
+    scale: float
+    slope: float
+    metric: float
+    decay_slope: float
+    decay_quadratic: float
+
+    def predicted_decrease(self, fraction: float) -> float:
+        """What the model says that the objective falls by."""
+        return -(fraction * self.slope + 0.5 * fraction**2 * (self.metric + self.decay_quadratic))
+
+    def kl(self, fraction: float) -> float:
+        """The second-order model of the KL, ``½ dᵀF d``."""
+        return 0.5 * fraction**2 * self.metric
+
+    def decay_change(self, fraction: float) -> float:
+        """What the weight-decay term ``½ θᵀW θ`` changes by."""
+        return fraction * self.decay_slope + 0.5 * fraction**2 * self.decay_quadratic
+
+
+def scaled_step(
+    model: QuadraticModel,
+    solution: CGResult,
+    theta: Tensor,
+    lr: float | Tensor,
+    max_kl: float | None,
+    trust_region: TrustRegion,
+) -> Step:
+    """The solution of the system, scaled to the trust region and by ``lr``.
+
+    ``dᵀF d`` comes from CG's own scalars; it costs one more product only where ``lr`` differs between groups.
+    """
+    x = solution.solution
+    share = torch.dot(x, (model.decay + model.damping) * x).item()
+    # F's share is a difference of numbers: at least their rounding error, or a boundary step could be huge.
+    metric = max(solution.x_dot_ax - share, torch.finfo(x.dtype).eps * solution.x_dot_ax)
+    scale = trust_region_scale(metric, max_kl, trust_region)
+    direction = (scale * lr) * x
+    return Step(
+        direction=direction,
+        scale=scale,
+        slope=torch.dot(model.gradient, direction).item(),
+        metric=torch.dot(direction, model.curvature(direction)).item()
+        if isinstance(lr, Tensor)
+        else (scale * lr) ** 2 * metric,
+        decay_slope=torch.dot(theta, model.decay * direction).item(),
+        decay_quadratic=torch.dot(direction, model.decay * direction).item(),
+    )

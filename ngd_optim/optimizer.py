@@ -1,0 +1,264 @@
+"""NaturalCG: the natural-gradient step as a torch optimizer."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ngd_optim.cg import CGResult, conjugate_gradient
+from ngd_optim.closure import ReplayedClosure
+from ngd_optim.curvature import Curvature
+from ngd_optim.damping import damping_factor
+from ngd_optim.linearize import Linearization, linearize_at
+from ngd_optim.model import QuadraticModel, Step, scaled_step
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.report import StepReport
+from ngd_optim.settings import check_settings, shared_settings
+from ngd_optim.trust_region import Trial, TrustRegion, line_search
+
+
+class NaturalCG(Optimizer):
+    """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
+
+    Each step solves ``(F + λI) x = −g`` with products only, scales ``x`` to the trust region ``½ xᵀF x ≤ δ`` and
+    searches along it (Martens 2010; Schulman et al. 2015).
+
+    Args:
+        params: parameters or parameter groups; ``lr``, ``damping`` and ``weight_decay`` may differ per group.
+        lr: factor for the scaled step.
+        max_kl: trust region δ in nats per sample; None for none. Closure form (a) bounds ``½ dᵀF d`` by it.
+        trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
+        damping: ``λ``.
+        adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
+        min_damping, max_damping: range of the adapted damping.
+        max_cg_iters: most CG iterations per step.
+        cg_tol: CG stops at this relative residual.
+        cg_progress_tol: CG stops when the model gains less than this fraction per iteration; 0: off.
+        warm_start: CG starts from this multiple of the last solution; 0: from zero.
+        max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
+            unless it is not finite.
+        backtrack_ratio: factor of each shrinking.
+        weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
+        curvature: ``"auto"``, ``"fisher"`` or ``"ggn"``; see :func:`~ngd_optim.linearize`.
+
+    Raises:
+        ValueError: a setting is out of range, or groups disagree on one that holds for the whole step.
+        TypeError: as for any torch optimizer.
+
+    Example:
+        >>> model = torch.nn.Linear(64, 10)
+        >>> optimizer = NaturalCG(model.parameters())
+        >>> def closure():
+        ...     return torch.nn.functional.cross_entropy(model(x), y)
+        >>> loss = optimizer.step(closure)
+    """
+
+    last_step: StepReport | None = None
+    """What the last step did and why; None before the first. It is no part of ``state_dict``."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        max_kl: float | None = 0.01,
+        trust_region: TrustRegion = "clip",
+        damping: float = 1e-2,
+        adapt_damping: bool = True,
+        min_damping: float = 1e-8,
+        max_damping: float = 1e6,
+        max_cg_iters: int = 250,
+        cg_tol: float = 1e-6,
+        cg_progress_tol: float = 5e-4,
+        warm_start: float = 0.9,
+        max_backtracks: int = 10,
+        backtrack_ratio: float = 0.8,
+        weight_decay: float = 0.0,
+        curvature: Curvature = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "max_kl": max_kl,
+            "trust_region": trust_region,
+            "damping": damping,
+            "adapt_damping": adapt_damping,
+            "min_damping": min_damping,
+            "max_damping": max_damping,
+            "max_cg_iters": max_cg_iters,
+            "cg_tol": cg_tol,
+            "cg_progress_tol": cg_progress_tol,
+            "warm_start": warm_start,
+            "max_backtracks": max_backtracks,
+            "backtrack_ratio": backtrack_ratio,
+            "weight_decay": weight_decay,
+            "curvature": curvature,
+        }
+        check_settings(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
+        super().add_param_group(param_group)
+        try:
+            check_settings(self.param_groups[-1])
+            shared_settings(self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step.
+
+        Args:
+            closure: computes the loss, and returns it alone or with a metric. It runs several times, always with the
+                same random numbers.
+
+        Returns:
+            The loss before the step, a detached 0-dim tensor. ``last_step`` tells the rest.
+
+        Raises:
+            TypeError, ValueError: there is no closure, or it returned something that is not a loss or a metric.
+            Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
+                random numbers are then as before.
+        """
+        if not callable(closure):
+            raise TypeError(f"step() needs a closure that computes the loss, got {closure!r}")
+        settings = shared_settings(self.param_groups)
+        parameters = FlatParameters(self.param_groups)
+        run = ReplayedClosure(closure, parameters.tensors)
+        with parameters.restored_on_error(), run.rewound_on_error():
+            traced = run()
+            gradients = [p.grad for p in parameters.tensors]
+            point = linearize_at(run, traced, parameters, settings["curvature"])
+            model = self._quadratic_model(point, parameters)
+            solution = self._solve(model, point, parameters, settings)
+            step = self._scale(solution, model, parameters, settings)
+            trial = self._search(step, solution, point, run, parameters, settings)
+        if traced.called_backward:
+            gradients = _accumulated(gradients, point, parameters)
+        for p, gradient in zip(parameters.tensors, gradients, strict=True):
+            p.grad = gradient
+        self.last_step = self._report(point, model, solution, step, trial, run)
+        self._adapt_damping(self.last_step, settings)
+        self._remember(solution, parameters)
+        return point.loss
+
+    def _per_group(self, name: str) -> list[float]:
+        return [float(group[name]) for group in self.param_groups]
+
+    def _quadratic_model(self, point: Linearization, parameters: FlatParameters) -> QuadraticModel:
+        decay = parameters.spread(self._per_group("weight_decay"), point.used)
+        damping = parameters.spread(self._per_group("damping"))
+        gradient = point.gradient if decay == 0 else point.gradient + decay * parameters.theta
+        return QuadraticModel(gradient, point.curvature, decay, damping)
+
+    def _solve(
+        self, model: QuadraticModel, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
+    ) -> CGResult:
+        """Conjugate gradients, from a part of the last solution."""
+        last = [
+            self.state[p].get("solution") if u else None for p, u in zip(parameters.tensors, point.used, strict=True)
+        ]
+        return conjugate_gradient(
+            model.system,
+            -model.gradient,
+            x0=parameters.flatten(last).mul_(settings["warm_start"]),
+            max_iters=settings["max_cg_iters"],
+            tol=settings["cg_tol"],
+            progress_tol=settings["cg_progress_tol"],
+        )
+
+    def _scale(
+        self, solution: CGResult, model: QuadraticModel, parameters: FlatParameters, settings: dict[str, Any]
+    ) -> Step:
+        """The solution, cut to the trust region and multiplied by ``lr``."""
+        lr = parameters.spread(self._per_group("lr"))
+        return scaled_step(model, solution, parameters.theta, lr, settings["max_kl"], settings["trust_region"])
+
+    def _search(
+        self,
+        step: Step,
+        solution: CGResult,
+        point: Linearization,
+        run: ReplayedClosure,
+        parameters: FlatParameters,
+        settings: dict[str, Any],
+    ) -> Trial:
+        """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
+        if solution.stop == "not_finite":
+            return Trial.refused("the gradient or a curvature product is not finite")
+
+        def evaluate(fraction: float) -> tuple[float, float | None]:
+            parameters.move(step.direction, fraction)
+            evaluation = run(graph=False)
+            return evaluation.loss.item() + step.decay_change(fraction), point.measure_kl(evaluation)
+
+        trial = line_search(
+            evaluate,
+            point.loss.item(),
+            step.slope,
+            max_kl=settings["max_kl"],
+            max_backtracks=settings["max_backtracks"],
+            backtrack_ratio=settings["backtrack_ratio"],
+        )
+        if not trial.accepted:
+            parameters.restore()
+        return trial
+
+    def _adapt_damping(self, report: StepReport, settings: dict[str, Any]) -> None:
+        if settings["adapt_damping"]:
+            factor = damping_factor(report.reduction_ratio, accepted=report.accepted, backtracks=report.backtracks)
+            for group in self.param_groups:
+                damping = float(group["damping"]) * factor
+                group["damping"] = min(max(damping, settings["min_damping"]), settings["max_damping"])
+
+    def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:
+        """Keep the solution for the next step's start."""
+        for p, x in zip(parameters.tensors, parameters.unflatten(solution.solution), strict=True):
+            self.state[p]["solution"] = x
+
+    def _report(
+        self,
+        point: Linearization,
+        model: QuadraticModel,
+        solution: CGResult,
+        step: Step,
+        trial: Trial,
+        run: ReplayedClosure,
+    ) -> StepReport:
+        moved = trial.fraction if trial.accepted else 0.0
+        loss = point.loss.item()
+        predicted = step.predicted_decrease(trial.fraction)
+        return StepReport(
+            loss=loss,
+            new_loss=trial.objective - step.decay_change(trial.fraction) if trial.accepted else loss,
+            grad_norm=model.gradient.norm().item(),
+            step_norm=moved * step.direction.norm().item(),
+            kl=step.kl(moved) if trial.kl is None else trial.kl,
+            predicted_decrease=predicted,
+            reduction_ratio=(loss - trial.objective) / predicted if predicted else math.nan,
+            damping=max(self._per_group("damping")),
+            cg_iters=solution.iterations,
+            cg_residual=solution.residual,
+            cg_stop=solution.stop,
+            step_scale=moved * step.scale,
+            backtracks=trial.backtracks,
+            accepted=trial.accepted,
+            reason=trial.reason,
+            backend=point.backend,
+            n_forward=run.count,
+            n_product=solution.products,
+        )
+
+
+def _accumulated(before: list[Tensor | None], point: Linearization, parameters: FlatParameters) -> list[Tensor | None]:
+    """``.grad`` as an ordinary backward leaves it: added to what was there, None where the loss does not reach."""
+    new = parameters.unflatten(point.gradient)
+    return [
+        old if not reached else g if old is None else old + g
+        for old, g, reached in zip(before, new, point.reached, strict=True)
+    ]

@@ -1,0 +1,101 @@
+"""Parameters as one flat vector, and back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FlatParameters:
+    """The trainable parameters of some groups, addressed as one vector in the order of the groups.
+
+    Frozen parameters (``requires_grad=False``) are left out. The vector has the widest of the parameters' dtypes, and
+    float32 at least; parameters of other dtypes are converted on the way.
+
+    Raises:
+        TypeError: a parameter is complex.
+        ValueError: no parameter is trainable, or they live on several devices.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        trainable = [(i, p) for i, group in enumerate(groups) for p in group["params"] if p.requires_grad]
+        self.tensors: list[Tensor] = [p for _, p in trainable]
+        self._groups = [i for i, _ in trainable]
+        if not self.tensors:
+            raise ValueError("there is nothing to optimize: no parameter has requires_grad=True")
+        devices = {p.device for p in self.tensors}
+        if len(devices) > 1:
+            raise ValueError(f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        (self.device,) = devices
+        self.dtype = torch.float32
+        for p in self.tensors:
+            if p.is_complex():
+                raise TypeError(f"complex parameters are not supported, got one of dtype {p.dtype}; use real parts")
+            self.dtype = torch.promote_types(self.dtype, p.dtype)
+        self._sizes = [p.numel() for p in self.tensors]
+
+    def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
+        """One tensor per parameter, of its shape, or None for zeros → a new flat vector."""
+        parts = []
+        for p, t in zip(self.tensors, tensors, strict=True):
+            if t is not None and t.layout != torch.strided:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; "
+                    "sparse gradients are not supported, use Embedding(sparse=False)"
+                )
+            part = torch.zeros_like(p) if t is None else t
+            parts.append(part.detach().reshape(-1).to(self.dtype))
+        return torch.cat(parts)
+
+    def unflatten(self, flat: Tensor) -> list[Tensor]:
+        """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees."""
+        pieces = flat.split(self._sizes)
+        return [piece.view(p.shape).to(p.dtype) for p, piece in zip(self.tensors, pieces, strict=True)]
+
+    def spread(self, per_group: Sequence[float], where: Sequence[bool] | None = None) -> float | Tensor:
+        """One value per group → the flat vector that has it at the group's parameters, and 0 where ``where`` is False.
+
+        A plain number stands for a constant vector.
+        """
+        flags = [True] * len(self.tensors) if where is None else where
+        values = [float(per_group[i]) * flag for i, flag in zip(self._groups, flags, strict=True)]
+        if len(set(values)) == 1:
+            return values[0]
+        repeats = torch.tensor(self._sizes, device=self.device)
+        return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(
+            repeats, output_size=sum(self._sizes)
+        )
+
+    @cached_property
+    def theta(self) -> Tensor:
+        """The values when this was first asked for, flat: a copy."""
+        return self.flatten(self.tensors)
+
+    @torch.no_grad()
+    def move(self, step: Tensor, fraction: float) -> None:
+        """Set the parameters to ``theta + fraction · step``."""
+        for p, start, d in zip(self.tensors, self.theta.split(self._sizes), step.split(self._sizes), strict=True):
+            p.copy_(torch.add(start, d, alpha=fraction).view(p.shape))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the parameters to ``theta``, bit for bit."""
+        for p, start in zip(self.tensors, self.theta.split(self._sizes), strict=True):
+            p.copy_(start.view(p.shape))
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put the parameters back to ``theta``, and their ``requires_grad`` and ``.grad``, if the block raises."""
+        _ = self.theta
+        gradients = [p.grad for p in self.tensors]
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            for p, gradient in zip(self.tensors, gradients, strict=True):
+                p.requires_grad_(True)
+                p.grad = gradient
+            raise

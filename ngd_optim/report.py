@@ -1,0 +1,54 @@
+"""What one optimizer step did."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of :class:`~ngd_optim.NaturalCG`: what happened and why. Everything is a plain Python value.
+
+    Attributes:
+        loss: loss before the step (without the weight-decay term).
+        new_loss: loss where the step ended; equal to ``loss`` when it was rejected.
+        grad_norm: norm of the gradient, weight decay included.
+        step_norm: norm of the change of the parameters; 0 when rejected.
+        kl: KL divergence from the old to the new prediction, measured, in nats per sample. Where the metric is a loss
+            function (closure form (a)), its second-order model ``½ dᵀF d``.
+        predicted_decrease: decrease of the loss that the model promised for the step last tried.
+        reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried.
+        damping: ``λ`` used in this step; the largest, if the parameter groups differ.
+        cg_iters: iterations of conjugate gradients.
+        cg_residual: relative residual at which they stopped.
+        cg_stop: why they stopped: ``"tolerance"``, ``"progress"``, ``"max_iters"``, ``"negative_curvature"``,
+            ``"not_finite"``.
+        step_scale: factor that the trust region and the line search applied to the solution; 0 when rejected.
+        backtracks: how many trial points the line search turned down.
+        accepted: whether the parameters were moved.
+        reason: one sentence on the outcome.
+        backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
+        n_forward: how often the closure ran.
+        n_product: how many curvature products were formed.
+    """
+
+    loss: float
+    new_loss: float
+    grad_norm: float
+    step_norm: float
+    kl: float
+    predicted_decrease: float
+    reduction_ratio: float
+    damping: float
+    cg_iters: int
+    cg_residual: float
+    cg_stop: str
+    step_scale: float
+    backtracks: int
+    accepted: bool
+    reason: str
+    backend: str
+    n_forward: int
+    n_product: int
+
+    def as_dict(self) -> dict[str, float | int | str | bool]:
+        """All fields by name, ready for a logger."""
+        return asdict(self)

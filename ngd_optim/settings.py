@@ -1,0 +1,85 @@
+"""The settings of NaturalCG: what is allowed, and which of them hold for the whole step."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, get_args
+
+from torch import Tensor
+
+from ngd_optim.curvature import Curvature
+from ngd_optim.trust_region import TrustRegion
+
+PER_GROUP = ("lr", "damping", "weight_decay")
+"""Settings that may differ between parameter groups."""
+
+
+def _number(value: Any) -> bool:
+    return (isinstance(value, Real) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _at_least_zero(value: Any) -> bool:
+    return _number(value) and 0 <= value < math.inf
+
+
+def _one_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
+    names = get_args(kind)
+    return lambda value: value in names, f"one of {', '.join(map(repr, names))}"
+
+
+_FINITE = (_at_least_zero, "a finite number, at least 0")
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": _FINITE,
+    "max_kl": (lambda v: v is None or (_number(v) and v > 0), "None or a number above 0"),
+    "trust_region": _one_of(TrustRegion),
+    "damping": _FINITE,
+    "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),
+    "min_damping": _FINITE,
+    "max_damping": (lambda v: _number(v) and v >= 0, "a number, at least 0"),
+    "max_cg_iters": (lambda v: _count(v) and v >= 1, "an integer, at least 1"),
+    "cg_tol": _FINITE,
+    "cg_progress_tol": _FINITE,
+    "warm_start": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    "max_backtracks": (_count, "an integer, at least 0"),
+    "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
+    "weight_decay": _FINITE,
+    "curvature": _one_of(Curvature),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check one parameter group's settings.
+
+    Raises:
+        ValueError: a setting is out of range; the message has its value and what is allowed.
+    """
+    for name, (is_allowed, allowed) in _ALLOWED.items():
+        if not is_allowed(settings[name]):
+            raise ValueError(f"{name} must be {allowed}, got {settings[name]!r}")
+    if settings["min_damping"] > settings["max_damping"]:
+        raise ValueError(
+            f"min_damping must be at most max_damping, got {settings['min_damping']!r} > {settings['max_damping']!r}"
+        )
+    if settings["trust_region"] == "boundary" and settings["max_kl"] is None:
+        raise ValueError("trust_region='boundary' needs a max_kl whose boundary to go to, got max_kl=None")
+
+
+def shared_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that hold for the whole step.
+
+    Raises:
+        ValueError: the groups disagree on one of them.
+    """
+    names = [name for name in _ALLOWED if name not in PER_GROUP]
+    for name in names:
+        values = [group[name] for group in groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{name} holds for the whole step, so all parameter groups must agree on it, got {values}; "
+                f"only {', '.join(PER_GROUP)} may differ"
+            )
+    return {name: groups[0][name] for name in names}

@@ -1,0 +1,104 @@
+"""How far to go along a direction: the trust region and the line search."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+TrustRegion = Literal["clip", "boundary"]
+
+SUFFICIENT_DECREASE = 1e-4
+"""Share of the first-order decrease that a step must reach (Armijo; Nocedal & Wright, equation 3.4)."""
+
+
+def trust_region_scale(quadratic: float, max_kl: float | None, kind: TrustRegion) -> float:
+    """Factor ``s`` for a direction ``x`` so that ``½ (s x)ᵀF (s x) ≤ max_kl``.
+
+    Args:
+        quadratic: ``xᵀF x``.
+        max_kl: the trust region's size δ, in nats per sample; None for no trust region.
+        kind: ``"clip"`` shrinks only a direction that leaves the region; ``"boundary"`` always goes to its edge
+            (TRPO: Schulman et al. 2015, appendix C).
+    """
+    if max_kl is None or quadratic <= 0:
+        return 1.0
+    to_boundary = math.sqrt(2 * max_kl / quadratic)
+    return to_boundary if kind == "boundary" else min(1.0, to_boundary)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where a line search ended: the last point that it tried.
+
+    Attributes:
+        fraction: the point is ``fraction`` of the way along the direction; 0 if none was tried.
+        objective: objective there; NaN if none was tried.
+        kl: measured KL there; None if the metric cannot tell.
+        backtracks: points turned down.
+        accepted: whether the point passed.
+        reason: one sentence on the outcome.
+    """
+
+    fraction: float
+    objective: float
+    kl: float | None
+    backtracks: int
+    accepted: bool
+    reason: str
+
+    @classmethod
+    def refused(cls, why: str) -> "Trial":
+        """A step that is not worth a trial."""
+        return cls(0.0, math.nan, None, 0, False, f"rejected: {why}")
+
+
+def line_search(
+    evaluate: Callable[[float], tuple[float, float | None]],
+    objective: float,
+    slope: float,
+    *,
+    max_kl: float | None,
+    max_backtracks: int,
+    backtrack_ratio: float,
+) -> Trial:
+    """Shrink a step until the objective falls enough and the KL is at most ``max_kl``.
+
+    Args:
+        evaluate: ``fraction ↦ (objective, kl)`` at that fraction of the step; a KL of None is not tested.
+        objective: its value at fraction 0.
+        slope: derivative of the objective along the step, ``gᵀd``; negative for a descent direction.
+        max_kl: largest KL allowed; None for no limit.
+        max_backtracks: how often to shrink. 0 means no line search: the full step passes if it is finite.
+        backtrack_ratio: factor by which the step shrinks each time.
+    """
+    if not math.isfinite(objective):
+        return Trial.refused(f"the loss is {objective}")
+    if not slope <= 0:
+        return Trial.refused(f"the loss does not fall along the step, its slope is {slope:.3g}")
+    trial = Trial.refused("")
+    for turned_down in range(max_backtracks + 1):
+        fraction = backtrack_ratio**turned_down
+        found, kl = evaluate(fraction)
+        if max_backtracks == 0:
+            problem = _problem(found, kl, math.inf, None)
+        else:
+            problem = _problem(found, kl, objective + SUFFICIENT_DECREASE * fraction * slope, max_kl)
+        if problem is None:
+            reason = "accepted" if not turned_down else f"accepted after {turned_down} backtracks"
+            return Trial(fraction, found, kl, turned_down, True, reason)
+        reason = f"rejected after {turned_down + 1} trial points, the last one because {problem}"
+        trial = Trial(fraction, found, kl, turned_down + 1, False, reason)
+    return trial
+
+
+def _problem(objective: float, kl: float | None, target: float, max_kl: float | None) -> str | None:
+    """What speaks against a point, or None."""
+    if not math.isfinite(objective):
+        return f"its loss is {objective}"
+    if kl is not None and not math.isfinite(kl):
+        return f"its KL is {kl}"
+    if objective > target:
+        return f"its loss {objective:.6g} is above {target:.6g}"
+    if max_kl is not None and kl is not None and kl > max_kl:
+        return f"its KL {kl:.3g} is above max_kl={max_kl:g}"
+    return None
