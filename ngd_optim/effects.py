@@ -1,0 +1,65 @@
+"""What a closure changes beside its result: random number generators and buffers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SideEffects:
+    """Things that a closure changes, put back before each run, so that many runs have the effect of the first one.
+
+    Dropout masks and sampled noise then agree between the gradient, the curvature and every trial point, and running
+    statistics move once a step.
+
+    Args:
+        devices: whose global random number generators belong to it, the CPU's always.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
+        self._start: dict[int, Tensor] = {}
+        self._after: dict[int, Tensor] | None = None
+        self._track(torch.default_generator, torch.get_rng_state, torch.set_rng_state)
+        for device in {d for d in devices if d.type != "cpu"}:
+            module = torch.get_device_module(device)
+            self._track(
+                device,
+                lambda m=module, d=device: m.get_rng_state(d),
+                lambda s, m=module, d=device: m.set_rng_state(s, d),
+            )
+
+    @property
+    def known(self) -> bool:
+        """Whether the closure has run once, so that all that it changes has been seen."""
+        return self._after is not None
+
+    def track_generator(self, generator: torch.Generator) -> None:
+        """The closure is about to draw from a generator."""
+        self._track(generator, generator.get_state, generator.set_state)
+
+    def track_tensor(self, tensor: Tensor) -> None:
+        """The closure is about to change a tensor in place."""
+        self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.detach().copy_(value))
+
+    def _track(self, thing: Any, read: Callable[[], Tensor], write: Callable[[Tensor], Any]) -> None:
+        if id(thing) not in self._tracked:
+            self._tracked[id(thing)] = (thing, read, write)
+            self._start[id(thing)] = read()
+
+    def rewind(self) -> None:
+        """Put everything back to where the first run found it."""
+        self._write(self._start)
+
+    def settle(self) -> None:
+        """After a run: put everything to where the first run left it."""
+        if self._after is None:
+            self._after = {key: read() for key, (_, read, _) in self._tracked.items()}
+        else:
+            self._write(self._after)
+
+    @torch.no_grad()
+    def _write(self, values: dict[int, Tensor]) -> None:
+        for key, value in values.items():
+            self._tracked[key][2](value)
