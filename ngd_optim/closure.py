@@ -83,6 +83,26 @@ class ReplayedClosure:
         self._differentiates |= mode.differentiates
         return Evaluation(loss, tuple(mode.outputs), metric, bool(mode.roots))
 
+    def plain_gradients(self) -> Sequence[Tensor | None]:
+        """The gradients that the closure gives when nothing is traced."""
+        before = [p.grad for p in self._params]
+        self.count += 1
+        self._effects.rewind()
+        try:
+            for p in self._params:
+                p.grad = None
+            with torch.enable_grad():
+                returned = self._function()
+                gradients = [p.grad for p in self._params]
+                if all(gradient is None for gradient in gradients):  # it called no backward
+                    loss, _ = _loss_and_metric(returned, [])
+                    gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
+            return gradients
+        finally:
+            self._effects.settle()
+            for p, gradient in zip(self._params, before, strict=True):
+                p.grad = gradient
+
     @contextmanager
     def rewound_on_error(self) -> Iterator[None]:
         """Undo the side effects of the closure if the block raises."""

@@ -1,4 +1,4 @@
-"""What the curvature is: the Hessian ``H_z`` at the model's outputs ``z``."""
+"""What the curvature is: a metric at the model's outputs, or the Hessian of a scalar; and how far a KL has gone."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,24 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ngd_optim import distributions
-from ngd_optim.closure import Evaluation
+from ngd_optim.closure import Evaluation, ReplayedClosure
+from ngd_optim.products import (
+    Map,
+    hessian,
+    hessian_by_forward_mode,
+    pull_back,
+    push_by_double_backward,
+    push_forward,
+)
 
 Tensors = Sequence[Tensor]
-Curvature = Literal["auto", "fisher", "ggn"]
+Curvature = Literal["auto", "fisher", "ggn", "hessian"]
+Backend = Literal["torch.func", "double-backward"]
+
+_NOT_ZERO = 1e-3
 
 
 @dataclass(frozen=True)
@@ -20,16 +32,94 @@ class OutputMetric:
 
     Attributes:
         outputs: the outputs ``z``, tensors of any shapes, with their graph.
-        hessian: ``u ↦ H_z u`` for tangents shaped like the outputs.
+        weigh: ``u ↦ H_z u`` for tangents shaped like the outputs.
         select: finds the same outputs in another evaluation of the closure.
-        kl: mean KL from the traced prediction to another evaluation's, in nats per sample; None where the metric has
-            only its second-order model.
+        has_penalty: whether the loss's dependence on the parameters around the outputs counts as well.
     """
 
     outputs: Tensors
-    hessian: Callable[[Tensors], Tensors]
+    weigh: Map
     select: Callable[[Evaluation], Tensors]
-    kl: Callable[[Evaluation], Tensor] | None
+    has_penalty: bool
+
+    def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
+        """``v ↦ Jᵀ H_z J v``, one tensor per parameter."""
+        if backend == "torch.func":
+            push = push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
+        else:
+            push = push_by_double_backward(self.outputs, params)
+        pull = pull_back(self.outputs, params)
+        return lambda v: pull(self.weigh(push(v)))
+
+
+@dataclass(frozen=True)
+class ScalarMetric:
+    """The Hessian of a scalar in the parameters: a KL that the closure returned, or the loss itself.
+
+    Attributes:
+        scalar: 0-dim, with its graph.
+        select: finds the same scalar in another evaluation of the closure.
+    """
+
+    scalar: Tensor
+    select: Callable[[Evaluation], Tensor]
+    has_penalty = False
+
+    @property
+    def outputs(self) -> Tensors:
+        """What depends on the parameters."""
+        return [self.scalar]
+
+    def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
+        """``v ↦ (∂² scalar / ∂θ²) v``, one tensor per parameter."""
+        if backend == "torch.func":
+            return hessian_by_forward_mode(lambda *stand_ins: self.select(run(stand_ins)), params)
+        return hessian(self.scalar, params)
+
+
+def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | ScalarMetric:
+    """The metric that the closure offers and ``curvature`` asks for.
+
+    Raises:
+        ValueError: the closure does not offer it, or what it returned has no graph.
+        NotImplementedError: torch has no closed-form KL for a distribution; the message names the way out.
+    """
+    if curvature == "fisher" and evaluation.metric is None:
+        raise ValueError("curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)")
+    if curvature in ("auto", "fisher") and evaluation.metric is not None:
+        return _hessian_of_kl(evaluation) if isinstance(evaluation.metric, Tensor) else fisher(evaluation)
+    if curvature in ("auto", "ggn"):
+        metric = gauss_newton(evaluation)
+        if metric is not None:
+            return metric
+        if curvature == "ggn":
+            raise ValueError(
+                "curvature='ggn' needs a loss that comes from a recognised loss function of torch.nn.functional, such "
+                "as cross_entropy or mse_loss, called in the closure on the model's output"
+            )
+    return ScalarMetric(evaluation.loss, lambda other: other.loss)
+
+
+def kl_of(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
+    """``other ↦`` mean KL from the prediction here to another evaluation's, in nats per sample; None if unknown."""
+    metric = evaluation.metric
+    if metric is None:
+        return lambda other: None
+    if isinstance(metric, Tensor):
+        return _returned_kl
+    try:
+        old = [_frozen(head) for head in distributions.heads(metric)]
+    except NotImplementedError:
+        return lambda other: None
+
+    def kl(other: Evaluation) -> Tensor | None:
+        pairs = zip(old, distributions.heads(other.metric), strict=True)
+        try:
+            return sum_of(distributions.mean_kl(before, after) for before, after in pairs)
+        except NotImplementedError:
+            return None
+
+    return kl
 
 
 def fisher(evaluation: Evaluation) -> OutputMetric:
@@ -43,15 +133,8 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
     """
     heads = list(distributions.heads(evaluation.metric))
     values = [distributions.parameters(head) for head in heads]
-    constants = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
-    old = [distributions.rebuild(head, of_head) for head, of_head in zip(heads, constants, strict=True)]
-
-    def kl(other: Evaluation) -> Tensor:
-        pairs = zip(old, distributions.heads(other.metric), strict=True)
-        return sum_of(distributions.mean_kl(before, after) for before, after in pairs)
-
-    kl(evaluation)  # torch may know no KL: better said here than at the first trial point
     for head, of_head in zip(heads, values, strict=True):
+        distributions.mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
         if not any(value.requires_grad for value in of_head.values()):
             raise ValueError(
                 f"the parameters of the returned {type(head).__name__} are detached from the graph; return the "
@@ -63,38 +146,37 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         others = [distributions.parameters(head) for head in distributions.heads(other.metric)]
         return [others[i][name] for i, name in learned]
 
-    variables = [constants[i][name].clone().requires_grad_() for i, name in learned]
-    moving = [dict(of_head) for of_head in constants]
-    for (i, name), variable in zip(learned, variables, strict=True):
-        moving[i][name] = variable
+    moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
+    for i, name in learned:
+        moving[i][name] = moving[i][name].clone().requires_grad_()
     with torch.enable_grad():
-        new = [distributions.rebuild(head, of_head) for head, of_head in zip(heads, moving, strict=True)]
-        divergence = sum_of(distributions.local_divergence(a, b) for a, b in zip(old, new, strict=True))
-    return OutputMetric([values[i][name] for i, name in learned], hessian_product(divergence, variables), select, kl)
+        divergence = sum_of(
+            distributions.local_divergence(_frozen(head), distributions.rebuild(head, of_head))
+            for head, of_head in zip(heads, moving, strict=True)
+        )
+    return OutputMetric(
+        outputs=[values[i][name] for i, name in learned],
+        weigh=hessian(divergence, [moving[i][name] for i, name in learned]),
+        select=select,
+        has_penalty=False,
+    )
 
 
-def gauss_newton(evaluation: Evaluation) -> OutputMetric:
+def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     """The generalised Gauss-Newton metric: the Hessian of all that the loss does after the model's outputs.
 
-    Weights, reductions, label smoothing and sums of several losses are followed by autograd (Schraudolph 2002).
-
-    Raises:
-        ValueError: the loss depends on no recognised loss function's input.
+    Weights, reductions, label smoothing and sums of several losses are followed by autograd (Schraudolph 2002). None if
+    the loss depends on no recognised loss function's input.
     """
     candidates = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
+    if not candidates:
+        return None
     reached = torch.autograd.grad(
-        [evaluation.loss] if candidates else [],
-        [evaluation.outputs[i] for i in candidates],
-        retain_graph=True,
-        allow_unused=True,
+        evaluation.loss, [evaluation.outputs[i] for i in candidates], retain_graph=True, allow_unused=True
     )
     used = [i for i, gradient in zip(candidates, reached, strict=True) if gradient is not None]
     if not used:
-        raise ValueError(
-            "the closure returned a loss and no metric, and the loss comes from no recognised loss function "
-            "(cross_entropy, mse_loss, binary_cross_entropy_with_logits); call one of them on the model's output, or "
-            "return (loss, distribution) or (loss, kl)"
-        )
+        return None
 
     def select(other: Evaluation) -> Tensors:
         if len(other.outputs) != len(evaluation.outputs):
@@ -105,29 +187,40 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric:
         return [other.outputs[i] for i in used]
 
     outputs = select(evaluation)
-    return OutputMetric(outputs, hessian_product(evaluation.loss, outputs), select, None)
+    return OutputMetric(outputs, hessian(evaluation.loss, outputs), select, has_penalty=True)
 
 
-def hessian_product(scalar: Tensor, variables: Tensors) -> Callable[[Tensors], Tensors]:
-    """``u ↦ (∂² scalar / ∂ variables²) u``, by differentiating the gradient once more (Pearlmutter 1994)."""
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(scalar, variables, create_graph=True, materialize_grads=True)
-    curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
-
-    def product(tangents: Tensors) -> Tensors:
-        if not curved:
-            return [torch.zeros_like(variable) for variable in variables]
-        return torch.autograd.grad(
-            [gradients[i] for i in curved],
-            variables,
-            [tangents[i] for i in curved],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-
-    return product
+def penalty_of(run: ReplayedClosure, params: Tensors) -> Map | None:
+    """The Hessian of what the loss takes from the parameters around the outputs, such as a weight penalty, if any."""
+    loss = run(cut=True).loss
+    if not loss.requires_grad:
+        return None
+    reached = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return None if all(gradient is None for gradient in reached) else hessian(loss, params)
 
 
 def sum_of(scalars: Iterable[Tensor]) -> Tensor:
     """The sum of some one-element tensors, 0-dim."""
     return torch.stack([scalar.reshape(()) for scalar in scalars]).sum()
+
+
+def _frozen(head: Distribution) -> Distribution:
+    return distributions.rebuild(head, {k: v.detach() for k, v in distributions.parameters(head).items()})
+
+
+def _returned_kl(other: Evaluation) -> Tensor | None:
+    kl = other.metric.detach().reshape(())
+    # Exactly zero after a step: the closure compares the prediction with itself, so it cannot tell.
+    return kl if kl != 0 else None
+
+
+def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
+    kl = evaluation.metric.reshape(())
+    if not kl.requires_grad:
+        raise ValueError("the returned kl has no graph to differentiate: it was detached or computed under no_grad")
+    if abs(kl.item()) > _NOT_ZERO:
+        raise ValueError(
+            f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; measure it from a detached "
+            "copy of the current prediction"
+        )
+    return ScalarMetric(kl, lambda other: other.metric.reshape(()))

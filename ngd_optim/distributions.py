@@ -96,18 +96,16 @@ def mean_kl(old: Distribution, new: Distribution) -> Tensor:
 
 def local_divergence(old: Distribution, new: Distribution) -> Tensor:
     """A scalar whose Hessian in ``new``'s parameters, at ``new = old``, is that of :func:`mean_kl`."""
-    if isinstance(old, Independent) and isinstance(new, Independent) and isinstance(old.base_dist, Laplace):
-        return local_divergence(old.base_dist, new.base_dist) * (old.base_dist.batch_shape.numel() / _batch(old))
+    base, new_base = _wrapped(old), _wrapped(new)
+    if base is not None and new_base is not None:
+        # The wrapper sums the base's KL over some dimensions, and its mean is over the others.
+        return local_divergence(base, new_base) * (base.batch_shape.numel() / old.batch_shape.numel())
     if isinstance(old, Laplace) and isinstance(new, Laplace):
         # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink, although the
         # divergence itself is twice differentiable there. Its Fisher information is 1/scale² in loc and in scale.
         distance = ((new.loc - old.loc).square() + (new.scale - old.scale).square()) / old.scale.square()
         return 0.5 * distance.mean()
     return mean_kl(old, new)
-
-
-def _batch(distribution: Distribution) -> int:
-    return distribution.batch_shape.numel()
 
 
 def _wrapped(distribution: Distribution) -> Distribution | None:

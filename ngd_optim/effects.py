@@ -41,7 +41,8 @@ class SideEffects:
 
     def track_tensor(self, tensor: Tensor) -> None:
         """The closure is about to change a tensor in place."""
-        self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.detach().copy_(value))
+        # Through .data, or autograd would take it for a change of what the graph has saved.
+        self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.data.copy_(value))
 
     def _track(self, thing: Any, read: Callable[[], Tensor], write: Callable[[Tensor], Any]) -> None:
         if id(thing) not in self._tracked:

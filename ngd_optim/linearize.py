@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
-from ngd_optim.curvature import Curvature, OutputMetric, fisher, gauss_newton, hessian_product
+from ngd_optim.curvature import Backend, Curvature, kl_of, metric_of, penalty_of
 from ngd_optim.parameters import FlatParameters
-
-_NOT_ZERO = 1e-3
+from ngd_optim.products import Map
+from ngd_optim.verify import Experience, refuse_unsupported, verify
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Linearization:
         used: for each parameter, whether the loss or the metric does.
         backend: what forms the products: ``"torch.func"`` or ``"double-backward"``.
         product: see :meth:`curvature`.
-        kl: the mean KL from the prediction here to that of another evaluation of the closure, 0-dim; None where the
-            metric has only its second-order model.
+        kl: the mean KL from the prediction here to that of another evaluation of the closure, 0-dim; it gives None
+            where the metric has only its second-order model.
     """
 
     loss: Tensor
     gradient: Tensor
     reached: list[bool]
     used: list[bool]
-    backend: str
+    backend: Backend
     product: Callable[[Tensor], Tensor]
-    kl: Callable[[Evaluation], Tensor] | None
+    kl: Callable[[Evaluation], Tensor | None]
 
     def curvature(self, v: Tensor) -> Tensor:
         """The undamped curvature times a vector: ``(n,) → (n,)``.
@@ -51,60 +51,66 @@ class Linearization:
 
     def measure_kl(self, evaluation: Evaluation) -> float | None:
         """The measured KL to another evaluation, in nats per sample; None if the metric cannot tell."""
-        return None if self.kl is None else self.kl(evaluation).item()
+        kl = self.kl(evaluation)
+        return None if kl is None else kl.item()
 
 
 def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvature = "auto") -> Linearization:
     """Loss, gradient and curvature product of a closure at the current parameters.
 
     Args:
-        closure: as for :meth:`NaturalCG.step <ngd_optim.NaturalCG.step>`: returns a loss that comes from a recognised
-            loss function, ``(loss, distribution)`` or ``(loss, kl)``.
+        closure: as for :meth:`NaturalCG.step <ngd_optim.NaturalCG.step>`: returns a loss, ``(loss, distribution)`` or
+            ``(loss, kl)``.
         params: the parameters, in the order in which the flat vectors hold them; frozen ones are left out.
         curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions' Gauss-Newton
-            matrix, ``"auto"`` for the first of the two that the closure offers.
+            matrix, ``"hessian"`` for that of the loss, ``"auto"`` for the first of the three that the closure offers.
 
     Raises:
-        TypeError, ValueError: the closure returned something that is not a loss or a metric.
+        TypeError, ValueError: the closure returned something that is not a loss or a metric, or does not offer the
+            curvature.
         NotImplementedError: torch knows no KL divergence for the distribution.
+
+    Example:
+        >>> point = linearize(lambda: F.mse_loss(model(x), y), model.parameters())
+        >>> point.curvature(point.gradient)
     """
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {get_args(Curvature)}, got {curvature!r}")
     parameters = FlatParameters([{"params": list(params)}])
-    replayed = ReplayedClosure(closure, parameters.tensors)
-    return linearize_at(replayed, replayed(), parameters, curvature)
+    run = ReplayedClosure(closure, parameters.tensors)
+    return linearize_at(run, run(), parameters, curvature, Experience())
 
 
+@torch.enable_grad()
 def linearize_at(
-    closure: ReplayedClosure, traced: Evaluation, parameters: FlatParameters, curvature: Curvature
+    run: ReplayedClosure, traced: Evaluation, parameters: FlatParameters, curvature: Curvature, experience: Experience
 ) -> Linearization:
-    """As :func:`linearize`, for a closure that has just been run."""
+    """As :func:`linearize`, for a closure that has just been run, with what was learnt of it before."""
     if not traced.loss.requires_grad:
         raise ValueError(
             "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses none of the "
             "parameters"
         )
-    metric = _metric(traced, curvature)
+    if not experience.complete:
+        refuse_unsupported(traced)
     params = parameters.tensors
+    metric = metric_of(traced, curvature)
     gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
-    if isinstance(metric, OutputMetric):
-        backend, roots, product, kl = (
-            "torch.func",
-            metric.outputs,
-            _output_product(closure, metric, parameters),
-            metric.kl,
-        )
-    else:
-        backend, roots, product, kl = "double-backward", [metric], _hessian_of_kl(metric, parameters), _returned_kl
     reached = [gradient is not None for gradient in gradients]
+    gradient = parameters.flatten(gradients)
+    if not experience.complete:
+        verify(experience, run, traced, metric, gradient, parameters)
+    products = [metric.product(run, params, experience.backend)]
+    if experience.penalty:
+        products += filter(None, [penalty_of(run, params)])
     return Linearization(
         loss=traced.loss.detach(),
-        gradient=parameters.flatten(gradients),
+        gradient=gradient,
         reached=reached,
-        used=reached if all(reached) else _reached([traced.loss, *roots], params),
-        backend=backend,
-        product=product,
-        kl=kl,
+        used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
+        backend=experience.backend,
+        product=_flat(products, parameters),
+        kl=kl_of(traced),
     )
 
 
@@ -115,47 +121,12 @@ def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
-def _metric(traced: Evaluation, curvature: Curvature) -> OutputMetric | Tensor:
-    """The metric that the closure offers and ``curvature`` asks for; a scalar KL is a tensor."""
-    if curvature == "ggn" or (curvature == "auto" and traced.metric is None):
-        return gauss_newton(traced)
-    if traced.metric is None:
-        raise ValueError("curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)")
-    if not isinstance(traced.metric, Tensor):
-        return fisher(traced)
-    kl = traced.metric.reshape(())
-    if not kl.requires_grad:
-        raise ValueError("the returned kl has no graph to differentiate: it was detached or computed under no_grad")
-    if abs(kl.item()) > _NOT_ZERO:
-        raise ValueError(
-            f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; measure it from a detached "
-            "copy of the current prediction"
-        )
-    return kl
-
-
-def _output_product(
-    closure: ReplayedClosure, metric: OutputMetric, parameters: FlatParameters
-) -> Callable[[Tensor], Tensor]:
-    params = parameters.tensors
-    primals = tuple(p.detach() for p in params)
-
-    def outputs(*stand_ins: Tensor) -> tuple[Tensor, ...]:
-        return tuple(metric.select(closure(stand_ins)))
+def _flat(products: Sequence[Map], parameters: FlatParameters) -> Callable[[Tensor], Tensor]:
+    """The sum of some products, on flat vectors."""
 
     def product(v: Tensor) -> Tensor:
-        pushed = torch.func.jvp(outputs, primals, tuple(parameters.unflatten(v)))[1]
-        weighted = metric.hessian([t.detach() for t in pushed])
-        pulled = torch.autograd.grad(metric.outputs, params, weighted, retain_graph=True, allow_unused=True)
-        return parameters.flatten(pulled)
+        pieces = parameters.unflatten(v)
+        first, *rest = (parameters.flatten(part(pieces)) for part in products)
+        return sum(rest, first)
 
     return product
-
-
-def _hessian_of_kl(kl: Tensor, parameters: FlatParameters) -> Callable[[Tensor], Tensor]:
-    hessian = hessian_product(kl, parameters.tensors)
-    return lambda v: parameters.flatten(hessian(parameters.unflatten(v)))
-
-
-def _returned_kl(evaluation: Evaluation) -> Tensor:
-    return evaluation.metric.detach().reshape(())

@@ -41,6 +41,7 @@ class Step:
         slope: ``gᵀd``.
         metric: ``dᵀF d``.
         decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
+        products: how many curvature products it took to know all this.
     """
 
     direction: Tensor
@@ -49,6 +50,7 @@ class Step:
     metric: float
     decay_slope: float
     decay_quadratic: float
+    products: int
 
     def predicted_decrease(self, fraction: float) -> float:
         """What the model says that the objective falls by."""
@@ -90,4 +92,5 @@ def scaled_step(
         else (scale * lr) ** 2 * metric,
         decay_slope=torch.dot(theta, model.decay * direction).item(),
         decay_quadratic=torch.dot(direction, model.decay * direction).item(),
+        products=int(isinstance(lr, Tensor)),
     )

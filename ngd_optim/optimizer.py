@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.report import StepReport
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.trust_region import Trial, TrustRegion, line_search
+from ngd_optim.verify import Experience
 
 
 class NaturalCG(Optimizer):
@@ -133,7 +135,7 @@ class NaturalCG(Optimizer):
         with parameters.restored_on_error(), run.rewound_on_error():
             traced = run()
             gradients = [p.grad for p in parameters.tensors]
-            point = linearize_at(run, traced, parameters, settings["curvature"])
+            point = linearize_at(run, traced, parameters, settings["curvature"], self._experience(closure))
             model = self._quadratic_model(point, parameters)
             solution = self._solve(model, point, parameters, settings)
             step = self._scale(solution, model, parameters, settings)
@@ -146,6 +148,13 @@ class NaturalCG(Optimizer):
         self._adapt_damping(self.last_step, settings)
         self._remember(solution, parameters)
         return point.loss
+
+    def _experience(self, closure: Callable[[], Any]) -> Experience:
+        """What earlier steps learnt of closures with the same code; it is not saved, and learnt anew if lost."""
+        while isinstance(closure, partial):
+            closure = closure.func
+        known = self.__dict__.setdefault("_experiences", {})
+        return known.setdefault(getattr(closure, "__code__", type(closure)), Experience())
 
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
@@ -251,7 +260,7 @@ class NaturalCG(Optimizer):
             reason=trial.reason,
             backend=point.backend,
             n_forward=run.count,
-            n_product=solution.products,
+            n_product=solution.products + step.products,
         )
 
 

@@ -1,0 +1,69 @@
+"""Curvature products, by forward mode (torch.func) and by double-backward (autograd).
+
+Both forms take and return one tensor per parameter. ``Jᵀ H J v`` needs three parts: pushing a tangent of the
+parameters to the outputs, weighting it, and pulling it back; the pull-back is autograd's for both.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+Map = Callable[[Tensors], Tensors]
+
+
+def push_forward(function: Callable[..., tuple[Tensor, ...]], params: Tensors) -> Map:
+    """``v ↦ J v`` for ``J = ∂ function / ∂ params``, by forward mode."""
+    primals = tuple(p.detach() for p in params)
+
+    def push(v: Tensors) -> Tensors:
+        return [t.detach() for t in torch.func.jvp(function, primals, tuple(v))[1]]
+
+    return push
+
+
+def push_by_double_backward(outputs: Tensors, params: Tensors) -> Map:
+    """``v ↦ J v`` for ``J = ∂ outputs / ∂ params``, as the derivative of ``u ↦ Jᵀ u``, which is linear."""
+    u = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+    with torch.enable_grad():
+        pulled = torch.autograd.grad(outputs, params, u, create_graph=True, materialize_grads=True)
+    linear = [i for i, g in enumerate(pulled) if g.requires_grad]
+
+    def push(v: Tensors) -> Tensors:
+        return torch.autograd.grad(
+            [pulled[i] for i in linear], u, [v[i] for i in linear], retain_graph=True, materialize_grads=True
+        )
+
+    return push
+
+
+def pull_back(outputs: Tensors, params: Tensors) -> Map:
+    """``u ↦ Jᵀ u`` for ``J = ∂ outputs / ∂ params``."""
+
+    def pull(u: Tensors) -> Tensors:
+        return torch.autograd.grad(outputs, params, u, retain_graph=True, materialize_grads=True)
+
+    return pull
+
+
+def hessian(scalar: Tensor, variables: Tensors) -> Map:
+    """``v ↦ (∂² scalar / ∂ variables²) v``, by differentiating the gradient once more (Pearlmutter 1994)."""
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(scalar, variables, create_graph=True, materialize_grads=True)
+    curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
+
+    def product(v: Tensors) -> Tensors:
+        if not curved:
+            return [torch.zeros_like(variable) for variable in variables]
+        return torch.autograd.grad(
+            [gradients[i] for i in curved], variables, [v[i] for i in curved], retain_graph=True, materialize_grads=True
+        )
+
+    return product
+
+
+def hessian_by_forward_mode(function: Callable[..., Tensor], params: Tensors) -> Map:
+    """``v ↦ (∂² function / ∂ params²) v``, by pushing ``v`` through the gradient."""
+    gradient = torch.func.grad(function, argnums=tuple(range(len(params))))
+    return push_forward(gradient, params)
