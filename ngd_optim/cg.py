@@ -21,9 +21,8 @@ class CGResult:
         products: calls of ``matvec``: ``iterations``, and one more if ``x0`` was not zero.
         residual: ``‖b − A x‖ / ‖b‖`` as the recursion tracks it; 0 if ``b`` is zero.
         stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
-            ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; ``solution`` is the last
-            iterate before it, or ``b`` if that is zero: Nocedal & Wright, Algorithm 7.1) or ``"not_finite"`` (``b`` or
-            a product had a NaN or an infinity; ``solution`` is the last iterate before it).
+            ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; see ``boundary``) or
+            ``"not_finite"`` (``b`` or a product had a NaN or an infinity; ``solution`` is the last iterate before it).
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
     """
@@ -50,6 +49,7 @@ def conjugate_gradient(
     max_iters: int = 250,
     tol: float = 1e-6,
     progress_tol: float = 0.0,
+    boundary: float | None = None,
 ) -> CGResult:
     """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithm 5.2).
 
@@ -63,6 +63,9 @@ def conjugate_gradient(
         tol: stop when ``‖b − A x‖ ≤ tol · ‖b‖``.
         progress_tol: stop when ``φ`` gained less than this fraction of itself per iteration over the last
             ``max(10, i/10)`` iterations (Martens 2010, section 4.4); 0 turns the test off.
+        boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far as
+            ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of ``|A|``). None, or if ``x``
+            is outside already: stay, or return ``b`` if ``x`` is zero (Nocedal & Wright, Algorithm 7.1).
 
     Raises:
         ValueError: ``b`` is not a vector, ``x0`` has another shape, or a setting is negative.
@@ -104,8 +107,11 @@ def conjugate_gradient(
             break
         if p_dot_ap <= 0:
             stop = "negative_curvature"
-            if not x.any():
-                x, r = p, r - a_p
+            length = _length_to_boundary(x, b, r, p, a_p, boundary)
+            if not length and not x.any():
+                length = 1.0
+            x.add_(p, alpha=length)
+            r.sub_(a_p, alpha=length)
             break
         alpha = r_dot_r / p_dot_ap
         x.add_(p, alpha=alpha)
@@ -125,6 +131,14 @@ def conjugate_gradient(
         x_dot_b=torch.dot(x, b).item(),
         x_dot_r=torch.dot(x, r).item(),
     )
+
+
+def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None) -> float:
+    room = 0.0 if boundary is None else boundary - torch.dot(x, b - r).item()
+    if room <= 0:
+        return 0.0
+    rounding = torch.finfo(p.dtype).eps * (p.norm() * (p.norm() + a_p.norm())).item()
+    return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), rounding))
 
 
 def _stalled(models: list[float], progress_tol: float) -> bool:

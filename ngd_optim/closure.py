@@ -27,13 +27,11 @@ class Evaluation:
             returned if it called ``backward`` on nothing.
         outputs: the model's outputs, as the recognised loss functions saw them, in call order.
         metric: what the closure returned beside the loss: distributions, a scalar tensor, or None.
-        called_backward: whether the closure called ``backward``.
     """
 
     loss: Tensor
     outputs: tuple[Tensor, ...]
     metric: Any
-    called_backward: bool
 
 
 class ReplayedClosure:
@@ -44,14 +42,18 @@ class ReplayedClosure:
         params: the parameters that it is a function of.
 
     Attributes:
+        function: that closure.
         count: how often it ran.
+        called_backward: whether its last run called ``backward``, which is noted and not carried out.
     """
 
     def __init__(self, function: Closure, params: Sequence[Tensor]) -> None:
-        self._function = function
+        self.function = function
         self._params = params
         self._effects = SideEffects(p.device for p in params)
         self._differentiates = False
+        self._left_gradients: list[Tensor | None] | None = None
+        self.called_backward = False
         self.count = 0
 
     def __call__(
@@ -76,12 +78,15 @@ class ReplayedClosure:
         try:
             with torch.set_grad_enabled(graph or self._differentiates):
                 with _twice_differentiable(), mode:
-                    returned = self._function()
+                    returned = self.function()
                 loss, metric = _loss_and_metric(mode.substitute(returned), mode.roots)
         finally:
             self._effects.settle()
         self._differentiates |= mode.differentiates
-        return Evaluation(loss, tuple(mode.outputs), metric, bool(mode.roots))
+        self.called_backward = bool(mode.roots)
+        if self._left_gradients is None:
+            self._left_gradients = [p.grad for p in self._params]
+        return Evaluation(loss, tuple(mode.outputs), metric)
 
     def plain_gradients(self) -> Sequence[Tensor | None]:
         """The gradients that the closure gives when nothing is traced."""
@@ -92,7 +97,7 @@ class ReplayedClosure:
             for p in self._params:
                 p.grad = None
             with torch.enable_grad():
-                returned = self._function()
+                returned = self.function()
                 gradients = [p.grad for p in self._params]
                 if all(gradient is None for gradient in gradients):  # it called no backward
                     loss, _ = _loss_and_metric(returned, [])
@@ -103,14 +108,30 @@ class ReplayedClosure:
             for p, gradient in zip(self._params, before, strict=True):
                 p.grad = gradient
 
-    @contextmanager
-    def rewound_on_error(self) -> Iterator[None]:
-        """Undo the side effects of the closure if the block raises."""
-        try:
-            yield
-        except BaseException:
-            self._effects.rewind()
-            raise
+    def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
+        """Set ``.grad`` as one run of the closure leaves it: with the gradients added, if it calls ``backward``."""
+        assert self._left_gradients is not None
+        for p, old, new, flag in zip(self._params, self._left_gradients, gradients, reached, strict=True):
+            p.grad = old if not (flag and self.called_backward) else new if old is None else old + new
+
+    def settle(self) -> None:
+        """Put everything that the closure changes to where one run leaves it."""
+        self._effects.settle()
+
+    def rewind(self) -> None:
+        """Undo what the closure changed."""
+        self._effects.rewind()
+
+
+@contextmanager
+def rewound_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
+    """Undo the side effects of closures, which first ran in this order, if the block raises."""
+    try:
+        yield
+    except BaseException:
+        for run in reversed(runs):
+            run.rewind()
+        raise
 
 
 @contextmanager

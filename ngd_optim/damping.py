@@ -1,5 +1,7 @@
 """How the damping λ follows the quality of the quadratic model."""
 
+import math
+
 _GROW_REJECTED = 4.0
 _GROW = 3 / 2
 _SHRINK = 2 / 3
@@ -9,13 +11,16 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, backtracks: int) -
     """Factor for the damping after a step: the Levenberg-Marquardt rule of Martens (2010, section 4.1).
 
     Args:
-        reduction_ratio: decrease of the objective that was found ÷ decrease that the model predicted.
+        reduction_ratio: decrease of the objective that was found ÷ decrease that the model predicted; NaN if it
+            predicted none, which tells nothing.
         accepted: whether the step was taken. A rejected one raises the damping fourfold.
         backtracks: trial points turned down before the accepted one. The model was wrong at the full step if there
             were any, so the damping grows.
     """
     if not accepted:
         return _GROW_REJECTED
-    if backtracks or not reduction_ratio >= 0.25:
+    if math.isnan(reduction_ratio):
+        return 1.0
+    if backtracks or reduction_ratio < 0.25:
         return _GROW
     return _SHRINK if reduction_ratio > 0.75 else 1.0

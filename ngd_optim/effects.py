@@ -1,6 +1,7 @@
 """What a closure changes beside its result: random number generators and buffers."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,20 +16,17 @@ class SideEffects:
 
     Args:
         devices: whose global random number generators belong to it, the CPU's always.
+
+    Attributes:
+        layouts: order in memory of the dimensions of what dropout and the like were given, call by call.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._devices = {d for d in devices if d.type != "cpu"}
         self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
         self._start: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] | None = None
-        self._track(torch.default_generator, torch.get_rng_state, torch.set_rng_state)
-        for device in {d for d in devices if d.type != "cpu"}:
-            module = torch.get_device_module(device)
-            self._track(
-                device,
-                lambda m=module, d=device: m.get_rng_state(d),
-                lambda s, m=module, d=device: m.set_rng_state(s, d),
-            )
+        self.layouts: list[tuple[int, ...]] = []
 
     @property
     def known(self) -> bool:
@@ -50,8 +48,14 @@ class SideEffects:
             self._start[id(thing)] = read()
 
     def rewind(self) -> None:
-        """Put everything back to where the first run found it."""
-        self._write(self._start)
+        """Put everything back to where the first run found it; before that run, note where it is."""
+        if self._tracked:
+            self._write(self._start)
+            return
+        self._track(torch.default_generator, torch.get_rng_state, torch.set_rng_state)
+        for device in self._devices:
+            module = torch.get_device_module(device)
+            self._track(device, partial(module.get_rng_state, device), partial(module.set_rng_state, device=device))
 
     def settle(self) -> None:
         """After a run: put everything to where the first run left it."""

@@ -1,14 +1,16 @@
 """A closure at one point: its loss, its gradient and its curvature product."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import fmean
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
-from ngd_optim.curvature import Backend, Curvature, kl_of, metric_of, penalty_of
+from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import Map
 from ngd_optim.verify import Experience, refuse_unsupported, verify
@@ -25,8 +27,8 @@ class Linearization:
         used: for each parameter, whether the loss or the metric does.
         backend: what forms the products: ``"torch.func"`` or ``"double-backward"``.
         product: see :meth:`curvature`.
-        kl: the mean KL from the prediction here to that of another evaluation of the closure, 0-dim; it gives None
-            where the metric has only its second-order model.
+        measure: runs the closure at the parameters as they are then, and gives the loss and the KL from the prediction
+            here, in nats per sample; None where the metric has only its second-order model.
     """
 
     loss: Tensor
@@ -35,12 +37,12 @@ class Linearization:
     used: list[bool]
     backend: Backend
     product: Callable[[Tensor], Tensor]
-    kl: Callable[[Evaluation], Tensor | None]
+    measure: Callable[[], tuple[float, float | None]]
 
     def curvature(self, v: Tensor) -> Tensor:
         """The undamped curvature times a vector: ``(n,) → (n,)``.
 
-        The closure runs again in forward mode, so the parameters must still be where they were.
+        The closure runs again, so the parameters must still be where they were.
 
         Raises:
             ValueError: ``v`` has another shape than the gradient.
@@ -49,10 +51,10 @@ class Linearization:
             raise ValueError(f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}")
         return self.product(v.to(self.gradient))
 
-    def measure_kl(self, evaluation: Evaluation) -> float | None:
-        """The measured KL to another evaluation, in nats per sample; None if the metric cannot tell."""
-        kl = self.kl(evaluation)
-        return None if kl is None else kl.item()
+    def with_curvature_of(self, other: "Linearization") -> "Linearization":
+        """The same loss and gradient, with another closure's curvature."""
+        used = [a or b for a, b in zip(self.used, other.used, strict=True)]
+        return replace(self, used=used, backend=other.backend, product=other.product)
 
 
 def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvature = "auto") -> Linearization:
@@ -77,15 +79,75 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {get_args(Curvature)}, got {curvature!r}")
     parameters = FlatParameters([{"params": list(params)}])
-    run = ReplayedClosure(closure, parameters.tensors)
-    return linearize_at(run, run(), parameters, curvature, Experience())
+    return linearize_closure(ReplayedClosure(closure, parameters.tensors), parameters, curvature, Experience())
 
 
 @torch.enable_grad()
-def linearize_at(
-    run: ReplayedClosure, traced: Evaluation, parameters: FlatParameters, curvature: Curvature, experience: Experience
+def linearize_closure(
+    run: ReplayedClosure, parameters: FlatParameters, curvature: Curvature, experience: Experience
 ) -> Linearization:
-    """As :func:`linearize`, for a closure that has just been run, with what was learnt of it before."""
+    """As :func:`linearize`, with what was learnt of the closure at earlier points."""
+    params = parameters.tensors
+    traced = _traced(run, experience)
+    metric = metric_of(traced, curvature)
+    gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
+    reached = [gradient is not None for gradient in gradients]
+    gradient = parameters.flatten(gradients)
+    del gradients
+    if not experience.complete:
+        count = run.count
+        verify(experience, run, traced, metric, gradient, parameters)
+        run.count = count
+    kl = kl_of(traced)
+
+    def measure() -> tuple[float, float | None]:
+        there = run(graph=False)
+        divergence = kl(there)
+        return there.loss.item(), None if divergence is None else divergence.item()
+
+    return Linearization(
+        loss=traced.loss.detach(),
+        gradient=gradient,
+        reached=reached,
+        used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
+        backend=experience.backend,
+        product=_product(run, metric, parameters, experience),
+        measure=measure,
+    )
+
+
+@torch.enable_grad()
+def linearize_mean(
+    runs: Sequence[ReplayedClosure], parameters: FlatParameters, curvature: Curvature, experiences: Sequence[Experience]
+) -> Linearization:
+    """The mean of some closures, with the graph of one at a time: each product traces each of them anew."""
+    if len(runs) == 1:
+        return linearize_closure(runs[0], parameters, curvature, experiences[0])
+    parts = [
+        replace(
+            linearize_closure(run, parameters, curvature, experience),
+            product=_retracing_product(run, parameters, curvature, experience),
+        )
+        for run, experience in zip(runs, experiences, strict=True)
+    ]
+
+    def measure() -> tuple[float, float | None]:
+        losses, kls = zip(*(part.measure() for part in parts), strict=True)
+        return fmean(losses), None if None in kls else fmean(kls)
+
+    return Linearization(
+        loss=torch.stack([part.loss for part in parts]).mean(),
+        gradient=_mean((part.gradient for part in parts), len(parts)),
+        reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
+        used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
+        backend=parts[0].backend,
+        product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
+        measure=measure,
+    )
+
+
+def _traced(run: ReplayedClosure, experience: Experience) -> Evaluation:
+    traced = run()
     if not traced.loss.requires_grad:
         raise ValueError(
             "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses none of the "
@@ -93,25 +155,7 @@ def linearize_at(
         )
     if not experience.complete:
         refuse_unsupported(traced)
-    params = parameters.tensors
-    metric = metric_of(traced, curvature)
-    gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
-    reached = [gradient is not None for gradient in gradients]
-    gradient = parameters.flatten(gradients)
-    if not experience.complete:
-        verify(experience, run, traced, metric, gradient, parameters)
-    products = [metric.product(run, params, experience.backend)]
-    if experience.penalty:
-        products += filter(None, [penalty_of(run, params)])
-    return Linearization(
-        loss=traced.loss.detach(),
-        gradient=gradient,
-        reached=reached,
-        used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
-        backend=experience.backend,
-        product=_flat(products, parameters),
-        kl=kl_of(traced),
-    )
+    return traced
 
 
 def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
@@ -121,12 +165,37 @@ def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
-def _flat(products: Sequence[Map], parameters: FlatParameters) -> Callable[[Tensor], Tensor]:
-    """The sum of some products, on flat vectors."""
+def _product(
+    run: ReplayedClosure, metric: OutputMetric | ScalarMetric, parameters: FlatParameters, experience: Experience
+) -> Callable[[Tensor], Tensor]:
+    """The product of a traced closure on flat vectors."""
+
+    @cache
+    def parts() -> list[Map]:
+        products = [metric.product(run, parameters.tensors, experience.backend)]
+        penalty = penalty_of(run, parameters.tensors) if experience.penalty else None
+        return products if penalty is None else [*products, penalty]
 
     def product(v: Tensor) -> Tensor:
         pieces = parameters.unflatten(v)
-        first, *rest = (parameters.flatten(part(pieces)) for part in products)
+        first, *rest = (parameters.flatten(part(pieces)) for part in parts())
         return sum(rest, first)
 
     return product
+
+
+def _retracing_product(
+    run: ReplayedClosure, parameters: FlatParameters, curvature: Curvature, experience: Experience
+) -> Callable[[Tensor], Tensor]:
+    @torch.enable_grad()
+    def product(v: Tensor) -> Tensor:
+        return _product(run, metric_of(_traced(run, experience), curvature), parameters, experience)(v)
+
+    return product
+
+
+def _mean(vectors: Iterator[Tensor], count: int) -> Tensor:
+    total = next(vectors).clone()
+    for vector in vectors:
+        total += vector
+    return total / count

@@ -98,7 +98,8 @@ def _ctc(
         torch.as_tensor(n, device=log_probs.device).reshape(-1) for n in (input_lengths, target_lengths)
     )
     seen = torch.arange(frames, device=log_probs.device).unsqueeze(1) < lengths
-    share = 1 / (len(lengths) * target_lengths.clamp(min=1)) if reduction == "mean" else torch.ones_like(lengths)
+    targets_per_sample = target_lengths.clamp(min=1).to(log_probs.dtype)
+    share = 1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
     weights = (seen * share).reshape(*log_probs.shape[:-1], 1)
     return _bent(loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1))
 

@@ -81,7 +81,8 @@ def scaled_step(
     share = torch.dot(x, (model.decay + model.damping) * x).item()
     # F's share is a difference of numbers: at least their rounding error, or a boundary step could be huge.
     metric = max(solution.x_dot_ax - share, torch.finfo(x.dtype).eps * solution.x_dot_ax)
-    scale = trust_region_scale(metric, max_kl, trust_region)
+    # Along negative curvature the solve has gone to the boundary by itself.
+    scale = trust_region_scale(metric, max_kl, "clip" if solution.stop == "negative_curvature" else trust_region)
     direction = (scale * lr) * x
     return Step(
         direction=direction,

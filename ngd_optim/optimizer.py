@@ -1,7 +1,7 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ngd_optim.cg import CGResult, conjugate_gradient
-from ngd_optim.closure import ReplayedClosure
+from ngd_optim.closure import Closure, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import damping_factor
-from ngd_optim.linearize import Linearization, linearize_at
+from ngd_optim.linearize import Linearization, linearize_mean
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.report import StepReport
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.trust_region import Trial, TrustRegion, line_search
 from ngd_optim.verify import Experience
+
+Closures = Closure | Sequence[Closure]
 
 
 class NaturalCG(Optimizer):
@@ -44,7 +46,7 @@ class NaturalCG(Optimizer):
             unless it is not finite.
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
-        curvature: ``"auto"``, ``"fisher"`` or ``"ggn"``; see :func:`~ngd_optim.linearize`.
+        curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
 
     Raises:
         ValueError: a setting is out of range, or groups disagree on one that holds for the whole step.
@@ -112,49 +114,58 @@ class NaturalCG(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Closures, *, curvature_closure: Closures | None = None
+    ) -> Tensor:
         """Take one step.
 
         Args:
             closure: computes the loss, and returns it alone or with a metric. It runs several times, always with the
-                same random numbers.
+                same random numbers. A list of closures stands for the mean of their losses and metrics, with the
+                memory of one at a time.
+            curvature_closure: gives the curvature in place of ``closure``, for example on a part of its data.
 
         Returns:
             The loss before the step, a detached 0-dim tensor. ``last_step`` tells the rest.
 
         Raises:
             TypeError, ValueError: there is no closure, or it returned something that is not a loss or a metric.
+            RuntimeError: the closure holds something that cannot work; the message says what to do instead.
             Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
                 random numbers are then as before.
         """
-        if not callable(closure):
-            raise TypeError(f"step() needs a closure that computes the loss, got {closure!r}")
         settings = shared_settings(self.param_groups)
         parameters = FlatParameters(self.param_groups)
-        run = ReplayedClosure(closure, parameters.tensors)
-        with parameters.restored_on_error(), run.rewound_on_error():
-            traced = run()
-            gradients = [p.grad for p in parameters.tensors]
-            point = linearize_at(run, traced, parameters, settings["curvature"], self._experience(closure))
+        runs = [ReplayedClosure(function, parameters.tensors) for function in _closures(closure)]
+        others = [ReplayedClosure(function, parameters.tensors) for function in _closures(curvature_closure or [])]
+        with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
+            point = self._linearize(runs, parameters, settings)
+            if others:
+                point = point.with_curvature_of(self._linearize(others, parameters, settings))
             model = self._quadratic_model(point, parameters)
             solution = self._solve(model, point, parameters, settings)
             step = self._scale(solution, model, parameters, settings)
-            trial = self._search(step, solution, point, run, parameters, settings)
-        if traced.called_backward:
-            gradients = _accumulated(gradients, point, parameters)
-        for p, gradient in zip(parameters.tensors, gradients, strict=True):
-            p.grad = gradient
-        self.last_step = self._report(point, model, solution, step, trial, run)
+            trial = self._search(step, solution, point, parameters, settings)
+        [*runs, *others][-1].settle()
+        runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
+        self.last_step = self._report(point, model, solution, step, trial, sum(run.count for run in [*runs, *others]))
         self._adapt_damping(self.last_step, settings)
         self._remember(solution, parameters)
         return point.loss
 
-    def _experience(self, closure: Callable[[], Any]) -> Experience:
+    def _linearize(
+        self, runs: list[ReplayedClosure], parameters: FlatParameters, settings: dict[str, Any]
+    ) -> Linearization:
+        curvature = settings["curvature"]
+        experiences = [self._experience(run.function, curvature) for run in runs]
+        return linearize_mean(runs, parameters, curvature, experiences)
+
+    def _experience(self, closure: Closure, curvature: Curvature) -> Experience:
         """What earlier steps learnt of closures with the same code; it is not saved, and learnt anew if lost."""
         while isinstance(closure, partial):
             closure = closure.func
         known = self.__dict__.setdefault("_experiences", {})
-        return known.setdefault(getattr(closure, "__code__", type(closure)), Experience())
+        return known.setdefault((getattr(closure, "__code__", type(closure)), curvature), Experience())
 
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
@@ -162,7 +173,7 @@ class NaturalCG(Optimizer):
     def _quadratic_model(self, point: Linearization, parameters: FlatParameters) -> QuadraticModel:
         decay = parameters.spread(self._per_group("weight_decay"), point.used)
         damping = parameters.spread(self._per_group("damping"))
-        gradient = point.gradient if decay == 0 else point.gradient + decay * parameters.theta
+        gradient = point.gradient + decay * parameters.theta if any(self._per_group("weight_decay")) else point.gradient
         return QuadraticModel(gradient, point.curvature, decay, damping)
 
     def _solve(
@@ -179,6 +190,7 @@ class NaturalCG(Optimizer):
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
+            boundary=None if settings["max_kl"] is None else 2 * settings["max_kl"],
         )
 
     def _scale(
@@ -193,7 +205,6 @@ class NaturalCG(Optimizer):
         step: Step,
         solution: CGResult,
         point: Linearization,
-        run: ReplayedClosure,
         parameters: FlatParameters,
         settings: dict[str, Any],
     ) -> Trial:
@@ -203,8 +214,8 @@ class NaturalCG(Optimizer):
 
         def evaluate(fraction: float) -> tuple[float, float | None]:
             parameters.move(step.direction, fraction)
-            evaluation = run(graph=False)
-            return evaluation.loss.item() + step.decay_change(fraction), point.measure_kl(evaluation)
+            loss, kl = point.measure()
+            return loss + step.decay_change(fraction), kl
 
         trial = line_search(
             evaluate,
@@ -237,7 +248,7 @@ class NaturalCG(Optimizer):
         solution: CGResult,
         step: Step,
         trial: Trial,
-        run: ReplayedClosure,
+        n_forward: int,
     ) -> StepReport:
         moved = trial.fraction if trial.accepted else 0.0
         loss = point.loss.item()
@@ -246,28 +257,27 @@ class NaturalCG(Optimizer):
             loss=loss,
             new_loss=trial.objective - step.decay_change(trial.fraction) if trial.accepted else loss,
             grad_norm=model.gradient.norm().item(),
-            step_norm=moved * step.direction.norm().item(),
-            kl=step.kl(moved) if trial.kl is None else trial.kl,
+            step_norm=moved * step.direction.norm().item() if moved else 0.0,
+            kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
             predicted_decrease=predicted,
             reduction_ratio=(loss - trial.objective) / predicted if predicted else math.nan,
             damping=max(self._per_group("damping")),
             cg_iters=solution.iterations,
             cg_residual=solution.residual,
             cg_stop=solution.stop,
-            step_scale=moved * step.scale,
+            step_scale=moved * step.scale if moved else 0.0,
             backtracks=trial.backtracks,
             accepted=trial.accepted,
             reason=trial.reason,
             backend=point.backend,
-            n_forward=run.count,
+            n_forward=n_forward,
             n_product=solution.products + step.products,
         )
 
 
-def _accumulated(before: list[Tensor | None], point: Linearization, parameters: FlatParameters) -> list[Tensor | None]:
-    """``.grad`` as an ordinary backward leaves it: added to what was there, None where the loss does not reach."""
-    new = parameters.unflatten(point.gradient)
-    return [
-        old if not reached else g if old is None else old + g
-        for old, g, reached in zip(before, new, point.reached, strict=True)
-    ]
+def _closures(closure: Any) -> list[Closure]:
+    closures = list(closure) if isinstance(closure, list | tuple) else [closure]
+    for function in closures:
+        if not callable(function):
+            raise TypeError(f"step() needs a closure that computes the loss, or a list of them, got {function!r}")
+    return closures

@@ -27,7 +27,7 @@ class StepReport:
         reason: one sentence on the outcome.
         backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
         n_forward: how often the closure ran.
-        n_product: how many curvature products were formed.
+        n_product: how many curvature products were formed. Neither counts the check at the first step with a closure.
     """
 
     loss: float

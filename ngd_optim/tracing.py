@@ -23,9 +23,19 @@ _ABOUT_THE_PARAMETER = {
 }
 # Their fused kernels have no second derivatives and no forward mode.
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-_CHANGES_RUNNING_STATISTICS: dict[Callable[..., Any], tuple[str, str]] = {
-    F.batch_norm: ("running_mean", "running_var"),
-    F.instance_norm: ("running_mean", "running_var"),
+# With running statistics as second and third argument, and whether they change as sixth.
+_NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
+    F.batch_norm: ("training", False),
+    F.instance_norm: ("use_input_stats", True),
+}
+# They fill memory in order, so their numbers depend on how the first argument lies in memory; torch.func changes that.
+_RANDOM_BY_LAYOUT = {
+    F.alpha_dropout,
+    F.dropout,
+    torch.bernoulli,
+    torch.dropout,
+    torch.rand_like,
+    torch.randn_like,
 }
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
@@ -53,6 +63,7 @@ class Tracing(TorchFunctionMode):
         self._cut = cut
         self._stand_ins = stand_ins
         self._effects = effects
+        self._random_calls = 0
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self.outputs: list[Tensor] = []
         self.roots: list[Tensor] = []
@@ -96,10 +107,24 @@ class Tracing(TorchFunctionMode):
             result, outputs = call_loss(func, args, kwargs, cut=self._cut)
             self.outputs += outputs
             return result
+        if func in _RANDOM_BY_LAYOUT and args and isinstance(args[0], Tensor):
+            order = self._memory_order(args[0])
+            result = func(args[0].permute(order).contiguous(), *args[1:], **kwargs)
+            return result.permute([order.index(dim) for dim in range(len(order))])
         if getattr(func, "__name__", None) in _RECURRENT:
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _memory_order(self, tensor: Tensor) -> tuple[int, ...]:
+        """The dimensions from outermost to innermost, as they were at this call of the closure's first run."""
+        call = self._random_calls
+        self._random_calls += 1
+        if call == len(self._effects.layouts):
+            overlapping = 0 in tensor.stride()
+            order = sorted(range(tensor.ndim), key=lambda dim: 0 if overlapping else -tensor.stride(dim))
+            self._effects.layouts.append(tuple(order))
+        return self._effects.layouts[call]
 
     def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
         generator = kwargs.get("generator")
@@ -135,8 +160,10 @@ class Tracing(TorchFunctionMode):
 
 def _changed_in_place(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     name = getattr(func, "__name__", "")
-    if func in _CHANGES_RUNNING_STATISTICS:
-        yield from _tensors([args[1:3], *(kwargs.get(n) for n in _CHANGES_RUNNING_STATISTICS[func])])
+    if func in _NORMS_BY_BATCH:
+        flag, default = _NORMS_BY_BATCH[func]
+        if args[5] if len(args) > 5 else kwargs.get(flag, default):
+            yield from _tensors([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
     if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
         yield from _tensors(args[:1])
     yield from _tensors(kwargs.get("out"))
@@ -153,7 +180,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or inside torch.func.vmap
+        return id(tensor)
 
 
 def _detached(value: Any) -> Any:

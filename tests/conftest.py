@@ -1,12 +1,14 @@
 """What every test module shares."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
 
 def _declare_missing_torchvision_schemas() -> torch.library.Library | None:
-    """Let torchvision's Python parts work beside a CPU-only torch, for which its wheel has no compiled operators."""
-    if hasattr(torch.ops.torchvision, "nms"):
+    """Let torchvision's Python parts work beside a CPU-only torch, where its CUDA wheel cannot load its operators."""
+    if not version("torch").endswith("+cpu") or version("torchvision").endswith("+cpu"):
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
