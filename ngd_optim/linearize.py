@@ -12,7 +12,8 @@ from torch import Tensor
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.products import Map
+from ngd_optim.products import flat_product
+from ngd_optim.recording import Recording
 from ngd_optim.verify import Experience, refuse_unsupported, verify
 
 
@@ -168,18 +169,25 @@ def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
 def _product(
     run: ReplayedClosure, metric: OutputMetric | ScalarMetric, parameters: FlatParameters, experience: Experience
 ) -> Callable[[Tensor], Tensor]:
-    """The product of a traced closure on flat vectors."""
+    """The product of a traced closure on flat vectors: recorded when first used, where that works, then replayed."""
 
     @cache
-    def parts() -> list[Map]:
+    def form() -> Callable[[Tensor], Tensor]:
         products = [metric.product(run, parameters.tensors, experience.backend)]
-        penalty = penalty_of(run, parameters.tensors) if experience.penalty else None
-        return products if penalty is None else [*products, penalty]
+        if experience.penalty:
+            products += filter(None, [penalty_of(run, parameters.tensors)])
+        return flat_product(products, parameters)
+
+    recording: list[Recording] = []
 
     def product(v: Tensor) -> Tensor:
-        pieces = parameters.unflatten(v)
-        first, *rest = (parameters.flatten(part(pieces)) for part in parts())
-        return sum(rest, first)
+        if recording:
+            return recording[0](v)
+        if not experience.replays:
+            return form()(v)
+        recording.append(Recording(form(), v))
+        form.cache_clear()  # and with it the graph: the recording holds what it needs of that
+        return recording[0].result
 
     return product
 
@@ -189,7 +197,8 @@ def _retracing_product(
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
-        return _product(run, metric_of(_traced(run, experience), curvature), parameters, experience)(v)
+        traced = _traced(run, experience)
+        return _product(run, metric_of(traced, curvature), parameters, replace(experience, replays=False))(v)
 
     return product
 

@@ -17,10 +17,10 @@ _ABOUT_THE_PARAMETER = {
     torch.Tensor.requires_grad.__get__,  # pyright: ignore
     torch.Tensor.is_leaf.__get__,  # pyright: ignore
     torch.Tensor.data.__get__,  # pyright: ignore
-    torch.Tensor.grad.__get__,  # pyright: ignore
     torch.Tensor.grad.__set__,  # pyright: ignore
     torch.Tensor.requires_grad_,
 }
+_GRAD = torch.Tensor.grad.__get__  # pyright: ignore
 # Their fused kernels have no second derivatives and no forward mode.
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 # With running statistics as second and third argument, and whether they change as sixth.
@@ -73,6 +73,8 @@ class Tracing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ABOUT_THE_PARAMETER:
             return func(*args, **kwargs)
+        if func is _GRAD:
+            return self._gradient(*args)
         args, kwargs = self.substitute(args), self.substitute(kwargs)
         if func is torch.Tensor.backward:
             return self._note_backward(*args, **kwargs)
@@ -115,6 +117,15 @@ class Tracing(TorchFunctionMode):
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        """``.grad``: the closure may set it to zero in place, which forward mode could not follow, nor need we undo."""
+        if self._stand_ins:
+            return None
+        gradient = _GRAD(parameter)
+        if gradient is not None:
+            self._made_here[id(gradient)] = weakref.ref(gradient)
+        return gradient
 
     def _memory_order(self, tensor: Tensor) -> tuple[int, ...]:
         """The dimensions from outermost to innermost, as they were at this call of the closure's first run."""

@@ -5,7 +5,7 @@ would give silently wrong steps, so the first step compares with plain autograd.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from ngd_optim.cg import conjugate_gradient
 from ngd_optim.closure import Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, OutputMetric, ScalarMetric, penalty_of
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.products import flat_product
+from ngd_optim.recording import CannotReplayError, Recording
 
 logger = logging.getLogger("ngd_optim")
 
@@ -34,11 +36,13 @@ class Experience:
         complete: whether there was one.
         backend: what forms the products.
         penalty: whether the loss depends on parameters around the outputs by a positive semidefinite Hessian.
+        replays: whether a recorded product agrees with the direct one.
     """
 
     complete: bool = False
     backend: Backend = "torch.func"
     penalty: bool = False
+    replays: bool = False
 
 
 def refuse_unsupported(traced: Evaluation) -> None:
@@ -82,6 +86,8 @@ def verify(
     experience.backend = _choose_backend(run, metric, pieces, parameters, eps)
     if metric.has_penalty:
         experience.penalty = _has_semidefinite_penalty(run, v, parameters)
+    direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
+    experience.replays = _replays(direct, v, eps)
     experience.complete = True
 
 
@@ -127,14 +133,26 @@ def _choose_backend(
     return "double-backward"
 
 
+def _replays(direct: Callable[[Tensor], Tensor], v: Tensor, eps: float) -> bool:
+    """Whether what is recorded on one vector gives the product of another."""
+    try:
+        replayed = Recording(direct, v)(v.flip(0))
+    except CannotReplayError as error:
+        reason = str(error)
+    else:
+        if _close(replayed, direct(v.flip(0)), eps, eps):
+            return True
+        reason = "the replay disagrees with the product"
+    logger.info("products are formed directly at each iteration, because they cannot be recorded: %s", reason)
+    return False
+
+
 def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatParameters) -> bool:
     penalty = penalty_of(run, parameters.tensors)
     if penalty is None:
         return False
 
-    def product(v: Tensor) -> Tensor:
-        return parameters.flatten(penalty(parameters.unflatten(v)))
-
+    product = flat_product([penalty], parameters)
     image = product(v)
     if not image.any():
         return False

@@ -1,0 +1,162 @@
+"""Record what a linear map does to a vector, once, and replay it on others.
+
+A curvature product runs the model in forward mode, weighs, and pulls back. Only a part of that work depends on the
+vector: the rest, the primal pass above all, is the same for every product at a point. The recording keeps the aten
+operations that depend on the vector, with everything else as constants.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_NOT_REPLAYABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+
+class CannotReplayError(RuntimeError):
+    """An operation that depends on the vector would not do the same again."""
+
+
+class Recording:
+    """``v ↦ function(v)`` for a linear function of a flat vector, replayed without Python, autograd or primal pass.
+
+    Args:
+        function: linear; everything that it uses beside the vector must stay as it is while the recording is used.
+        v: the vector that it is recorded on.
+
+    Attributes:
+        result: ``function(v)``, computed on the way.
+
+    Raises:
+        CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor) -> None:
+        recorder = _Recorder(v)
+        with torch.no_grad(), recorder:
+            self.result = function(v)
+        self._slots = recorder.slots
+        self._output = recorder.slot_of(self.result)
+        self._program = _without_dead_code(recorder.program, self._output)
+
+    @torch.no_grad()
+    def __call__(self, v: Tensor) -> Tensor:
+        """The function's value at another vector."""
+        if self._output is None:
+            return self.result.clone()
+        values: list[Any] = [None] * self._slots
+        values[0] = v
+        for operation in self._program:
+            for place, key, slot in operation.inputs:
+                place[key] = values[slot]
+            result = operation.function(*operation.args, **operation.kwargs)
+            for place, key, _ in operation.inputs:
+                place[key] = None
+            for index, slot in operation.outputs:
+                values[slot] = result if index is None else result[index]
+            for slot in operation.last_uses:
+                values[slot] = None
+        return values[self._output]
+
+
+class _Operation(NamedTuple):
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    inputs: list[tuple[Any, Any, int]]  # the list or dict in args or kwargs, the index or key in it, the slot
+    outputs: list[tuple[int | None, int]]  # the index in the result, or None where that is one tensor, and the slot
+    last_uses: list[int]  # slots that nothing needs afterwards
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot."""
+
+    def __init__(self, v: Tensor) -> None:
+        super().__init__()
+        self._slot = {id(v): 0}
+        self._memory = {_memory(v)}
+        self._alive = [v]  # an id names a tensor only while that lives
+        self.program: list[_Operation] = []
+        self.slots = 1
+
+    def slot_of(self, tensor: Tensor) -> int | None:
+        """The slot of a tensor, None if it does not depend on the vector."""
+        return self._slot.get(id(tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs: list[tuple[Any, Any, int]] = []
+        own_args = self._own(list(args), inputs)
+        own_kwargs = self._own(dict(kwargs or {}), inputs)
+        if not inputs:
+            return func(*args, **(kwargs or {}))
+        self._check(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        if func in _ALIASES:
+            self._slot[id(result)] = self._slot[id(args[0])]
+            self._alive.append(result)
+            return result
+        outputs = [(None, result)] if isinstance(result, Tensor) else list(_tensors(result))
+        slots = [(index, self._new_slot(tensor)) for index, tensor in outputs]
+        self.program.append(_Operation(func, own_args, own_kwargs, inputs, slots, []))
+        return result
+
+    def _own(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
+        """A copy of nested arguments with the tensors that depend on the vector taken out, and their places noted."""
+        for key, value in place.items() if isinstance(place, dict) else enumerate(place):
+            if isinstance(value, Tensor):
+                slot = self._slot.get(id(value))
+                if slot is not None:
+                    inputs.append((place, key, slot))
+            elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+                place[key] = self._own(list(value), inputs)
+        return place
+
+    def _check(self, func: Any, args: Any, kwargs: Any) -> None:
+        if not _NOT_REPLAYABLE.isdisjoint(func.tags):
+            raise CannotReplayError(f"{func} depends on the vector")
+        if func._schema.is_mutable:
+            for index, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written = args[index] if index < len(args) else kwargs.get(argument.name)
+                    for tensor in [written] if isinstance(written, Tensor) else written or []:
+                        if _memory(tensor) not in self._memory:
+                            raise CannotReplayError(
+                                f"{func} writes what depends on the vector to memory from elsewhere"
+                            )
+
+    def _new_slot(self, tensor: Tensor) -> int:
+        slot = self._slot.setdefault(id(tensor), self.slots)
+        if slot == self.slots:
+            self.slots += 1
+            self._alive.append(tensor)
+            self._memory.add(_memory(tensor))
+        return slot
+
+
+def _without_dead_code(program: list[_Operation], output: int | None) -> list[_Operation]:
+    """The operations that the output needs, and those that write in place, with the last uses of every slot."""
+    kept, needed = [], {output}
+    for operation in reversed(program):
+        outputs = {slot for _, slot in operation.outputs}
+        if operation.function._schema.is_mutable or outputs & needed:
+            used = outputs | {slot for _, _, slot in operation.inputs}
+            operation.last_uses.extend(used - needed)
+            needed |= used
+            kept.append(operation)
+    for operation in kept:
+        for place, key, _ in operation.inputs:
+            place[key] = None
+    return kept[::-1]
+
+
+def _tensors(result: Any) -> Iterator[tuple[int, Tensor]]:
+    for index, value in enumerate(result if isinstance(result, list | tuple) else ()):
+        if isinstance(value, Tensor):
+            yield index, value
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
