@@ -13,7 +13,7 @@ from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
-from ngd_optim.recording import Recording
+from ngd_optim.recording import CannotReplayError, Recording
 from ngd_optim.verify import Experience, refuse_unsupported, verify
 
 
@@ -26,7 +26,7 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         reached: for each parameter, whether the loss depends on it.
         used: for each parameter, whether the loss or the metric does.
-        backend: what forms the products: ``"torch.func"`` or ``"double-backward"``.
+        experience: what is known of how to form the products.
         product: see :meth:`curvature`.
         measure: runs the closure at the parameters as they are then, and gives the loss and the KL from the prediction
             here, in nats per sample; None where the metric has only its second-order model.
@@ -36,7 +36,7 @@ class Linearization:
     gradient: Tensor
     reached: list[bool]
     used: list[bool]
-    backend: Backend
+    experience: Experience
     product: Callable[[Tensor], Tensor]
     measure: Callable[[], tuple[float, float | None]]
 
@@ -52,10 +52,15 @@ class Linearization:
             raise ValueError(f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}")
         return self.product(v.to(self.gradient))
 
+    @property
+    def backend(self) -> Backend:
+        """What forms the products: ``"torch.func"`` or ``"double-backward"``."""
+        return self.experience.backend
+
     def with_curvature_of(self, other: "Linearization") -> "Linearization":
         """The same loss and gradient, with another closure's curvature."""
         used = [a or b for a, b in zip(self.used, other.used, strict=True)]
-        return replace(self, used=used, backend=other.backend, product=other.product)
+        return replace(self, used=used, experience=other.experience, product=other.product)
 
 
 def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvature = "auto") -> Linearization:
@@ -111,7 +116,7 @@ def linearize_closure(
         gradient=gradient,
         reached=reached,
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
-        backend=experience.backend,
+        experience=experience,
         product=_product(run, metric, parameters, experience),
         measure=measure,
     )
@@ -141,7 +146,7 @@ def linearize_mean(
         gradient=_mean((part.gradient for part in parts), len(parts)),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
-        backend=parts[0].backend,
+        experience=parts[0].experience,
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
         measure=measure,
     )
@@ -183,11 +188,20 @@ def _product(
     def product(v: Tensor) -> Tensor:
         if recording:
             return recording[0](v)
-        if not experience.replays:
-            return form()(v)
-        recording.append(Recording(form(), v))
-        form.cache_clear()  # and with it the graph: the recording holds what it needs of that
-        return recording[0].result
+        try:
+            if not experience.replays:
+                return form()(v)
+            recording.append(Recording(form(), v))
+            form.cache_clear()  # and with it the graph: the recording holds what it needs of that
+            return recording[0].result
+        except CannotReplayError as error:
+            experience.form_directly(error)
+        except RuntimeError as error:  # the closure now does what forward mode cannot follow
+            if experience.backend == "double-backward":
+                raise
+            experience.fall_back(error)
+        form.cache_clear()
+        return product(v)
 
     return product
 

@@ -143,7 +143,7 @@ class Tracing(TorchFunctionMode):
             self._effects.track_generator(generator)
         for tensor in _changed_in_place(func, args, kwargs):
             base = tensor if tensor._base is None else tensor._base
-            if base.grad_fn is None and not base.requires_grad and not self._is_new(base):
+            if base.grad_fn is None and not base.requires_grad and not (self._is_new(tensor) or self._is_new(base)):
                 self._effects.track_tensor(base)
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:

@@ -44,6 +44,18 @@ class Experience:
     penalty: bool = False
     replays: bool = False
 
+    def fall_back(self, error: RuntimeError | str) -> None:
+        """Form the products by double-backward from now on."""
+        reason = error if isinstance(error, str) else f"torch.func cannot follow the closure: {_first_line(error)}"
+        logger.info("products by double-backward, because %s", reason)
+        self.backend = "double-backward"
+
+    def form_directly(self, error: RuntimeError | str) -> None:
+        """Do not record products from now on."""
+        reason = error if isinstance(error, str) else _first_line(error)
+        logger.info("products are formed directly at each iteration, because they cannot be recorded: %s", reason)
+        self.replays = False
+
 
 def refuse_unsupported(traced: Evaluation) -> None:
     """Refuse what cannot work.
@@ -83,11 +95,17 @@ def verify(
     _check_gradient(run, traced, gradient, parameters, eps)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
     pieces = parameters.unflatten(v)
-    experience.backend = _choose_backend(run, metric, pieces, parameters, eps)
+    _choose_backend(experience, run, metric, pieces, parameters, eps)
     if metric.has_penalty:
         experience.penalty = _has_semidefinite_penalty(run, v, parameters)
     direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
-    experience.replays = _replays(direct, v, eps)
+    try:
+        experience.replays = _replays(direct, v, eps)
+    except CannotReplayError as error:
+        experience.form_directly(error)
+    else:
+        if not experience.replays:
+            experience.form_directly("the replay disagrees with the product")
     experience.complete = True
 
 
@@ -106,45 +124,35 @@ def _check_gradient(
 
 
 def _choose_backend(
+    experience: Experience,
     run: ReplayedClosure,
     metric: OutputMetric | ScalarMetric,
     v: Sequence[Tensor],
     parameters: FlatParameters,
     eps: float,
-) -> Backend:
+) -> None:
     """Forward mode, where it can follow the closure and agrees with double-backward, which sees what autograd sees."""
-    params = parameters.tensors
+    problem: RuntimeError | str = (
+        "torch.func misses a dependence on parameters that autograd sees (TorchScript or an extension?)"
+    )
+    product = reference = None
     try:
-        product = parameters.flatten(metric.product(run, params, "torch.func")(v))
+        product = parameters.flatten(metric.product(run, parameters.tensors, "torch.func")(v))
     except RuntimeError as error:
-        reason = f"torch.func cannot follow the closure: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        product = None
-    else:
-        reason = "torch.func misses a dependence on parameters that autograd sees (TorchScript or an extension?)"
+        problem = error
     try:
-        reference = parameters.flatten(metric.product(run, params, "double-backward")(v))
+        reference = parameters.flatten(metric.product(run, parameters.tensors, "double-backward")(v))
     except RuntimeError:
         if product is None:
             raise
-        return "torch.func"
-    if product is not None and (not reference.isfinite().all() or _close(product, reference, eps, eps)):
-        return "torch.func"
-    logger.info("products by double-backward, because %s", reason)
-    return "double-backward"
+    if product is None or (reference is not None and not _close(product, reference, eps, eps)):
+        experience.fall_back(problem)
 
 
 def _replays(direct: Callable[[Tensor], Tensor], v: Tensor, eps: float) -> bool:
     """Whether what is recorded on one vector gives the product of another."""
-    try:
-        replayed = Recording(direct, v)(v.flip(0))
-    except CannotReplayError as error:
-        reason = str(error)
-    else:
-        if _close(replayed, direct(v.flip(0)), eps, eps):
-            return True
-        reason = "the replay disagrees with the product"
-    logger.info("products are formed directly at each iteration, because they cannot be recorded: %s", reason)
-    return False
+    other = v.flip(0)
+    return _close(Recording(direct, v)(other), direct(other), eps, eps)
 
 
 def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatParameters) -> bool:
@@ -178,3 +186,7 @@ def _nodes(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
             seen.add(node)
             yield node
             pending.extend(parent for parent, _ in node.next_functions)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
