@@ -74,14 +74,17 @@ class ReplayedClosure:
         replaced = {} if stand_ins is None else {id(p): t for p, t in zip(self._params, stand_ins, strict=True)}
         mode = Tracing(replaced, self._effects, cut=cut)
         self.count += 1
-        self._effects.rewind()
+        in_place = stand_ins is None
+        if not in_place and self._effects.changes_buffers:
+            raise RuntimeError("it changes buffers in place, such as running statistics")
+        self._effects.rewind(tensors=in_place)
         try:
             with torch.set_grad_enabled(graph or self._differentiates):
                 with _twice_differentiable(), mode:
                     returned = self.function()
                 loss, metric = _loss_and_metric(mode.substitute(returned), mode.roots)
         finally:
-            self._effects.settle()
+            self._effects.settle(tensors=in_place)
         self._differentiates |= mode.differentiates
         self.called_backward = bool(mode.roots)
         if self._left_gradients is None:

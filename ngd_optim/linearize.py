@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from statistics import fmean
 from typing import get_args
 
@@ -26,6 +25,7 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         reached: for each parameter, whether the loss depends on it.
         used: for each parameter, whether the loss or the metric does.
+        has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         experience: what is known of how to form the products.
         product: see :meth:`curvature`.
         measure: runs the closure at the parameters as they are then, and gives the loss and the KL from the prediction
@@ -36,6 +36,7 @@ class Linearization:
     gradient: Tensor
     reached: list[bool]
     used: list[bool]
+    has_kl: bool
     experience: Experience
     product: Callable[[Tensor], Tensor]
     measure: Callable[[], tuple[float, float | None]]
@@ -116,8 +117,9 @@ def linearize_closure(
         gradient=gradient,
         reached=reached,
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
+        has_kl=traced.metric is not None,
         experience=experience,
-        product=_product(run, metric, parameters, experience),
+        product=_Product(run, metric, parameters, experience),
         measure=measure,
     )
 
@@ -146,6 +148,7 @@ def linearize_mean(
         gradient=_mean((part.gradient for part in parts), len(parts)),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
+        has_kl=all(part.has_kl for part in parts),
         experience=parts[0].experience,
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
         measure=measure,
@@ -171,39 +174,51 @@ def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
-def _product(
-    run: ReplayedClosure, metric: OutputMetric | ScalarMetric, parameters: FlatParameters, experience: Experience
-) -> Callable[[Tensor], Tensor]:
+class _Product:
     """The product of a traced closure on flat vectors: recorded when first used, where that works, then replayed."""
 
-    @cache
-    def form() -> Callable[[Tensor], Tensor]:
-        products = [metric.product(run, parameters.tensors, experience.backend)]
-        if experience.penalty:
-            products += filter(None, [penalty_of(run, parameters.tensors)])
-        return flat_product(products, parameters)
+    def __init__(
+        self,
+        run: ReplayedClosure,
+        metric: OutputMetric | ScalarMetric,
+        parameters: FlatParameters,
+        experience: Experience,
+    ) -> None:
+        self._run = run
+        self._metric: OutputMetric | ScalarMetric | None = metric
+        self._parameters = parameters
+        self._experience = experience
+        self._formed: Recording | Callable[[Tensor], Tensor] | None = None
 
-    recording: list[Recording] = []
+    def __call__(self, v: Tensor) -> Tensor:
+        if self._formed is None:
+            return self._first(v)
+        return self._formed(v)
 
-    def product(v: Tensor) -> Tensor:
-        if recording:
-            return recording[0](v)
+    def _first(self, v: Tensor) -> Tensor:
+        experience = self._experience
         try:
+            direct = self._direct()
             if not experience.replays:
-                return form()(v)
-            recording.append(Recording(form(), v))
-            form.cache_clear()  # and with it the graph: the recording holds what it needs of that
-            return recording[0].result
+                result, self._formed = direct(v), direct
+                return result
+            self._formed = Recording(direct, v)
+            self._metric = None  # and with it the graph: the recording holds what it needs of that
+            return self._formed.result
         except CannotReplayError as error:
             experience.form_directly(error)
         except RuntimeError as error:  # the closure now does what forward mode cannot follow
             if experience.backend == "double-backward":
                 raise
             experience.fall_back(error)
-        form.cache_clear()
-        return product(v)
+        return self._first(v)
 
-    return product
+    def _direct(self) -> Callable[[Tensor], Tensor]:
+        assert self._metric is not None
+        params = self._parameters.tensors
+        penalty = penalty_of(self._run, params) if self._experience.penalty else None
+        products = [self._metric.product(self._run, params, self._experience.backend)]
+        return flat_product(products if penalty is None else [*products, penalty], self._parameters)
 
 
 def _retracing_product(
@@ -212,7 +227,7 @@ def _retracing_product(
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
         traced = _traced(run, experience)
-        return _product(run, metric_of(traced, curvature), parameters, replace(experience, replays=False))(v)
+        return _Product(run, metric_of(traced, curvature), parameters, replace(experience, replays=False))(v)
 
     return product
 

@@ -18,7 +18,7 @@ from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.report import StepReport
 from ngd_optim.settings import check_settings, shared_settings
-from ngd_optim.trust_region import Trial, TrustRegion, line_search
+from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
 from ngd_optim.verify import Experience
 
 Closures = Closure | Sequence[Closure]
@@ -33,7 +33,9 @@ class NaturalCG(Optimizer):
     Args:
         params: parameters or parameter groups; ``lr``, ``damping`` and ``weight_decay`` may differ per group.
         lr: factor for the scaled step.
-        max_kl: trust region δ in nats per sample; None for none. Closure form (a) bounds ``½ dᵀF d`` by it.
+        max_kl: trust region δ: bound on the KL, in nats per sample, or on ``½ dᵀF d`` where the loss itself defines the
+            metric, in the loss's unit. None: no bound. ``"auto"``: 0.01 where the closure returns a distribution or a
+            KL, else None.
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
         damping: ``λ``.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
@@ -68,7 +70,7 @@ class NaturalCG(Optimizer):
         params: Any,
         lr: float | Tensor = 1.0,
         *,
-        max_kl: float | None = 0.01,
+        max_kl: MaxKL = "auto",
         trust_region: TrustRegion = "clip",
         damping: float = 1e-2,
         adapt_damping: bool = True,
@@ -142,6 +144,7 @@ class NaturalCG(Optimizer):
             point = self._linearize(runs, parameters, settings)
             if others:
                 point = point.with_curvature_of(self._linearize(others, parameters, settings))
+            settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             model = self._quadratic_model(point, parameters)
             solution = self._solve(model, point, parameters, settings)
             step = self._scale(solution, model, parameters, settings)

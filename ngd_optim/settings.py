@@ -34,7 +34,7 @@ def _one_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
 _FINITE = (_at_least_zero, "a finite number, at least 0")
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _FINITE,
-    "max_kl": (lambda v: v is None or (_number(v) and v > 0), "None or a number above 0"),
+    "max_kl": (lambda v: v is None or v == "auto" or (_number(v) and v > 0), "a number above 0, None or 'auto'"),
     "trust_region": _one_of(TrustRegion),
     "damping": _FINITE,
     "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),

@@ -64,6 +64,7 @@ class Tracing(TorchFunctionMode):
         self._stand_ins = stand_ins
         self._effects = effects
         self._random_calls = 0
+        self._gradients: set[int] = set()
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self.outputs: list[Tensor] = []
         self.roots: list[Tensor] = []
@@ -73,7 +74,7 @@ class Tracing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ABOUT_THE_PARAMETER:
             return func(*args, **kwargs)
-        if func is _GRAD:
+        if func == _GRAD:  # a new wrapper at each access, so not "is"
             return self._gradient(*args)
         args, kwargs = self.substitute(args), self.substitute(kwargs)
         if func is torch.Tensor.backward:
@@ -119,12 +120,11 @@ class Tracing(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
-        """``.grad``: the closure may set it to zero in place, which forward mode could not follow, nor need we undo."""
         if self._stand_ins:
-            return None
+            return None  # forward mode could not follow a closure that sets it to zero in place, and need not
         gradient = _GRAD(parameter)
         if gradient is not None:
-            self._made_here[id(gradient)] = weakref.ref(gradient)
+            self._gradients |= {id(gradient), id(gradient._base)}
         return gradient
 
     def _memory_order(self, tensor: Tensor) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ class Tracing(TorchFunctionMode):
         for tensor in _changed_in_place(func, args, kwargs):
             base = tensor if tensor._base is None else tensor._base
             if base.grad_fn is None and not base.requires_grad and not (self._is_new(tensor) or self._is_new(base)):
-                self._effects.track_tensor(base)
+                self._effects.track_tensor(base, is_gradient=id(base) in self._gradients)
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:
         """Remember new tensors, which need no putting back; not what shares memory with older ones."""

@@ -6,9 +6,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 TrustRegion = Literal["clip", "boundary"]
+MaxKL = float | None | Literal["auto"]
+
+DEFAULT_MAX_KL = 0.01
+"""In nats per sample: what TRPO uses (Schulman et al. 2015, section 8)."""
 
 SUFFICIENT_DECREASE = 1e-4
 """Share of the first-order decrease that a step must reach (Armijo; Nocedal & Wright, equation 3.4)."""
+
+
+def chosen_max_kl(max_kl: MaxKL, kind: TrustRegion, has_kl: bool) -> float | None:
+    """The trust region's size for a closure, which may return something whose KL can be measured.
+
+    Raises:
+        ValueError: a step to the boundary is asked for where there is no default boundary.
+    """
+    if max_kl != "auto":
+        return max_kl
+    if kind == "boundary" and not has_kl:
+        raise ValueError(
+            "trust_region='boundary' needs a number for max_kl: the closure returns neither a distribution nor a KL, "
+            "and a bound in the unit of its loss has no default"
+        )
+    return DEFAULT_MAX_KL if has_kl else None
 
 
 def trust_region_scale(quadratic: float, max_kl: float | None, kind: TrustRegion) -> float:
