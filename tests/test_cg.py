@@ -1,0 +1,297 @@
+"""Conjugate gradients against SciPy, dense solves and their own theory."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import assert_near
+
+from ngd_optim import conjugate_gradient
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+reproducible = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+
+
+def spd(n, condition, seed=0, dtype=torch.float64):
+    """A matrix with eigenvalues between 1 and ``condition``, and a right-hand side."""
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    A = (Q * torch.logspace(0, math.log10(condition), n, dtype=torch.float64)) @ Q.T
+    return A.to(dtype), torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def model_value(A, b, x):
+    """φ(x) = ½ xᵀA x − bᵀx."""
+    return (0.5 * x @ A @ x - b @ x).item()
+
+
+def assert_scalars(result, A, b):
+    """The scalars that the recursion tracks are those of the solution."""
+    x = result.solution
+    tolerance = TOLERANCE[b.dtype]
+    size = max((x @ b).abs().item(), (x.abs() @ A.abs() @ x.abs()).item())
+    assert result.x_dot_b == pytest.approx((x @ b).item(), rel=tolerance, abs=tolerance * size)
+    assert result.x_dot_r == pytest.approx((x @ (b - A @ x)).item(), abs=tolerance * size)
+    assert result.x_dot_ax == pytest.approx((x @ A @ x).item(), rel=tolerance, abs=tolerance * size)
+    assert result.residual == pytest.approx(((b - A @ x).norm() / b.norm()).item(), rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("start", ["zero", "near"])
+@pytest.mark.parametrize(("n", "condition"), [(1, 1), (5, 10), (30, 30), (200, 30)])
+def test_same_iterates_as_scipy(n, condition, start):
+    A, b = spd(n, condition)
+    x0 = None if start == "zero" else torch.linalg.solve(A, b) * 0.9 + 0.01 * torch.randn(n, dtype=b.dtype)
+    theirs = []
+    scipy.sparse.linalg.cg(
+        A.numpy(),
+        b.numpy(),
+        x0=None if x0 is None else x0.numpy(),
+        rtol=1e-5,
+        callback=lambda x: theirs.append(x.copy()),
+    )
+    ours = conjugate_gradient(A.mv, b, x0=x0, tol=1e-5)
+    assert ours.stop == "tolerance"
+    assert ours.iterations == len(theirs)
+    assert ours.products == ours.iterations + (start == "near")
+    for i, x in enumerate(theirs, start=1):
+        cut = conjugate_gradient(A.mv, b, x0=x0, tol=1e-5, max_iters=i)
+        assert cut.iterations == i
+        assert_near(cut.solution, torch.from_numpy(x))
+        assert_scalars(cut, A, b)
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+def test_same_solution_as_a_dense_solve(n):
+    A, b = spd(n, 100)
+    result = conjugate_gradient(A.mv, b, tol=1e-13)
+    assert_near(result.solution, torch.linalg.solve(A, b), 1e-10)
+    assert result.residual <= 1e-13
+    assert_scalars(result, A, b)
+
+
+@reproducible
+@given(
+    n=st.integers(1, 10),
+    condition=st.floats(1, 10),
+    seed=st.integers(0, 2**20),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_properties(n, condition, seed, scale, dtype):
+    A, b = spd(n, condition, seed, dtype)
+    b = b * scale
+    directions = []
+
+    def matvec(p):
+        directions.append(p.clone())
+        return A @ p
+
+    untouched = b.clone()
+    tol = {torch.float32: 1e-3, torch.float64: 1e-6}[dtype]
+    result = conjugate_gradient(matvec, b, tol=tol)
+    assert result.stop == "tolerance"
+    assert 1 <= result.iterations <= n
+    assert result.products == result.iterations == len(directions)
+    assert result.solution.dtype == dtype
+    assert result.x_dot_b > 0
+    assert torch.equal(b, untouched)
+    assert ((b - A @ result.solution).norm() / b.norm()).item() <= 1.1 * tol
+    assert_scalars(result, A, b)
+    P = torch.stack(directions).double()
+    P = P @ A.double() @ P.T
+    P = P / P.diag().sqrt().outer(P.diag().sqrt())
+    assert (P - torch.eye(len(P))).abs().max() < {torch.float32: 1e-2, torch.float64: 1e-8}[dtype]
+
+
+@reproducible
+@given(n=st.integers(2, 12), condition=st.floats(1, 30), seed=st.integers(0, 2**20), cut=st.integers(1, 12))
+def test_every_iterate_is_a_descent_and_minimises_the_model_on_the_krylov_space(n, condition, seed, cut):
+    A, b = spd(n, condition, seed)
+    result = conjugate_gradient(A.mv, b, tol=1e-4, max_iters=min(cut, n))
+    x = result.solution
+    assert (b @ x).item() > 0
+    assert result.x_dot_ax <= result.x_dot_b * (1 + 1e-9)
+    # Krylov basis from the definition, orthonormalised as it grows.
+    basis = [b / b.norm()]
+    while len(basis) < result.iterations:
+        v = A @ basis[-1]
+        for _ in range(2):
+            v = v - sum((v @ q) * q for q in basis)
+        basis.append(v / v.norm())
+    V = torch.stack(basis, 1)
+    best = V @ torch.linalg.solve(V.T @ A @ V, V.T @ b)
+    assert model_value(A, b, x) == pytest.approx(model_value(A, b, best), rel=1e-8)
+
+
+def martens_stop(A, b, tolerance, at_most):
+    """First i with φ(xᵢ) < 0 and (φ(xᵢ) − φ(xᵢ₋ₖ))/φ(xᵢ) < kε for k = max(10, i/10) < i (Martens 2010, section 4.4)."""
+    values = [model_value(A, b, conjugate_gradient(A.mv, b, tol=0.0, max_iters=i).solution) for i in range(at_most + 1)]
+    for i in range(at_most + 1):
+        k = max(10, i // 10)
+        if i > k and values[i] < 0 and (values[i] - values[i - k]) / values[i] < k * tolerance:
+            return i
+    return None
+
+
+@pytest.mark.parametrize(("progress", "window"), [(5e-2, 10), (5e-3, 11), (2e-3, 16)])
+def test_relative_progress_rule(progress, window):
+    A, b = torch.logspace(0, 5, 300, dtype=torch.float64).diag(), torch.ones(300, dtype=torch.float64)
+    expected = martens_stop(A, b, progress, 220)
+    result = conjugate_gradient(A.mv, b, tol=0.0, progress_tol=progress, max_iters=1000)
+    assert (result.stop, result.iterations) == ("progress", expected)
+    assert max(10, expected // 10) == window
+    assert_scalars(result, A, b)
+    assert conjugate_gradient(A.mv, b, tol=0.0, progress_tol=0.0, max_iters=expected + 1).stop == "max_iters"
+
+
+def test_good_start_is_used():
+    A, b = spd(20, 100)
+    exact = torch.linalg.solve(A, b)
+    done = conjugate_gradient(A.mv, b, x0=exact)
+    assert (done.iterations, done.products, done.stop) == (0, 1, "tolerance")
+    assert torch.equal(done.solution, exact)
+    x0 = 0.9 * exact
+    cut = conjugate_gradient(A.mv, b, x0=x0, max_iters=3)
+    assert (cut.iterations, cut.products, cut.stop) == (3, 4, "max_iters")
+    assert model_value(A, b, cut.solution) < model_value(A, b, x0)
+    assert torch.equal(x0, 0.9 * exact)
+    assert_scalars(cut, A, b)
+    assert torch.equal(conjugate_gradient(A.mv, b, x0=x0, max_iters=0).solution, x0)
+
+
+@pytest.mark.parametrize("times", [-1.0, 2.5, 1e3, math.nan, math.inf])
+def test_bad_start_is_refused(times):
+    A, b = spd(20, 100)
+    result = conjugate_gradient(A.mv, b, x0=times * torch.linalg.solve(A, b), max_iters=7)
+    from_zero = conjugate_gradient(A.mv, b, max_iters=7)
+    assert torch.equal(result.solution, from_zero.solution)
+    assert result.products == from_zero.products + 1
+    assert result.residual == from_zero.residual
+
+
+def test_zero_start_costs_nothing():
+    A, b = spd(6, 10)
+    assert conjugate_gradient(A.mv, b, x0=torch.zeros(6, dtype=b.dtype), max_iters=2).products == 2
+
+
+def test_start_is_rewarded_in_the_progress_rule():
+    A, b = torch.logspace(0, 5, 300, dtype=torch.float64).diag(), torch.ones(300, dtype=torch.float64)
+    x0 = conjugate_gradient(A.mv, b, tol=0.0, max_iters=150).solution
+    result = conjugate_gradient(A.mv, b, x0=x0, tol=0.0, progress_tol=1e-2, max_iters=1000)
+    assert (result.stop, result.iterations) == ("progress", 11)
+
+
+@pytest.mark.parametrize("eigenvalue", [-1.0, 0.0])
+def test_negative_curvature_at_once_gives_the_right_hand_side(eigenvalue):
+    A, b = torch.tensor([[eigenvalue, 0], [0, 2]], dtype=torch.float64), torch.tensor([3.0, 0], dtype=torch.float64)
+    result = conjugate_gradient(A.mv, b)
+    assert (result.stop, result.iterations) == ("negative_curvature", 1)
+    assert torch.equal(result.solution, b)
+    assert_scalars(result, A, b)
+
+
+def test_negative_curvature_later_gives_the_last_iterate():
+    A, b = spd(12, 1e3)
+    A = A - 1.5 * torch.eye(12, dtype=A.dtype)
+    result = conjugate_gradient(A.mv, b, tol=1e-12)
+    assert result.stop == "negative_curvature"
+    assert result.iterations > 2
+    before = conjugate_gradient(A.mv, b, tol=1e-12, max_iters=result.iterations - 1)
+    assert before.stop == "max_iters"
+    assert torch.equal(result.solution, before.solution)
+    assert_scalars(result, A, b)
+
+
+@pytest.mark.parametrize("boundary", [1e-3, 50.0])
+@pytest.mark.parametrize("first", [True, False])
+def test_negative_curvature_is_followed_to_the_boundary(first, boundary):
+    """To xᵀA x + τ² |pᵀA p| = boundary, from the last iterate x along the last direction p."""
+    A, b = spd(12, 1e3)
+    A = A - (1e4 if first else 1.5) * torch.eye(12, dtype=A.dtype)
+    directions = []
+
+    def matvec(p):
+        directions.append(p.clone())
+        return A @ p
+
+    result = conjugate_gradient(matvec, b, tol=1e-12, boundary=boundary)
+    assert result.stop == "negative_curvature"
+    assert (result.iterations == 1) == first
+    x = conjugate_gradient(A.mv, b, tol=1e-12, max_iters=result.iterations - 1).solution
+    p = directions[-1]
+    room = max(0.0, boundary - (x @ A @ x).item())
+    assert (room > 0) == (first or boundary > 1)
+    assert_near(result.solution, x + (room / (p @ A @ p).abs()).sqrt() * p)
+    assert model_value(A, b, result.solution) <= model_value(A, b, x) + 1e-12
+    assert_scalars(result, A, b)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_product_that_is_not_finite_gives_the_last_iterate(at, poison):
+    A, b = spd(8, 100)
+    calls = []
+
+    def matvec(p):
+        calls.append(1)
+        return A @ p * (poison if len(calls) == at else 1.0)
+
+    result = conjugate_gradient(matvec, b)
+    assert (result.stop, result.iterations) == ("not_finite", at)
+    assert torch.equal(result.solution, conjugate_gradient(A.mv, b, max_iters=at - 1).solution)
+    assert_scalars(result, A, b)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("start", [None, "given"])
+def test_a_right_hand_side_that_is_not_finite_gives_zero(poison, start):
+    A, b = spd(8, 100)
+    b[3] = poison
+    result = conjugate_gradient(A.mv, b, x0=None if start is None else torch.ones_like(b))
+    assert (result.stop, result.iterations) == ("not_finite", 0)
+    assert not result.solution.any()
+
+
+@pytest.mark.parametrize("x0", [None, torch.zeros(8), torch.ones(8)])
+def test_zero_right_hand_side(x0):
+    A, _ = spd(8, 100, dtype=torch.float32)
+    result = conjugate_gradient(A.mv, torch.zeros(8), x0=x0)
+    assert (result.stop, result.iterations, result.residual) == ("tolerance", 0, 0.0)
+    assert not result.solution.any()
+    assert (result.x_dot_b, result.x_dot_r, result.x_dot_ax) == (0.0, 0.0, 0.0)
+
+
+def test_no_iterations():
+    A, b = spd(8, 100)
+    result = conjugate_gradient(A.mv, b, max_iters=0)
+    assert (result.stop, result.iterations, result.products, result.residual) == ("max_iters", 0, 0, 1.0)
+    assert not result.solution.any()
+
+
+@pytest.mark.parametrize(
+    ("b", "arguments", "message"),
+    [
+        (torch.ones(2, 2), {}, r"b must be a vector, got shape \(2, 2\)"),
+        (torch.ones(2), {"x0": torch.ones(3)}, r"x0 must have the shape of b, \(2,\), got \(3,\)"),
+        (torch.ones(2), {"max_iters": -1}, "max_iters must be at least 0, got -1"),
+        (torch.ones(2), {"tol": -1e-3}, "tol must be at least 0, got -0.001"),
+        (torch.ones(2), {"tol": math.nan}, "tol must be at least 0, got nan"),
+        (torch.ones(2), {"progress_tol": -0.5}, "progress_tol must be at least 0, got -0.5"),
+        (torch.ones(2), {"progress_tol": math.nan}, "progress_tol must be at least 0, got nan"),
+    ],
+)
+def test_bad_arguments(b, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        conjugate_gradient(lambda v: v, b, **arguments)
+
+
+def test_singular_but_consistent_system():
+    """The solution is the one of least norm, which lies in the Krylov space."""
+    J = torch.randn(5, 9, dtype=torch.float64)
+    b = J.T @ torch.randn(5, dtype=torch.float64)
+    result = conjugate_gradient(lambda v: J.T @ (J @ v), b, tol=1e-12)
+    assert_near(result.solution, torch.from_numpy(np.linalg.pinv((J.T @ J).numpy()) @ b.numpy()))

@@ -1,0 +1,117 @@
+"""The Levenberg-Marquardt rule, alone and in the optimizer."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ngd_optim import NaturalCG
+from ngd_optim.damping import damping_factor
+
+RULE = [
+    # reduction ratio, accepted, backtracks, factor
+    (0.9, True, 0, 2 / 3),
+    (1.7, True, 0, 2 / 3),
+    (0.7501, True, 0, 2 / 3),
+    (0.75, True, 0, 1.0),
+    (0.5, True, 0, 1.0),
+    (0.25, True, 0, 1.0),
+    (0.2499, True, 0, 3 / 2),
+    (-3.0, True, 0, 3 / 2),
+    (math.nan, True, 0, 1.0),
+    (0.9, True, 1, 3 / 2),
+    (0.5, True, 4, 3 / 2),
+    (0.9, False, 0, 4.0),
+    (math.nan, False, 0, 4.0),
+    (-1.0, False, 11, 4.0),
+]
+
+
+@pytest.mark.parametrize(("ratio", "accepted", "backtracks", "factor"), RULE)
+def test_rule(ratio, accepted, backtracks, factor):
+    assert damping_factor(ratio, accepted=accepted, backtracks=backtracks) == factor
+
+
+def bowl(start):
+    """Least squares of tanh: the further out, the worse is its quadratic model."""
+    w = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+    return w, lambda: F.mse_loss(w.tanh(), torch.zeros(1, dtype=torch.float64))
+
+
+IN_THE_OPTIMIZER = [
+    # start, most backtracks, reduction ratio between, factor
+    (0.3, 0, (0.9, 1.1), 2 / 3),
+    (0.9, 0, (0.25, 0.75), 1.0),
+    (1.0, 0, (0.0, 0.25), 3 / 2),
+    (1.2, 0, (-9.0, 0.0), 3 / 2),
+    (1.2, 10, (0.0, 0.25), 3 / 2),
+    (1.5, 10, (0.25, 9.0), 3 / 2),
+]
+
+
+@pytest.mark.parametrize(("start", "max_backtracks", "between", "factor"), IN_THE_OPTIMIZER)
+@pytest.mark.parametrize("damping", [1e-6, 1e-3])
+def test_damping_follows_the_measured_ratio(start, max_backtracks, between, factor, damping):
+    w, closure = bowl(start)
+    optimizer = NaturalCG([w], damping=damping, max_kl=None, max_backtracks=max_backtracks)
+    slope, curvature = 2 * math.tanh(start) / math.cosh(start) ** 2, 2 / math.cosh(start) ** 4
+    optimizer.step(closure)
+    report = optimizer.last_step
+    d = 0.8**report.backtracks * -slope / (curvature + damping)
+    assert w.item() == pytest.approx(start + d, rel=1e-10)
+    predicted = -(slope * d + 0.5 * curvature * d**2)
+    assert report.predicted_decrease == pytest.approx(predicted, rel=1e-8)
+    ratio = (math.tanh(start) ** 2 - math.tanh(start + d) ** 2) / predicted
+    assert report.reduction_ratio == pytest.approx(ratio, rel=1e-8)
+    assert between[0] < ratio < between[1]
+    assert (report.backtracks > 0) == (max_backtracks > 0)
+    assert report.damping == damping
+    assert optimizer.param_groups[0]["damping"] == damping * factor
+
+
+@pytest.mark.parametrize(
+    ("start", "damping", "limits", "after"),
+    [
+        (0.3, 1e-3, {"min_damping": 9e-4}, 9e-4),
+        (0.3, 1e-3, {"min_damping": 1e-2}, 1e-2),
+        (1.2, 1e-3, {"max_damping": 1.2e-3}, 1.2e-3),
+        (1.2, 0.0, {}, 1e-8),
+        (1.2, 1e-3, {"adapt_damping": False}, 1e-3),
+        (0.3, 0.0, {"adapt_damping": False}, 0.0),
+    ],
+)
+def test_damping_stays_in_its_limits(start, damping, limits, after):
+    w, closure = bowl(start)
+    optimizer = NaturalCG([w], damping=damping, max_kl=None, **limits)
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["damping"] == after
+
+
+def test_a_rejected_step_raises_the_damping_fourfold():
+    w, closure = bowl(0.3)
+    optimizer = NaturalCG([w], damping=0.1)
+    optimizer.step(lambda: closure() + (w.detach() - 0.3).abs().sum() * 1e6)
+    assert not optimizer.last_step.accepted
+    assert optimizer.param_groups[0]["damping"] == 0.4
+    assert optimizer.last_step.damping == 0.1
+
+
+def test_a_step_at_the_minimum_leaves_the_damping():
+    w, closure = bowl(0.0)
+    optimizer = NaturalCG([w], damping=0.1)
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted
+    assert math.isnan(optimizer.last_step.reduction_ratio)
+    assert optimizer.param_groups[0]["damping"] == 0.1
+
+
+def test_each_group_keeps_its_own():
+    w, closure = bowl(0.3)
+    v = nn.Parameter(torch.tensor([0.2], dtype=torch.float64))
+    groups = [{"params": [w], "damping": 1e-4}, {"params": [v], "damping": 1e-3}]
+    optimizer = NaturalCG(groups)
+    optimizer.step(lambda: closure() + F.mse_loss(v.tanh(), torch.zeros_like(v)))
+    assert [g["damping"] for g in optimizer.param_groups] == pytest.approx([1e-4 * 2 / 3, 1e-3 * 2 / 3], rel=1e-15)
+    assert optimizer.last_step.damping == 1e-3

@@ -1,0 +1,103 @@
+"""What the closure may return as a metric, and how the KL to it is measured."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import FAMILIES, assert_near, dense_gauss_newton, flat_function, flatten, heads, make_model, mean_kl
+from torch import distributions as D
+
+from ngd_optim import NaturalCG, linearize
+
+FAR = 0.3
+SYMMETRIC = {"normal_fixed_scale", "cauchy"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kl_is_measured_from_the_old_to_the_new_prediction(name):
+    family = FAMILIES[name]
+    model, x = make_model("mlp", family.size)
+    old = family.predict(model(x).detach())
+    data = [head.sample() for head in heads(old)]
+
+    def closure():
+        prediction = family.predict(model(x))
+        return -sum(head.log_prob(y).mean() for head, y in zip(heads(prediction), data, strict=True)), prediction
+
+    optimizer = NaturalCG(model.parameters(), max_kl=FAR, trust_region="boundary", damping=0.1, max_backtracks=0)
+    optimizer.step(closure)
+    report = optimizer.last_step
+    assert report.accepted
+    new = family.predict(model(x).detach())
+    assert report.kl == pytest.approx(mean_kl(old, new).item(), rel=1e-8)
+    if name not in SYMMETRIC:
+        assert report.kl != pytest.approx(mean_kl(new, old).item(), rel=1e-4)
+
+
+def mixture(z):
+    return D.MixtureSameFamily(D.Categorical(logits=z), D.Normal(z, 1.0))
+
+
+WITHOUT_KL = {
+    "MixtureSameFamily": mixture,
+    "StudentT": lambda z: D.StudentT(z.exp() + 1),
+    "VonMises": lambda z: D.VonMises(z, 1.0),
+    "NegativeBinomial": lambda z: D.NegativeBinomial(3, logits=z),
+    "Multinomial": lambda z: D.Multinomial(3, logits=z),
+    "RelaxedBernoulli": lambda z: D.RelaxedBernoulli(torch.ones(()), logits=z),
+    "LKJCholesky": lambda z: D.LKJCholesky(2, z.exp()),
+    "Uniform": lambda z: D.Uniform(z, z + 1),
+    "Pareto": lambda z: D.Pareto(z.exp(), 2.0),
+    "AffineTransform": lambda z: D.TransformedDistribution(
+        D.Normal(torch.zeros_like(z), 1.0), D.AffineTransform(z, 2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: [d], lambda d: {"a": d}, lambda d: D.Independent(d, 0)])
+@pytest.mark.parametrize("name", WITHOUT_KL)
+def test_without_a_kl_the_message_names_form_c(name, wrap):
+    model, x = make_model("linear", 2)
+    with pytest.raises(NotImplementedError, match=rf"({name}|Independent).*\(loss, kl\).*closure form \(c\)"):
+        linearize(lambda: (model(x).sum(), wrap(WITHOUT_KL[name](model(x)))), model.parameters())
+
+
+@pytest.mark.parametrize("name", WITHOUT_KL)
+def test_gauss_newton_needs_no_kl(name):
+    model, x = make_model("linear", 2)
+
+    def loss(z):
+        return F.mse_loss(z, torch.ones_like(z))
+
+    point = linearize(lambda: (loss(model(x)), WITHOUT_KL[name](model(x))), model.parameters(), curvature="ggn")
+    v = torch.randn(8, dtype=torch.float64)
+    dense = dense_gauss_newton(flat_function(model, x), flatten(model.parameters()), loss)
+    assert_near(point.curvature(v), dense @ v)
+
+
+@pytest.mark.parametrize("metric", ["nats", [1.0], {"a": None}, 0.5])
+def test_other_metrics_are_refused(metric):
+    model, x = make_model("linear", 2)
+    with pytest.raises(TypeError, match=r"must be a torch.distributions.Distribution, a list, tuple or dict"):
+        linearize(lambda: (model(x).sum(), metric), model.parameters())
+
+
+def detached_head(z):
+    return [D.Normal(z, 1.0), D.Normal(z.detach(), 1.0)]
+
+
+@pytest.mark.parametrize("predict", [lambda z: D.Categorical(logits=z.detach()), detached_head])
+def test_detached_distributions_are_refused(predict):
+    model, x = make_model("linear", 2)
+    with pytest.raises(ValueError, match=r"parameters of the returned \w+ are detached from the graph"):
+        linearize(lambda: (model(x).sum(), predict(model(x))), model.parameters())
+
+
+def test_a_kl_must_be_a_scalar_zero_with_a_graph():
+    model, x = make_model("linear", 2)
+    for metric, message in [
+        (lambda: model(x) * 0, r"must be a scalar KL, got shape \(5, 2\)"),
+        (lambda: model(x).sum().detach() * 0, "kl has no graph to differentiate"),
+        (lambda: model(x).square().sum(), "kl must be zero at the current parameters, got "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            linearize(lambda: (model(x).sum(), metric()), model.parameters())  # noqa: B023
