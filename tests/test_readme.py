@@ -1,0 +1,22 @@
+"""The README's code runs, and its table is the one that the tests check."""
+
+import re
+
+import torch
+import what_works
+
+
+def test_code_blocks_run_one_after_another():
+    blocks = re.findall(r"```python\n(.*?)```", what_works.README.read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, what_works.README.name, "exec"), namespace)
+        assert namespace["optimizer"].last_step is not None
+        assert all(p.isfinite().all() for p in namespace["model"].parameters())
+    assert torch.is_tensor(namespace["loss"])
+
+
+def test_the_table_of_what_works_is_up_to_date():
+    readme = what_works.README.read_text()
+    assert what_works.with_table(readme) == readme, "run `make readme`"
