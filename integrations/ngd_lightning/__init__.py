@@ -1,0 +1,1 @@
+"""NaturalCG under Lightning."""

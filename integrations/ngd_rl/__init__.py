@@ -1,0 +1,1 @@
+"""TRPO for Stable-Baselines3 on the NaturalCG step."""
