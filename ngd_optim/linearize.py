@@ -13,7 +13,7 @@ from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, 
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
-from ngd_optim.verify import Experience, refuse_unsupported, verify
+from ngd_optim.verify import Experience, cannot_follow, refuse_unsupported, verify
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,11 @@ class _Product:
             self._metric = None  # and with it the graph: the recording holds what it needs of that
             return self._formed.result
         except CannotReplayError as error:
-            experience.form_directly(error)
+            experience.form_directly(str(error))
         except RuntimeError as error:  # the closure now does what forward mode cannot follow
             if experience.backend == "double-backward":
                 raise
-            experience.fall_back(error)
+            experience.fall_back(cannot_follow(error))
         return self._first(v)
 
     def _direct(self) -> Callable[[Tensor], Tensor]:

@@ -28,7 +28,9 @@ class QuadraticModel:
 
     def system(self, v: Tensor) -> Tensor:
         """``(F + W + λI) v``."""
-        return self.curvature(v) + (self.decay + self.damping) * v
+        shift = self.decay + self.damping
+        product = self.curvature(v)
+        return product.addcmul_(shift, v) if isinstance(shift, Tensor) else product.add_(v, alpha=shift)
 
 
 @dataclass(frozen=True)

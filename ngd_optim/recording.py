@@ -6,11 +6,13 @@ operations that depend on the vector, with everything else as constants.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ngd_optim.program import Meta, Operation, optimised
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 _NOT_REPLAYABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -38,9 +40,10 @@ class Recording:
         recorder = _Recorder(v)
         with torch.no_grad(), recorder:
             self.result = function(v)
-        self._slots = recorder.slots
+        self._slots = len(recorder.metas)
         self._output = recorder.slot_of(self.result)
-        self._program = _without_dead_code(recorder.program, self._output)
+        recorder.release()
+        self._program = [] if self._output is None else optimised(recorder.program, recorder.metas, self._output)
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
@@ -62,25 +65,16 @@ class Recording:
         return values[self._output]
 
 
-class _Operation(NamedTuple):
-    function: Any
-    args: list[Any]
-    kwargs: dict[str, Any]
-    inputs: list[tuple[Any, Any, int]]  # the list or dict in args or kwargs, the index or key in it, the slot
-    outputs: list[tuple[int | None, int]]  # the index in the result, or None where that is one tensor, and the slot
-    last_uses: list[int]  # slots that nothing needs afterwards
-
-
 class _Recorder(TorchDispatchMode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot."""
 
     def __init__(self, v: Tensor) -> None:
         super().__init__()
         self._slot = {id(v): 0}
-        self._memory = {_memory(v)}
-        self._alive = [v]  # an id names a tensor only while that lives
-        self.program: list[_Operation] = []
-        self.slots = 1
+        self._alive = [v]  # an id names a tensor, and an address its memory, only while that lives
+        self._memory = {Meta.of(v).memory}
+        self.program: list[Operation] = []
+        self.metas = [Meta.of(v)]
 
     def slot_of(self, tensor: Tensor) -> int | None:
         """The slot of a tensor, None if it does not depend on the vector."""
@@ -100,7 +94,7 @@ class _Recorder(TorchDispatchMode):
             return result
         outputs = [(None, result)] if isinstance(result, Tensor) else list(_tensors(result))
         slots = [(index, self._new_slot(tensor)) for index, tensor in outputs]
-        self.program.append(_Operation(func, own_args, own_kwargs, inputs, slots, []))
+        self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
         return result
 
     def _own(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
@@ -122,41 +116,28 @@ class _Recorder(TorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     written = args[index] if index < len(args) else kwargs.get(argument.name)
                     for tensor in [written] if isinstance(written, Tensor) else written or []:
-                        if _memory(tensor) not in self._memory:
+                        if tensor.untyped_storage().data_ptr() not in self._memory:
                             raise CannotReplayError(
                                 f"{func} writes what depends on the vector to memory from elsewhere"
                             )
 
     def _new_slot(self, tensor: Tensor) -> int:
-        slot = self._slot.setdefault(id(tensor), self.slots)
-        if slot == self.slots:
-            self.slots += 1
+        slot = self._slot.setdefault(id(tensor), len(self.metas))
+        if slot == len(self.metas):
             self._alive.append(tensor)
-            self._memory.add(_memory(tensor))
+            self.metas.append(Meta.of(tensor))
+            self._memory.add(self.metas[slot].memory)
         return slot
 
-
-def _without_dead_code(program: list[_Operation], output: int | None) -> list[_Operation]:
-    """The operations that the output needs, and those that write in place, with the last uses of every slot."""
-    kept, needed = [], {output}
-    for operation in reversed(program):
-        outputs = {slot for _, slot in operation.outputs}
-        if operation.function._schema.is_mutable or outputs & needed:
-            used = outputs | {slot for _, _, slot in operation.inputs}
-            operation.last_uses.extend(used - needed)
-            needed |= used
-            kept.append(operation)
-    for operation in kept:
-        for place, key, _ in operation.inputs:
-            place[key] = None
-    return kept[::-1]
+    def release(self) -> None:
+        """Let go of every tensor that depends on the vector."""
+        self._alive.clear()
+        for operation in self.program:
+            for place, key, _ in operation.inputs:
+                place[key] = None
 
 
 def _tensors(result: Any) -> Iterator[tuple[int, Tensor]]:
     for index, value in enumerate(result if isinstance(result, list | tuple) else ()):
         if isinstance(value, Tensor):
             yield index, value
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

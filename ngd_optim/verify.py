@@ -44,15 +44,13 @@ class Experience:
     penalty: bool = False
     replays: bool = False
 
-    def fall_back(self, error: RuntimeError | str) -> None:
+    def fall_back(self, reason: str) -> None:
         """Form the products by double-backward from now on."""
-        reason = error if isinstance(error, str) else f"torch.func cannot follow the closure: {_first_line(error)}"
         logger.info("products by double-backward, because %s", reason)
         self.backend = "double-backward"
 
-    def form_directly(self, error: RuntimeError | str) -> None:
+    def form_directly(self, reason: str) -> None:
         """Do not record products from now on."""
-        reason = error if isinstance(error, str) else _first_line(error)
         logger.info("products are formed directly at each iteration, because they cannot be recorded: %s", reason)
         self.replays = False
 
@@ -102,7 +100,7 @@ def verify(
     try:
         experience.replays = _replays(direct, v, eps)
     except CannotReplayError as error:
-        experience.form_directly(error)
+        experience.form_directly(str(error))
     else:
         if not experience.replays:
             experience.form_directly("the replay disagrees with the product")
@@ -132,14 +130,12 @@ def _choose_backend(
     eps: float,
 ) -> None:
     """Forward mode, where it can follow the closure and agrees with double-backward, which sees what autograd sees."""
-    problem: RuntimeError | str = (
-        "torch.func misses a dependence on parameters that autograd sees (TorchScript or an extension?)"
-    )
+    problem = "torch.func misses a dependence on parameters that autograd sees (TorchScript or an extension?)"
     product = reference = None
     try:
         product = parameters.flatten(metric.product(run, parameters.tensors, "torch.func")(v))
     except RuntimeError as error:
-        problem = error
+        problem = cannot_follow(error)
     try:
         reference = parameters.flatten(metric.product(run, parameters.tensors, "double-backward")(v))
     except RuntimeError:
@@ -188,5 +184,6 @@ def _nodes(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
             pending.extend(parent for parent, _ in node.next_functions)
 
 
-def _first_line(error: RuntimeError) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+def cannot_follow(error: RuntimeError) -> str:
+    """Why forward mode fails. A string: the error itself would keep the graph alive."""
+    return f"torch.func cannot follow the closure: {type(error).__name__}: {error}".strip().splitlines()[0]

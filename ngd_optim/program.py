@@ -1,0 +1,193 @@
+"""A straight-line program of aten operations, and rewrites that make it shorter without changing what it computes."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+_MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm, _aten.bmm.default: _aten.baddbmm}
+
+
+class Meta(NamedTuple):
+    """What is known of the tensor in a slot. Tensors that share memory have the same ``memory``."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    memory: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Meta":
+        """Of a tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.untyped_storage().data_ptr())
+
+
+@dataclass
+class Operation:
+    """One call. Tensors that the program computes are in numbered slots; everything else stands in the arguments.
+
+    Attributes:
+        function: an aten overload.
+        args, kwargs: its arguments, with None where a slot goes.
+        inputs: the list or dict in them, the index or key, and the slot.
+        outputs: the index in the result, or None where that is one tensor, and the slot.
+        last_uses: slots that no later operation needs.
+    """
+
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    inputs: list[tuple[Any, Any, int]]
+    outputs: list[tuple[int | None, int]]
+    last_uses: list[int] = field(default_factory=list)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it changes one of its arguments."""
+        return self.function._schema.is_mutable
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots that it reads."""
+        return [slot for _, _, slot in self.inputs]
+
+
+def optimised(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
+    """A program that computes the same output slot from slot 0, with fewer and cheaper operations."""
+    program = _without_added_zeros(program, metas, output)
+    program = _without_copies(program, metas)
+    program = _without_dead_code(program, output)
+    program = _with_fused_products(program, metas, output)
+    program = _without_dead_code(program, output)
+    _reuse_memory(program, metas, output)
+    _note_last_uses(program, output)
+    return program
+
+
+def _without_added_zeros(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
+    """``x + 0``, which forward mode makes of inputs without a tangent, is ``x``, expanded.
+
+    Only where pointwise operations read it, which do not mind how it lies in memory.
+    """
+    particular = {output} | {slot for op in program if torch.Tag.pointwise not in op.function.tags for slot in op.slots}
+    for operation in program:
+        if operation.function is not _aten.add.Tensor or len(operation.inputs) != 1 or operation.kwargs:
+            continue
+        (_, position, slot), result = operation.inputs[0], operation.outputs[0][1]
+        other, meta = operation.args[1 - position], metas[slot]
+        if result in particular or meta.dtype != metas[result].dtype or not isinstance(other, Tensor) or other.any():
+            continue
+        shape = metas[result].shape
+        operation.function, operation.args = _aten.expand.default, [None, list(shape)]
+        operation.inputs = [(operation.args, 0, slot)]
+        _share_memory(metas, result, slot)
+        expanded = torch.empty_strided(meta.shape, meta.stride, device="meta").expand(shape)
+        metas[result] = metas[result]._replace(stride=expanded.stride())
+    return program
+
+
+def _without_copies(program: list[Operation], metas: list[Meta]) -> list[Operation]:
+    """A fresh tensor that is only filled with a copy of another is that other."""
+    written = [metas[op.slots[0]].memory for op in program if op.writes and op.inputs[0][0] is op.args]
+    fresh = {op.outputs[0][1] for op in program if op.function is _aten._new_zeros_with_same_feature_meta.default}
+    same: dict[int, int] = {}
+    kept = []
+    for operation in program:
+        operation.inputs = [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
+        if operation.function is _aten.copy_.default and len(operation.inputs) == 2 and operation.slots[0] in fresh:
+            target, source = operation.slots
+            untouched = written.count(metas[target].memory) == 1 and metas[source].memory not in written
+            if untouched and metas[target][:3] == metas[source][:3]:
+                same[target] = source
+                continue
+        kept.append(operation)
+    return kept
+
+
+def _with_fused_products(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
+    """``x + A B`` in one operation, where nothing else needs ``A B``."""
+    uses = [slot for operation in program for slot in operation.slots] + [output]
+    products = {op.outputs[0][1]: op for op in program if op.function in _MATMUL_AND_ADD}
+    for operation in program:
+        if operation.function is not _aten.add.Tensor or operation.kwargs or len(operation.args) != 2:
+            continue
+        for place, position, slot in reversed(operation.inputs):
+            product = products.get(slot)
+            same_shape = metas[slot].shape == metas[operation.outputs[0][1]].shape
+            if product is None or not same_shape or place is not operation.args or uses.count(slot) > 1:
+                continue
+            added = operation.args[1 - position]
+            added_slots = [s for _, key, s in operation.inputs if key == 1 - position]
+            operation.function = _MATMUL_AND_ADD[product.function].default
+            operation.args = [added, *product.args]
+            operation.inputs = [(operation.args, 0, s) for s in added_slots]
+            operation.inputs += [(operation.args, key + 1, s) for _, key, s in product.inputs]
+            break
+    return program
+
+
+def _reuse_memory(program: list[Operation], metas: list[Meta], output: int) -> None:
+    """Let a pointwise operation, or a fused product, write its result over an argument that ends there."""
+    last: dict[int, int] = {metas[0].memory: len(program), metas[output].memory: len(program)}
+    for index, operation in enumerate(program):
+        for slot in [*operation.slots, *(slot for _, slot in operation.outputs)]:
+            last[metas[slot].memory] = max(index, last.get(metas[slot].memory, index))
+    for index, operation in enumerate(program):
+        fused = operation.function in (_aten.addmm.default, _aten.baddbmm.default)
+        if not (fused or torch.Tag.pointwise in operation.function.tags) or operation.writes or operation.kwargs:
+            continue
+        result = operation.outputs[0][1]
+        out = _out_variant(operation.function)
+        for place, position, slot in operation.inputs[:1] if fused else operation.inputs:
+            ends_here = last[metas[slot].memory] == index and metas[slot][:3] == metas[result][:3]
+            if out is None or not ends_here or place is not operation.args or (fused and position != 0):
+                continue
+            if sum(metas[s].memory == metas[slot].memory for s in operation.slots) > 1:
+                continue
+            operation.function, name = out
+            operation.kwargs = {name: None}
+            operation.inputs = [*operation.inputs, (operation.kwargs, name, slot)]
+            last[metas[slot].memory] = last[metas[result].memory]
+            _share_memory(metas, result, slot)
+            break
+
+
+def _out_variant(function: Any) -> tuple[Any, str] | None:
+    """The overload that writes its result to a given tensor, and that argument's name."""
+    packet = function.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        arguments = overload._schema.arguments
+        outs = [a.name for a in arguments if a.is_out]
+        if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+            return overload, outs[0]
+    return None
+
+
+def _share_memory(metas: list[Meta], slot: int, with_slot: int) -> None:
+    """Note that a slot, and all that shares its memory, now shares that of another."""
+    old, new = metas[slot].memory, metas[with_slot].memory
+    for index, meta in enumerate(metas):
+        if meta.memory == old:
+            metas[index] = meta._replace(memory=new)
+
+
+def _without_dead_code(program: list[Operation], output: int) -> list[Operation]:
+    """The operations that the output needs, and those that write in place."""
+    kept, needed = [], {output}
+    for operation in reversed(program):
+        if operation.writes or not needed.isdisjoint(slot for _, slot in operation.outputs):
+            needed.update(operation.slots)
+            kept.append(operation)
+    return kept[::-1]
+
+
+def _note_last_uses(program: list[Operation], output: int) -> None:
+    needed = {output}
+    for operation in reversed(program):
+        used = {slot for _, slot in operation.outputs} | set(operation.slots)
+        operation.last_uses = list(used - needed)
+        needed |= used

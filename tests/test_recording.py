@@ -1,0 +1,233 @@
+"""What is replayed is what was recorded."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_models import CASES, Problem
+from torch import nn
+
+from ngd_optim import NaturalCG, linearize
+from ngd_optim.closure import ReplayedClosure
+from ngd_optim.linearize import linearize_closure
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.recording import CannotReplayError, Recording
+from ngd_optim.verify import Experience
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+def vector(n=6):
+    return torch.randn(n, dtype=torch.float64)
+
+
+MATRIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
+OTHER = torch.randn(6, generator=torch.Generator().manual_seed(1)).double()
+
+LINEAR = {
+    "matmul": lambda v: MATRIX @ v,
+    "identity": lambda v: v,
+    "zero": lambda v: torch.zeros(6, dtype=torch.float64),
+    "constant_added_and_taken_away": lambda v: (v + OTHER) - OTHER,
+    "two_paths": lambda v: MATRIX @ v + OTHER * v,
+    "product_used_twice": lambda v: (lambda p: (v.view(2, 3) + p).flatten() + p.flatten())(
+        v.view(2, 3) @ MATRIX[:3, :3]
+    ),
+    "in_place_on_own_memory": lambda v: (v * OTHER).add_(v).mul_(2),
+    "view_changed_in_place": lambda v: _negated_head(v * 1.0),
+    "filled": lambda v: torch.empty_like(v).copy_(v) * 3,
+    "several_results": lambda v: torch.cat([part * (i + 1) for i, part in enumerate(v.split([1, 2, 3]))]),
+    "added_zeros": lambda v: (v[:3] + torch.zeros(2, 3, dtype=torch.float64)).flatten() * OTHER,
+    "added_zeros_then_product": lambda v: (
+        v[:3] + torch.zeros(3, 3, dtype=torch.float64) + v.view(3, 2) @ MATRIX[:2, :3]
+    ).flatten()[:6],
+    "same_tensor_twice": lambda v: (v + v) * OTHER,
+    "result_read_again": lambda v: (lambda a: torch.cat([a, a + v])[3:9])(v * OTHER),
+    "dead_code": lambda v: (torch.sin(v).sum(), v * 2)[1],
+    "batched_product": lambda v: (v.view(2, 3, 1) + v.view(2, 3, 1) @ MATRIX[:2, :1].view(2, 1, 1)).flatten(),
+}
+
+
+def _negated_head(t):
+    t[:3].neg_()
+    return t
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_replay_equals_the_function(name):
+    function, v = LINEAR[name], vector()
+    before = v.clone()
+    recording = Recording(function, v)
+    assert torch.equal(recording.result, function(before))
+    for w in [vector() for _ in range(3)]:
+        kept = w.clone()
+        first, second = recording(w), recording(w)
+        assert torch.equal(w, kept)
+        assert torch.allclose(first, function(w), rtol=1e-14, atol=1e-14)
+        assert torch.equal(first, second)
+    assert torch.equal(v, before)
+
+
+def test_results_do_not_share_memory():
+    for function in LINEAR.values():
+        recording = Recording(function, vector())
+        first = recording(vector())
+        kept = first.clone()
+        recording(vector())
+        assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("backend", ["torch.func", "double-backward"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_model(name, backend):
+    if backend == "torch.func" and CASES[name].backend != backend:
+        backend = CASES[name].backend
+    problem = Problem(CASES[name], "cross_entropy", torch.float64)
+    parameters = FlatParameters([{"params": problem.params}])
+
+    def point(replays):
+        known = Experience(complete=True, backend=backend, replays=replays)
+        return linearize_closure(ReplayedClosure(problem.closure, problem.params), parameters, "ggn", known)
+
+    state, buffers = torch.get_rng_state(), copy.deepcopy(problem.model.state_dict())
+    vectors = [vector(sum(p.numel() for p in problem.params)) for _ in range(3)]
+    torch.set_rng_state(state)
+    direct = point(False)
+    expected = [direct.curvature(v) for v in vectors]
+    problem.model.load_state_dict(buffers)
+    torch.set_rng_state(state)
+    replayed = point(True)
+    for v, product in zip(vectors, expected, strict=True):
+        assert (replayed.curvature(v) - product).norm() <= 1e-12 * product.norm()
+    assert isinstance(replayed.product._formed, Recording)
+
+
+def test_a_hessian_is_replayed():
+    model, x = nn.Linear(3, 2).double(), vector().view(2, 3)
+    point = linearize(lambda: model(x).abs().pow(3).sum(), model.parameters())
+    matrix = torch.stack([point.curvature(e) for e in torch.eye(8, dtype=torch.float64)])
+    again = torch.stack([point.curvature(e) for e in torch.eye(8, dtype=torch.float64)])
+    assert torch.allclose(matrix, matrix.T, atol=1e-12)
+    assert torch.equal(matrix[1:], again[1:])
+
+
+UNREPLAYABLE = {
+    "random": lambda v: v * torch.bernoulli(v.clamp(0, 1)),
+    "value_read": lambda v: v * v.sum().item(),
+    "branch": lambda v: v if v.sum() > 0 else -v,
+    "shape_from_values": lambda v: v[v > 0],
+    "written_elsewhere": lambda v: torch.zeros(6, dtype=torch.float64).copy_(v),
+}
+
+
+@pytest.mark.parametrize("name", UNREPLAYABLE)
+def test_what_cannot_be_replayed_is_refused(name):
+    with pytest.raises(CannotReplayError):
+        Recording(UNREPLAYABLE[name], vector())
+
+
+class ReadsTangent(torch.autograd.Function):
+    """Its forward mode reads the tangent's values."""
+
+    @staticmethod
+    def forward(x):
+        return x * 1.0
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * 1.0 if t.abs().sum().item() >= 0 else t
+
+
+def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
+    model, x, y = nn.Linear(3, 2).double(), vector().view(2, 3), torch.tensor([0, 1])
+    optimizer = NaturalCG(model.parameters())
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        for _ in range(3):
+            optimizer.step(lambda: F.cross_entropy(ReadsTangent.apply(model(x)), y))
+            assert optimizer.last_step.accepted
+    assert len([r for r in caplog.records if "cannot be recorded" in r.message]) == 1
+    assert optimizer.last_step.n_forward == optimizer.last_step.n_product + 2
+
+
+def test_memory_is_released():
+    class Held(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.token = Token()
+            tokens.append(weakref.ref(ctx.token))
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    class Token:
+        pass
+
+    tokens = []
+    model, x, y = nn.Linear(3, 2).double(), vector().view(2, 3), torch.tensor([0, 1])
+    optimizer = NaturalCG(model.parameters())
+    gc.disable()
+    try:
+        optimizer.step(lambda: F.cross_entropy(Held.apply(model(x)), y))
+        optimizer.step(lambda: F.cross_entropy(Held.apply(model(x)), y))
+        assert len(tokens) >= 4
+        assert not [token for token in tokens if token() is not None]
+    finally:
+        gc.enable()
+
+
+class TestOperationCounts:
+    """A step does nothing twice."""
+
+    @pytest.fixture
+    def counted(self):
+        model, x, y = (
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
+            vector().view(2, 3),
+            torch.tensor([0, 1]),
+        )
+        calls = [0]
+
+        def closure():
+            calls[0] += 1
+            return F.cross_entropy(model(x), y)
+
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(closure)
+        calls[0] = 0
+        return optimizer, closure, calls
+
+    def test_forwards_are_the_trace_the_recording_and_the_trials(self, counted):
+        optimizer, closure, calls = counted
+        for _ in range(3):
+            calls[0] = 0
+            optimizer.step(closure)
+            report = optimizer.last_step
+            assert report.n_forward == calls[0] == 2 + (report.backtracks + 1)
+            assert report.n_product == report.cg_iters + 1
+
+    def test_backwards_are_the_gradient_and_the_recording(self, counted, monkeypatch):
+        optimizer, closure, _ = counted
+        model_backwards, grad = [], torch.autograd.grad
+
+        def counting(outputs, inputs, *args, **kwargs):
+            if any(isinstance(t, nn.Parameter) for t in inputs):
+                model_backwards.append(1)
+            return grad(outputs, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(torch.autograd, "grad", counting)
+        optimizer.step(closure)
+        assert optimizer.last_step.n_product > 3
+        assert len(model_backwards) == 2
