@@ -1,13 +1,15 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.cg import CGResult, conjugate_gradient
 from ngd_optim.closure import Closure, ReplayedClosure, rewound_on_error
@@ -62,6 +64,8 @@ class NaturalCG(Optimizer):
         >>> loss = optimizer.step(closure)
     """
 
+    process_group: Any = None
+
     last_step: StepReport | None = None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
 
@@ -115,6 +119,18 @@ class NaturalCG(Optimizer):
             self.param_groups.pop()
             raise
 
+    def register_gradient_hook(self, hook: Callable[["NaturalCG"], None]) -> RemovableHandle:
+        """Have ``hook(optimizer)`` called once in every step: at the gradient, before the parameters move.
+
+        It is the place to look at gradients, as between ``backward()`` and ``step()`` of a first-order optimizer: for a
+        closure that calls ``backward``, ``.grad`` holds them. Changing them makes ``step`` raise ``RuntimeError``.
+        ``handle.remove()`` ends it; it is no part of ``state_dict``.
+        """
+        hooks = self.__dict__.setdefault("_gradient_hooks", OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        return handle
+
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures, *, curvature_closure: Closures | None = None
@@ -142,6 +158,7 @@ class NaturalCG(Optimizer):
         others = [ReplayedClosure(function, parameters.tensors) for function in _closures(curvature_closure or [])]
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             point = self._linearize(runs, parameters, settings)
+            self._call_gradient_hooks(runs[0], point, parameters)
             if others:
                 point = point.with_curvature_of(self._linearize(others, parameters, settings))
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
@@ -169,6 +186,23 @@ class NaturalCG(Optimizer):
             closure = closure.func
         known = self.__dict__.setdefault("_experiences", {})
         return known.setdefault((getattr(closure, "__code__", type(closure)), curvature), Experience())
+
+    def _call_gradient_hooks(self, run: ReplayedClosure, point: Linearization, parameters: FlatParameters) -> None:
+        hooks = self.__dict__.get("_gradient_hooks")
+        if not hooks:
+            return
+        before = [p.grad for p in parameters.tensors]
+        shown = point.gradient.clone()
+        run.leave_gradients(parameters.unflatten(shown), point.reached)
+        for hook in list(hooks.values()):
+            hook(self)
+        if not torch.allclose(shown, point.gradient, rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError(
+                "a hook changed the gradients, which NaturalCG does not use again; to limit the step set max_kl, the "
+                "trust region, in place of gradient clipping"
+            )
+        for p, gradient in zip(parameters.tensors, before, strict=True):
+            p.grad = gradient
 
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
