@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ngd_optim.distributed import quiet_ddp
 from ngd_optim.effects import SideEffects
 from ngd_optim.tracing import Tracing
 
@@ -79,7 +80,7 @@ class ReplayedClosure:
             raise RuntimeError("it changes buffers in place, such as running statistics")
         self._effects.rewind(tensors=in_place)
         try:
-            with torch.set_grad_enabled(graph or self._differentiates):
+            with torch.set_grad_enabled(graph or self._differentiates), quiet_ddp(broadcast=not self._effects.known):
                 with _twice_differentiable(), mode:
                     returned = self.function()
                 loss, metric = _loss_and_metric(mode.substitute(returned), mode.roots)
@@ -91,16 +92,17 @@ class ReplayedClosure:
             self._left_gradients = [p.grad for p in self._params]
         return Evaluation(loss, tuple(mode.outputs), metric)
 
-    def plain_gradients(self) -> Sequence[Tensor | None]:
-        """The gradients that the closure gives when nothing is traced."""
-        before = [p.grad for p in self._params]
+    def plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradients that the closure gives when nothing is traced; ``.grad`` of all leaves is left alone."""
+        before = [(leaf, leaf.grad) for leaf in {id(t): t for t in [*self._params, *leaves]}.values()]
         self.count += 1
         self._effects.rewind()
         try:
-            for p in self._params:
-                p.grad = None
+            for leaf, _ in before:
+                leaf.grad = None
             with torch.enable_grad():
-                returned = self.function()
+                with quiet_ddp(broadcast=False):
+                    returned = self.function()
                 gradients = [p.grad for p in self._params]
                 if all(gradient is None for gradient in gradients):  # it called no backward
                     loss, _ = _loss_and_metric(returned, [])
@@ -108,8 +110,8 @@ class ReplayedClosure:
             return gradients
         finally:
             self._effects.settle()
-            for p, gradient in zip(self._params, before, strict=True):
-                p.grad = gradient
+            for leaf, gradient in before:
+                leaf.grad = gradient
 
     def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
         """Set ``.grad`` as one run of the closure leaves it: with the gradients added, if it calls ``backward``."""
@@ -161,6 +163,8 @@ def _loss_and_metric(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
         raise TypeError("the closure must return the loss first, then the distribution: (loss, distribution)")
     if not isinstance(loss, Tensor):
         raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
+    if loss.is_complex():
+        raise TypeError(f"the closure must return a real loss, got one of dtype {loss.dtype}")
     if loss.numel() != 1:
         raise ValueError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by mean()")
     return loss.reshape(()), metric

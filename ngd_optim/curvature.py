@@ -1,5 +1,6 @@
 """What the curvature is: a metric at the model's outputs, or the Hessian of a scalar; and how far a KL has gone."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ Tensors = Sequence[Tensor]
 Curvature = Literal["auto", "fisher", "ggn", "hessian"]
 Backend = Literal["torch.func", "double-backward"]
 
-_NOT_ZERO = 1e-3
+_LARGEST_KL_AT_START = 1e-3
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class OutputMetric:
     select: Callable[[Evaluation], Tensors]
     has_penalty: bool
 
+    def push(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
+        """``v ↦ J v``."""
+        if backend == "torch.func":
+            return push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
+        return push_by_double_backward(self.outputs, params)
+
     def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ Jᵀ H_z J v``, one tensor per parameter."""
-        if backend == "torch.func":
-            push = push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
-        else:
-            push = push_by_double_backward(self.outputs, params)
-        pull = pull_back(self.outputs, params)
+        push, pull = self.push(run, params, backend), pull_back(self.outputs, params)
         return lambda v: pull(self.weigh(push(v)))
 
 
@@ -132,6 +135,8 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         NotImplementedError: torch has no closed-form KL for it; the message names the way out.
     """
     heads = list(distributions.heads(evaluation.metric))
+    if not heads:
+        raise TypeError("the metric that the closure returns holds no distribution")
     values = [distributions.parameters(head) for head in heads]
     for head, of_head in zip(heads, values, strict=True):
         distributions.mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
@@ -210,15 +215,21 @@ def _frozen(head: Distribution) -> Distribution:
 
 def _returned_kl(other: Evaluation) -> Tensor | None:
     kl = other.metric.detach().reshape(())
-    # Exactly zero after a step: the closure compares the prediction with itself, so it cannot tell.
-    return kl if kl != 0 else None
+    if kl != 0:
+        return kl
+    warnings.warn(
+        "the returned kl is exactly zero after the step as well: the closure compares the prediction with itself, so "
+        "max_kl bounds only the KL's quadratic model; measure it from a prediction that was kept before the step",
+        stacklevel=2,
+    )
+    return None
 
 
 def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
     kl = evaluation.metric.reshape(())
     if not kl.requires_grad:
         raise ValueError("the returned kl has no graph to differentiate: it was detached or computed under no_grad")
-    if abs(kl.item()) > _NOT_ZERO:
+    if abs(kl.item()) > _LARGEST_KL_AT_START:
         raise ValueError(
             f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; measure it from a detached "
             "copy of the current prediction"

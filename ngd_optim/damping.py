@@ -7,20 +7,19 @@ _GROW = 3 / 2
 _SHRINK = 2 / 3
 
 
-def damping_factor(reduction_ratio: float, *, accepted: bool, backtracks: int) -> float:
+def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) -> float:
     """Factor for the damping after a step: the Levenberg-Marquardt rule of Martens (2010, section 4.1).
 
     Args:
-        reduction_ratio: decrease of the objective that was found ÷ decrease that the model predicted; NaN if it
-            predicted none, which tells nothing.
-        accepted: whether the step was taken. A rejected one raises the damping fourfold.
-        backtracks: trial points turned down before the accepted one. The model was wrong at the full step if there
-            were any, so the damping grows.
+        reduction_ratio: decrease of the objective that was found ÷ decrease that the model predicted; NaN if that is
+            too little to tell.
+        accepted: whether the step was taken. One that was rejected raises the damping fourfold.
+        overshot: whether a longer step was turned down because the model was wrong there; then the damping grows.
     """
-    if not accepted:
+    if not accepted and (overshot or not math.isnan(reduction_ratio)):
         return _GROW_REJECTED
     if math.isnan(reduction_ratio):
         return 1.0
-    if backtracks or reduction_ratio < 0.25:
+    if overshot or reduction_ratio < 0.25:
         return _GROW
     return _SHRINK if reduction_ratio > 0.75 else 1.0

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Laplace, Pareto, TransformedDistribution, Uniform
 from torch.distributions.kl import kl_divergence
+from torch.distributions.transforms import Transform
 
 # Where a distribution offers the same parameter in two forms, the unconstrained (or cheaper) one is taken.
 _REDUNDANT = frozenset({"probs", "covariance_matrix", "precision_matrix"})
@@ -114,10 +114,23 @@ def _wrapped(distribution: Distribution) -> Distribution | None:
         return distribution.base_dist
     if isinstance(distribution, TransformedDistribution) and not distribution.arg_constraints:
         for transform in distribution.transforms:
-            if any(torch.is_tensor(v) and v.requires_grad for v in vars(transform).values()):
+            if _learns(transform):
                 raise NotImplementedError(
                     f"{type(transform).__name__} has learned parameters, and only the base distribution's can be "
                     f"followed; {_USE_FORM_C}"
                 )
         return distribution.base_dist
     return None
+
+
+def _learns(part: object, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether a transform, or something inside it, holds what requires a gradient."""
+    if isinstance(part, Tensor):
+        return part.requires_grad
+    if isinstance(part, nn.Module):
+        return any(p.requires_grad for p in part.parameters())
+    if isinstance(part, list | tuple):
+        return any(_learns(piece, seen) for piece in part)
+    if not isinstance(part, Transform) or id(part) in seen:  # a transform and its inverse know each other
+        return False
+    return any(_learns(value, seen | {id(part)}) for name, value in vars(part).items() if name != "_cached_x_y")

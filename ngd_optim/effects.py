@@ -19,7 +19,7 @@ class SideEffects:
 
     Attributes:
         changes_buffers: whether the closure changes tensors in place, other than gradients.
-        layouts: order in memory of the dimensions of what dropout and the like were given, call by call.
+        layouts: strides of what dropout and the like were given in the first run, call by call.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:

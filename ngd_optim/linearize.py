@@ -1,5 +1,7 @@
 """A closure at one point: its loss, its gradient and its curvature product."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -10,10 +12,16 @@ from torch import Tensor
 
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
+from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
-from ngd_optim.verify import Experience, cannot_follow, refuse_unsupported, verify
+from ngd_optim.verify import ON_ANOTHER_RANK, Experience, cannot_follow, refuse_unsupported, verify
+
+logger = logging.getLogger("ngd_optim")
+
+Known = Callable[[ReplayedClosure, Evaluation], Experience]
+"""Finds what earlier steps learnt of a closure, which has just been traced."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,9 @@ class Linearization:
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         experience: what is known of how to form the products.
         product: see :meth:`curvature`.
-        measure: runs the closure at the parameters as they are then, and gives the loss and the KL from the prediction
-            here, in nats per sample; None where the metric has only its second-order model.
+        measure: runs the closure at the parameters as they are then, and gives the loss (infinite where the closure
+            raises a ``ValueError`` or ``LinAlgError``: outside its domain) and the KL from the prediction here, in nats
+            per sample; None where the metric has only its second-order model.
     """
 
     loss: Tensor
@@ -44,7 +53,7 @@ class Linearization:
     def curvature(self, v: Tensor) -> Tensor:
         """The undamped curvature times a vector: ``(n,) → (n,)``.
 
-        The closure runs again, so the parameters must still be where they were.
+        Valid only while the parameters are where they were: it reads them, and does not check.
 
         Raises:
             ValueError: ``v`` has another shape than the gradient.
@@ -57,6 +66,29 @@ class Linearization:
     def backend(self) -> Backend:
         """What forms the products: ``"torch.func"`` or ``"double-backward"``."""
         return self.experience.backend
+
+    def averaged(self, ranks: Ranks) -> "Linearization":
+        """The mean over several processes. What it measures and multiplies by is then global as well."""
+        if ranks.group is None:
+            return self
+        n = len(self.used)
+        flags = ranks.any([*self.reached, *self.used])
+
+        def measure() -> tuple[float, float | None]:
+            loss, kl = ranks.together(self.measure)
+            values = torch.tensor([loss, kl or 0.0], dtype=torch.float64, device=self.gradient.device)
+            loss, mean_kl = ranks.average(values).tolist()
+            return loss, mean_kl if ranks.any([kl is not None])[0] else None
+
+        return replace(
+            self,
+            loss=ranks.average(self.loss),
+            gradient=ranks.average(self.gradient),
+            reached=flags[:n],
+            used=flags[n:],
+            product=lambda v: ranks.mean(lambda: self.product(v), v),
+            measure=measure,
+        )
 
     def with_curvature_of(self, other: "Linearization") -> "Linearization":
         """The same loss and gradient, with another closure's curvature."""
@@ -74,6 +106,9 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
         curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions' Gauss-Newton
             matrix, ``"hessian"`` for that of the loss, ``"auto"`` for the first of the three that the closure offers.
 
+    Each call checks the derivatives against plain autograd, which takes some further gradients and products; an
+    optimizer does that only at its first step with a closure.
+
     Raises:
         TypeError, ValueError: the closure returned something that is not a loss or a metric, or does not offer the
             curvature.
@@ -86,29 +121,48 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {get_args(Curvature)}, got {curvature!r}")
     parameters = FlatParameters([{"params": list(params)}])
-    return linearize_closure(ReplayedClosure(closure, parameters.tensors), parameters, curvature, Experience())
+    experience = Experience()
+    run = ReplayedClosure(closure, parameters.tensors)
+    return linearize_closure(run, parameters, curvature, lambda run, traced: experience)
 
 
 @torch.enable_grad()
 def linearize_closure(
-    run: ReplayedClosure, parameters: FlatParameters, curvature: Curvature, experience: Experience
+    run: ReplayedClosure,
+    parameters: FlatParameters,
+    curvature: Curvature,
+    known: Known,
+    ranks: Ranks = ALONE,
 ) -> Linearization:
-    """As :func:`linearize`, with what was learnt of the closure at earlier points."""
+    """As :func:`linearize`, with what was learnt of the closure at earlier points.
+
+    What is learnt is common to all ranks; what is returned is this rank's.
+    """
     params = parameters.tensors
-    traced = _traced(run, experience)
-    metric = metric_of(traced, curvature)
-    gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
-    reached = [gradient is not None for gradient in gradients]
-    gradient = parameters.flatten(gradients)
-    del gradients
-    if not experience.complete:
+
+    def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
+        traced = _traced(run)
+        experience = known(run, traced)
+        if not experience.complete:
+            refuse_unsupported(traced)
+        metric = metric_of(traced, curvature)
+        gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
+        reached = [gradient is not None for gradient in gradients]
+        return traced, experience, metric, reached, parameters.flatten(gradients)
+
+    traced, experience, metric, reached, gradient = ranks.together(differentiated)
+    if not ranks.all(experience.complete):
         count = run.count
-        verify(experience, run, traced, metric, gradient, parameters)
+        verify(experience, run, traced, metric, gradient, parameters, ranks)
         run.count = count
     kl = kl_of(traced)
 
     def measure() -> tuple[float, float | None]:
-        there = run(graph=False)
+        try:
+            there = run(graph=False)
+        except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+            logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+            return math.inf, None
         divergence = kl(there)
         return there.loss.item(), None if divergence is None else divergence.item()
 
@@ -119,25 +173,26 @@ def linearize_closure(
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience),
+        product=_Product(run, metric, parameters, experience, ranks),
         measure=measure,
     )
 
 
 @torch.enable_grad()
 def linearize_mean(
-    runs: Sequence[ReplayedClosure], parameters: FlatParameters, curvature: Curvature, experiences: Sequence[Experience]
+    runs: Sequence[ReplayedClosure],
+    parameters: FlatParameters,
+    curvature: Curvature,
+    known: Known,
+    ranks: Ranks = ALONE,
 ) -> Linearization:
     """The mean of some closures, with the graph of one at a time: each product traces each of them anew."""
     if len(runs) == 1:
-        return linearize_closure(runs[0], parameters, curvature, experiences[0])
-    parts = [
-        replace(
-            linearize_closure(run, parameters, curvature, experience),
-            product=_retracing_product(run, parameters, curvature, experience),
-        )
-        for run, experience in zip(runs, experiences, strict=True)
-    ]
+        return linearize_closure(runs[0], parameters, curvature, known, ranks)
+    parts = []
+    for run in runs:
+        experience, part = _without_graph(linearize_closure(run, parameters, curvature, known, ranks))
+        parts.append(replace(part, product=_retracing_product(run, parameters, curvature, experience, ranks)))
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
@@ -155,15 +210,17 @@ def linearize_mean(
     )
 
 
-def _traced(run: ReplayedClosure, experience: Experience) -> Evaluation:
+def _without_graph(point: Linearization) -> tuple[Experience, Linearization]:
+    return point.experience, replace(point, product=torch.zeros_like)
+
+
+def _traced(run: ReplayedClosure) -> Evaluation:
     traced = run()
     if not traced.loss.requires_grad:
         raise ValueError(
             "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses none of the "
             "parameters"
         )
-    if not experience.complete:
-        refuse_unsupported(traced)
     return traced
 
 
@@ -183,7 +240,12 @@ class _Product:
         metric: OutputMetric | ScalarMetric,
         parameters: FlatParameters,
         experience: Experience,
+        ranks: Ranks,
+        *,
+        record: bool = True,
     ) -> None:
+        self._ranks = ranks
+        self._record = record
         self._run = run
         self._metric: OutputMetric | ScalarMetric | None = metric
         self._parameters = parameters
@@ -197,21 +259,36 @@ class _Product:
 
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience
+        result, formed, no_forward, no_replay = self._ranks.together(lambda: self._attempt(v))
+        cannot_forward, cannot_replay = self._ranks.any([no_forward is not None, no_replay is not None])
+        if cannot_forward:
+            experience.fall_back(no_forward or ON_ANOTHER_RANK)
+        elif cannot_replay:
+            experience.form_directly(no_replay or ON_ANOTHER_RANK)
+        else:
+            assert result is not None
+            self._formed = formed
+            if isinstance(formed, Recording):
+                self._metric = None  # and with it the graph: the recording holds what it needs of that
+            return result
+        return self._first(v)
+
+    def _attempt(
+        self, v: Tensor
+    ) -> tuple[Tensor | None, Recording | Callable[[Tensor], Tensor] | None, str | None, str | None]:
+        """The product with ``v`` and how to form others, or why not by forward mode, or why not by a recording."""
         try:
             direct = self._direct()
-            if not experience.replays:
-                result, self._formed = direct(v), direct
-                return result
-            self._formed = Recording(direct, v)
-            self._metric = None  # and with it the graph: the recording holds what it needs of that
-            return self._formed.result
+            if not (self._record and self._experience.replays):
+                return direct(v), direct, None, None
+            recording = Recording(direct, v)
+            return recording.result, recording, None, None
         except CannotReplayError as error:
-            experience.form_directly(str(error))
+            return None, None, None, str(error)
         except RuntimeError as error:  # the closure now does what forward mode cannot follow
-            if experience.backend == "double-backward":
+            if self._experience.backend == "double-backward":
                 raise
-            experience.fall_back(cannot_follow(error))
-        return self._first(v)
+            return None, None, cannot_follow(error), None
 
     def _direct(self) -> Callable[[Tensor], Tensor]:
         assert self._metric is not None
@@ -222,12 +299,12 @@ class _Product:
 
 
 def _retracing_product(
-    run: ReplayedClosure, parameters: FlatParameters, curvature: Curvature, experience: Experience
+    run: ReplayedClosure, parameters: FlatParameters, curvature: Curvature, experience: Experience, ranks: Ranks
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
-        traced = _traced(run, experience)
-        return _Product(run, metric_of(traced, curvature), parameters, replace(experience, replays=False))(v)
+        metric = ranks.together(lambda: metric_of(_traced(run), curvature))
+        return _Product(run, metric, parameters, experience, ranks, record=False)(v)
 
     return product
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction
 
 
 class Loss:
@@ -177,8 +178,22 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
             outputs.append(call.arguments[name])
     result = func(*call.args, **call.kwargs)
     if loss.bend is not None and any(z.requires_grad for z in outputs):
-        result = loss.bend(result, *call.args, **call.kwargs)
+        if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
+            flags = call.arguments.pop("size_average", None), call.arguments.pop("reduce", None)
+            call.arguments["reduction"] = _reduction.legacy_get_string(*flags, emit_warning=False)
+        others = [t for t in call.arguments.values() if isinstance(t, Tensor) and t.requires_grad]
+        others = [t for t in others if not any(t is z for z in outputs)]
+        bent = loss.bend(result, *call.args, **call.kwargs)
+        return _with_first_order(bent, result, others), outputs
     return result, outputs
+
+
+def _with_first_order(bent: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Add the gradient that ``loss`` has in other arguments, such as a learned target."""
+    for t in others:
+        (gradient,) = torch.autograd.grad(loss.sum(), t, retain_graph=True)
+        bent = bent + (gradient * (t - t.detach())).sum_to_size(bent.shape)
+    return bent
 
 
 @cache

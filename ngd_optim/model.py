@@ -16,7 +16,7 @@ class QuadraticModel:
 
     Attributes:
         gradient: ``g``, flat, that of the weight decay included.
-        curvature: ``v ↦ F v``, flat to flat.
+        curvature: ``v ↦ F v``, flat to flat, a new tensor at each call.
         decay: ``W``, the weight decay: one number or a flat vector.
         damping: ``λ``, likewise.
     """
@@ -59,8 +59,8 @@ class Step:
         return -(fraction * self.slope + 0.5 * fraction**2 * (self.metric + self.decay_quadratic))
 
     def kl(self, fraction: float) -> float:
-        """The second-order model of the KL, ``½ dᵀF d``."""
-        return 0.5 * fraction**2 * self.metric
+        """The second-order model of the KL, ``½ |dᵀF d|``."""
+        return 0.5 * fraction**2 * abs(self.metric)
 
     def decay_change(self, fraction: float) -> float:
         """What the weight-decay term ``½ θᵀW θ`` changes by."""
@@ -81,10 +81,11 @@ def scaled_step(
     """
     x = solution.solution
     share = torch.dot(x, (model.decay + model.damping) * x).item()
-    # F's share is a difference of numbers: at least their rounding error, or a boundary step could be huge.
-    metric = max(solution.x_dot_ax - share, torch.finfo(x.dtype).eps * solution.x_dot_ax)
-    # Along negative curvature the solve has gone to the boundary by itself.
-    scale = trust_region_scale(metric, max_kl, "clip" if solution.stop == "negative_curvature" else trust_region)
+    metric = solution.x_dot_ax - share
+    # A difference of two numbers is known to their rounding only, and a boundary step could be huge. Where F has
+    # negative curvature the region is that of |F|, as for the solve, which has gone to the boundary by itself.
+    size = max(abs(metric), 16 * torch.finfo(x.dtype).eps * abs(share))
+    scale = trust_region_scale(size, max_kl, "clip" if solution.stop == "negative_curvature" else trust_region)
     direction = (scale * lr) * x
     return Step(
         direction=direction,

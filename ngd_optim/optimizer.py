@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.cg import CGResult, conjugate_gradient
-from ngd_optim.closure import Closure, ReplayedClosure, rewound_on_error
+from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import damping_factor
+from ngd_optim.distributed import Ranks
 from ngd_optim.linearize import Linearization, linearize_mean
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.report import StepReport
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
-from ngd_optim.verify import Experience
+from ngd_optim.verify import Experience, signature
 
 Closures = Closure | Sequence[Closure]
 
@@ -51,6 +53,10 @@ class NaturalCG(Optimizer):
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
+        process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
+            gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
+            and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
+            DistributedDataParallel module that the closure runs, if it runs one; else no communication.
 
     Raises:
         ValueError: a setting is out of range, or groups disagree on one that holds for the whole step.
@@ -65,6 +71,7 @@ class NaturalCG(Optimizer):
     """
 
     process_group: Any = None
+    """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
 
     last_step: StepReport | None = None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
@@ -76,19 +83,21 @@ class NaturalCG(Optimizer):
         *,
         max_kl: MaxKL = "auto",
         trust_region: TrustRegion = "clip",
-        damping: float = 1e-2,
+        damping: float = 0.1,
         adapt_damping: bool = True,
         min_damping: float = 1e-8,
         max_damping: float = 1e6,
         max_cg_iters: int = 250,
         cg_tol: float = 1e-6,
-        cg_progress_tol: float = 5e-4,
+        cg_progress_tol: float = 5e-3,
         warm_start: float = 0.9,
         max_backtracks: int = 10,
         backtrack_ratio: float = 0.8,
         weight_decay: float = 0.0,
         curvature: Curvature = "auto",
+        process_group: Any = None,
     ) -> None:
+        self.process_group = process_group
         defaults = {
             "lr": lr,
             "max_kl": max_kl,
@@ -108,6 +117,16 @@ class NaturalCG(Optimizer):
         }
         check_settings(defaults)
         super().__init__(params, defaults)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._experiences: dict[Any, Experience] = {}
+        self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
@@ -126,7 +145,7 @@ class NaturalCG(Optimizer):
         closure that calls ``backward``, ``.grad`` holds them. Changing them makes ``step`` raise ``RuntimeError``.
         ``handle.remove()`` ends it; it is no part of ``state_dict``.
         """
-        hooks = self.__dict__.setdefault("_gradient_hooks", OrderedDict())
+        hooks = self._gradient_hooks
         handle = RemovableHandle(hooks)
         hooks[handle.id] = hook
         return handle
@@ -147,6 +166,7 @@ class NaturalCG(Optimizer):
             The loss before the step, a detached 0-dim tensor. ``last_step`` tells the rest.
 
         Raises:
+            RuntimeError: another rank of the process group raised an exception.
             TypeError, ValueError: there is no closure, or it returned something that is not a loss or a metric.
             RuntimeError: the closure holds something that cannot work; the message says what to do instead.
             Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
@@ -155,40 +175,51 @@ class NaturalCG(Optimizer):
         settings = shared_settings(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         runs = [ReplayedClosure(function, parameters.tensors) for function in _closures(closure)]
-        others = [ReplayedClosure(function, parameters.tensors) for function in _closures(curvature_closure or [])]
+        others = (
+            []
+            if curvature_closure is None
+            else [ReplayedClosure(function, parameters.tensors) for function in _closures(curvature_closure)]
+        )
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
-            point = self._linearize(runs, parameters, settings)
+            ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
+            point = self._linearize(runs, parameters, settings, ranks)
             self._call_gradient_hooks(runs[0], point, parameters)
             if others:
-                point = point.with_curvature_of(self._linearize(others, parameters, settings))
+                point = point.with_curvature_of(self._linearize(others, parameters, settings, ranks))
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             model = self._quadratic_model(point, parameters)
             solution = self._solve(model, point, parameters, settings)
             step = self._scale(solution, model, parameters, settings)
+            ranks.check()
             trial = self._search(step, solution, point, parameters, settings)
-        [*runs, *others][-1].settle()
+        for run in [*runs, *others]:
+            run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
+        self.process_group = ranks.group
         self.last_step = self._report(point, model, solution, step, trial, sum(run.count for run in [*runs, *others]))
-        self._adapt_damping(self.last_step, settings)
+        self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
         return point.loss
 
     def _linearize(
-        self, runs: list[ReplayedClosure], parameters: FlatParameters, settings: dict[str, Any]
+        self, runs: list[ReplayedClosure], parameters: FlatParameters, settings: dict[str, Any], ranks: Ranks
     ) -> Linearization:
         curvature = settings["curvature"]
-        experiences = [self._experience(run.function, curvature) for run in runs]
-        return linearize_mean(runs, parameters, curvature, experiences)
+        return linearize_mean(runs, parameters, curvature, partial(self._known, curvature), ranks).averaged(ranks)
 
-    def _experience(self, closure: Closure, curvature: Curvature) -> Experience:
-        """What earlier steps learnt of closures with the same code; it is not saved, and learnt anew if lost."""
-        while isinstance(closure, partial):
-            closure = closure.func
-        known = self.__dict__.setdefault("_experiences", {})
-        return known.setdefault((getattr(closure, "__code__", type(closure)), curvature), Experience())
+    def _known(self, curvature: Curvature, run: ReplayedClosure, traced: Evaluation) -> Experience:
+        """What earlier steps learnt of a closure with this code and this graph.
+
+        It is not saved, and learnt anew if lost.
+        """
+        function = run.function
+        while isinstance(function, partial):
+            function = function.func
+        code = getattr(function, "__code__", type(function))
+        return self._experiences.setdefault((code, curvature, signature(traced)), Experience())
 
     def _call_gradient_hooks(self, run: ReplayedClosure, point: Linearization, parameters: FlatParameters) -> None:
-        hooks = self.__dict__.get("_gradient_hooks")
+        hooks = self._gradient_hooks
         if not hooks:
             return
         before = [p.grad for p in parameters.tensors]
@@ -264,11 +295,15 @@ class NaturalCG(Optimizer):
         )
         if not trial.accepted:
             parameters.restore()
+            promised = step.predicted_decrease(1.0)
+            if trial.backtracks and abs(promised) <= _rounding(point.loss):
+                reason = f"rejected: the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
+                return replace(trial, overshot=False, reason=reason)
         return trial
 
-    def _adapt_damping(self, report: StepReport, settings: dict[str, Any]) -> None:
+    def _adapt_damping(self, report: StepReport, trial: Trial, settings: dict[str, Any]) -> None:
         if settings["adapt_damping"]:
-            factor = damping_factor(report.reduction_ratio, accepted=report.accepted, backtracks=report.backtracks)
+            factor = damping_factor(report.reduction_ratio, accepted=report.accepted, overshot=trial.overshot)
             for group in self.param_groups:
                 damping = float(group["damping"]) * factor
                 group["damping"] = min(max(damping, settings["min_damping"]), settings["max_damping"])
@@ -297,7 +332,9 @@ class NaturalCG(Optimizer):
             step_norm=moved * step.direction.norm().item() if moved else 0.0,
             kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
             predicted_decrease=predicted,
-            reduction_ratio=(loss - trial.objective) / predicted if predicted else math.nan,
+            reduction_ratio=(loss - trial.objective) / predicted
+            if abs(predicted) > _rounding(point.loss)
+            else math.nan,
             damping=max(self._per_group("damping")),
             cg_iters=solution.iterations,
             cg_residual=solution.residual,
@@ -312,8 +349,15 @@ class NaturalCG(Optimizer):
         )
 
 
+def _rounding(loss: Tensor) -> float:
+    """Differences of the loss below this are noise."""
+    return 10 * torch.finfo(loss.dtype).eps * abs(loss.item())
+
+
 def _closures(closure: Any) -> list[Closure]:
     closures = list(closure) if isinstance(closure, list | tuple) else [closure]
+    if not closures:
+        raise ValueError("step() needs at least one closure, got an empty list")
     for function in closures:
         if not callable(function):
             raise TypeError(f"step() needs a closure that computes the loss, or a list of them, got {function!r}")

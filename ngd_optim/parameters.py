@@ -35,6 +35,11 @@ class FlatParameters:
             if p.is_complex():
                 raise TypeError(f"complex parameters are not supported, got one of dtype {p.dtype}; use real parts")
             self.dtype = torch.promote_types(self.dtype, p.dtype)
+        places = [p.data_ptr() for p in self.tensors if p.numel()]
+        if len(set(places)) < len(places) or any(0 in p.stride() and p.numel() > 1 for p in self.tensors):
+            raise ValueError(
+                "two parameters, or two elements of one, share the same memory; use one Parameter for both"
+            )
         self._sizes = [p.numel() for p in self.tensors]
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:

@@ -1,27 +1,34 @@
 """A straight-line program of aten operations, and rewrites that make it shorter without changing what it computes."""
 
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-_MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm, _aten.bmm.default: _aten.baddbmm}
+_MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}
+_FUSED = set(_MATMUL_AND_ADD.values())
 
 
 class Meta(NamedTuple):
-    """What is known of the tensor in a slot. Tensors that share memory have the same ``memory``."""
+    """What is known of the tensor in a slot.
+
+    Tensors that share memory have the same ``memory``; ``flags`` are the lazy conjugation and negation.
+    """
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    flags: tuple[bool, bool]
     memory: int
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Meta":
-        """Of a tensor."""
-        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.untyped_storage().data_ptr())
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All but the memory."""
+        return self[:4]
 
 
 @dataclass
@@ -54,19 +61,41 @@ class Operation:
         return [slot for _, _, slot in self.inputs]
 
 
+class _Sharing:
+    """Which pieces of memory rewrites have made one."""
+
+    def __init__(self) -> None:
+        self._parent: dict[int, int] = {}
+
+    def of(self, memory: int) -> int:
+        """The number that stands for all that are one with it."""
+        while memory in self._parent:
+            memory = self._parent[memory]
+        return memory
+
+    def join(self, memory: int, other: int) -> None:
+        """Make two one."""
+        memory, other = self.of(memory), self.of(other)
+        if memory != other:
+            self._parent[memory] = other
+
+
 def optimised(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
     """A program that computes the same output slot from slot 0, with fewer and cheaper operations."""
-    program = _without_added_zeros(program, metas, output)
-    program = _without_copies(program, metas)
+    sharing = _Sharing()
+    program = _without_added_zeros(program, metas, output, sharing)
+    program = _without_copies(program, metas, sharing)
     program = _without_dead_code(program, output)
     program = _with_fused_products(program, metas, output)
     program = _without_dead_code(program, output)
-    _reuse_memory(program, metas, output)
+    _reuse_memory(program, metas, output, sharing)
     _note_last_uses(program, output)
     return program
 
 
-def _without_added_zeros(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
+def _without_added_zeros(
+    program: list[Operation], metas: list[Meta], output: int, sharing: _Sharing
+) -> list[Operation]:
     """``x + 0``, which forward mode makes of inputs without a tangent, is ``x``, expanded.
 
     Only where pointwise operations read it, which do not mind how it lies in memory.
@@ -82,15 +111,15 @@ def _without_added_zeros(program: list[Operation], metas: list[Meta], output: in
         shape = metas[result].shape
         operation.function, operation.args = _aten.expand.default, [None, list(shape)]
         operation.inputs = [(operation.args, 0, slot)]
-        _share_memory(metas, result, slot)
+        sharing.join(metas[result].memory, meta.memory)
         expanded = torch.empty_strided(meta.shape, meta.stride, device="meta").expand(shape)
         metas[result] = metas[result]._replace(stride=expanded.stride())
     return program
 
 
-def _without_copies(program: list[Operation], metas: list[Meta]) -> list[Operation]:
+def _without_copies(program: list[Operation], metas: list[Meta], sharing: _Sharing) -> list[Operation]:
     """A fresh tensor that is only filled with a copy of another is that other."""
-    written = [metas[op.slots[0]].memory for op in program if op.writes and op.inputs[0][0] is op.args]
+    written = Counter(metas[op.slots[0]].memory for op in program if op.writes and op.inputs[0][0] is op.args)
     fresh = {op.outputs[0][1] for op in program if op.function is _aten._new_zeros_with_same_feature_meta.default}
     same: dict[int, int] = {}
     kept = []
@@ -98,9 +127,10 @@ def _without_copies(program: list[Operation], metas: list[Meta]) -> list[Operati
         operation.inputs = [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
         if operation.function is _aten.copy_.default and len(operation.inputs) == 2 and operation.slots[0] in fresh:
             target, source = operation.slots
-            untouched = written.count(metas[target].memory) == 1 and metas[source].memory not in written
-            if untouched and metas[target][:3] == metas[source][:3]:
+            untouched = written[metas[target].memory] == 1 and metas[source].memory not in written
+            if untouched and metas[target].kind == metas[source].kind:
                 same[target] = source
+                sharing.join(metas[target].memory, metas[source].memory)
                 continue
         kept.append(operation)
     return kept
@@ -108,7 +138,7 @@ def _without_copies(program: list[Operation], metas: list[Meta]) -> list[Operati
 
 def _with_fused_products(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
     """``x + A B`` in one operation, where nothing else needs ``A B``."""
-    uses = [slot for operation in program for slot in operation.slots] + [output]
+    uses = Counter([output, *(slot for operation in program for slot in operation.slots)])
     products = {op.outputs[0][1]: op for op in program if op.function in _MATMUL_AND_ADD}
     for operation in program:
         if operation.function is not _aten.add.Tensor or operation.kwargs or len(operation.args) != 2:
@@ -116,11 +146,11 @@ def _with_fused_products(program: list[Operation], metas: list[Meta], output: in
         for place, position, slot in reversed(operation.inputs):
             product = products.get(slot)
             same_shape = metas[slot].shape == metas[operation.outputs[0][1]].shape
-            if product is None or not same_shape or place is not operation.args or uses.count(slot) > 1:
+            if product is None or not same_shape or place is not operation.args or uses[slot] > 1:
                 continue
             added = operation.args[1 - position]
             added_slots = [s for _, key, s in operation.inputs if key == 1 - position]
-            operation.function = _MATMUL_AND_ADD[product.function].default
+            operation.function = _MATMUL_AND_ADD[product.function]
             operation.args = [added, *product.args]
             operation.inputs = [(operation.args, 0, s) for s in added_slots]
             operation.inputs += [(operation.args, key + 1, s) for _, key, s in product.inputs]
@@ -128,32 +158,35 @@ def _with_fused_products(program: list[Operation], metas: list[Meta], output: in
     return program
 
 
-def _reuse_memory(program: list[Operation], metas: list[Meta], output: int) -> None:
+def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, sharing: _Sharing) -> None:
     """Let a pointwise operation, or a fused product, write its result over an argument that ends there."""
-    last: dict[int, int] = {metas[0].memory: len(program), metas[output].memory: len(program)}
+
+    def memory(slot: int) -> int:
+        return sharing.of(metas[slot].memory)
+
+    end = len(program)
+    last = {memory(slot): i for i, op in enumerate(program) for slot in [*op.slots, *(s for _, s in op.outputs)]}
+    last |= {memory(0): end, memory(output): end}
     for index, operation in enumerate(program):
-        for slot in [*operation.slots, *(slot for _, slot in operation.outputs)]:
-            last[metas[slot].memory] = max(index, last.get(metas[slot].memory, index))
-    for index, operation in enumerate(program):
-        fused = operation.function in (_aten.addmm.default, _aten.baddbmm.default)
-        if not (fused or torch.Tag.pointwise in operation.function.tags) or operation.writes or operation.kwargs:
+        fused = operation.function in _FUSED
+        if operation.writes or operation.kwargs or not (fused or torch.Tag.pointwise in operation.function.tags):
             continue
-        result = operation.outputs[0][1]
-        out = _out_variant(operation.function)
-        for place, position, slot in operation.inputs[:1] if fused else operation.inputs:
-            ends_here = last[metas[slot].memory] == index and metas[slot][:3] == metas[result][:3]
-            if out is None or not ends_here or place is not operation.args or (fused and position != 0):
+        variant, result = _out_variant(operation.function), operation.outputs[0][1]
+        used = Counter(memory(slot) for slot in operation.slots)
+        for place, position, slot in operation.inputs:
+            over = memory(slot)
+            ends_here = last[over] == index and used[over] == 1 and metas[slot].kind == metas[result].kind
+            if variant is None or not ends_here or place is not operation.args or (fused and position != 0):
                 continue
-            if sum(metas[s].memory == metas[slot].memory for s in operation.slots) > 1:
-                continue
-            operation.function, name = out
+            operation.function, name = variant
             operation.kwargs = {name: None}
             operation.inputs = [*operation.inputs, (operation.kwargs, name, slot)]
-            last[metas[slot].memory] = last[metas[result].memory]
-            _share_memory(metas, result, slot)
+            last[over] = last[memory(result)]
+            sharing.join(memory(result), over)
             break
 
 
+@cache
 def _out_variant(function: Any) -> tuple[Any, str] | None:
     """The overload that writes its result to a given tensor, and that argument's name."""
     packet = function.overloadpacket
@@ -165,14 +198,6 @@ def _out_variant(function: Any) -> tuple[Any, str] | None:
         if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
             return overload, outs[0]
     return None
-
-
-def _share_memory(metas: list[Meta], slot: int, with_slot: int) -> None:
-    """Note that a slot, and all that shares its memory, now shares that of another."""
-    old, new = metas[slot].memory, metas[with_slot].memory
-    for index, meta in enumerate(metas):
-        if meta.memory == old:
-            metas[index] = meta._replace(memory=new)
 
 
 def _without_dead_code(program: list[Operation], output: int) -> list[Operation]:

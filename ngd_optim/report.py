@@ -14,8 +14,10 @@ class StepReport:
         step_norm: norm of the change of the parameters; 0 when rejected.
         kl: KL divergence from the old to the new prediction, measured, in nats per sample. Where the metric is a loss
             function (closure form (a)), its second-order model ``½ dᵀF d``.
-        predicted_decrease: decrease of the loss that the model promised for the step last tried.
-        reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried.
+        predicted_decrease: decrease of the objective (the loss, weight decay included) that the model promised for the
+            step last tried.
+        reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried, or if the
+            promise was below the loss's rounding.
         damping: ``λ`` used in this step; the largest, if the parameter groups differ.
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.

@@ -34,9 +34,8 @@ _RANDOM_BY_LAYOUT = {
     F.dropout,
     torch.bernoulli,
     torch.dropout,
-    torch.rand_like,
-    torch.randn_like,
 }
+_LIKE = {torch.rand_like, torch.randn_like}
 _IN_PLACE_OPERATORS = {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
 }
@@ -110,10 +109,8 @@ class Tracing(TorchFunctionMode):
             result, outputs = call_loss(func, args, kwargs, cut=self._cut)
             self.outputs += outputs
             return result
-        if func in _RANDOM_BY_LAYOUT and args and isinstance(args[0], Tensor):
-            order = self._memory_order(args[0])
-            result = func(args[0].permute(order).contiguous(), *args[1:], **kwargs)
-            return result.permute([order.index(dim) for dim in range(len(order))])
+        if (func in _RANDOM_BY_LAYOUT or func in _LIKE) and args and isinstance(args[0], Tensor):
+            return self._random(func, args, kwargs)
         if getattr(func, "__name__", None) in _RECURRENT:
             with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
@@ -127,15 +124,19 @@ class Tracing(TorchFunctionMode):
             self._gradients |= {id(gradient), id(gradient._base)}
         return gradient
 
-    def _memory_order(self, tensor: Tensor) -> tuple[int, ...]:
-        """The dimensions from outermost to innermost, as they were at this call of the closure's first run."""
-        call = self._random_calls
+    def _random(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Draw as at this call of the closure's first run, however the first argument lies in memory now."""
+        call, tensor = self._random_calls, args[0]
         self._random_calls += 1
         if call == len(self._effects.layouts):
-            overlapping = 0 in tensor.stride()
-            order = sorted(range(tensor.ndim), key=lambda dim: 0 if overlapping else -tensor.stride(dim))
-            self._effects.layouts.append(tuple(order))
-        return self._effects.layouts[call]
+            self._effects.layouts.append(tensor.stride())
+        stride = self._effects.layouts[call]
+        if func in _LIKE:
+            tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            return func(tensor, *args[1:], **kwargs)
+        order = sorted(range(tensor.ndim), key=lambda dim: 0 if 0 in stride else -stride[dim])
+        result = func(tensor.permute(order).contiguous(), *args[1:], **kwargs)
+        return result.permute([order.index(dim) for dim in range(len(order))])
 
     def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
         generator = kwargs.get("generator")
@@ -157,7 +158,19 @@ class Tracing(TorchFunctionMode):
         reference = self._made_here.get(id(tensor))
         return reference is not None and reference() is tensor
 
-    def _note_backward(self, root: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
+    def _note_backward(
+        self,
+        root: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if create_graph or inputs is not None:
+            raise RuntimeError(
+                "backward(create_graph=True) or backward(inputs=...) inside the closure is not carried out; "
+                "use torch.autograd.grad for derivatives that the loss is made of"
+            )
         if gradient is None and root.numel() != 1:
             raise RuntimeError(f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}")
         self.roots.append(root.sum() if gradient is None else (root * gradient).sum())

@@ -56,6 +56,8 @@ class Trial:
         kl: measured KL there; None if the metric cannot tell.
         backtracks: points turned down.
         accepted: whether the point passed.
+        overshot: whether a point was turned down for its objective, or nothing finite was there to try: what speaks
+            against the quadratic model. A KL a little above its bound, at the region's edge, does not.
         reason: one sentence on the outcome.
     """
 
@@ -64,12 +66,13 @@ class Trial:
     kl: float | None
     backtracks: int
     accepted: bool
+    overshot: bool
     reason: str
 
     @classmethod
     def refused(cls, why: str) -> "Trial":
         """A step that is not worth a trial."""
-        return cls(0.0, math.nan, None, 0, False, f"rejected: {why}")
+        return cls(0.0, math.nan, None, 0, False, True, f"rejected: {why}")
 
 
 def line_search(
@@ -96,18 +99,18 @@ def line_search(
     if not slope <= 0:
         return Trial.refused(f"the loss does not fall along the step, its slope is {slope:.3g}")
     trial = Trial.refused("")
+    searches, overshot = max_backtracks > 0, False
     for turned_down in range(max_backtracks + 1):
         fraction = backtrack_ratio**turned_down
         found, kl = evaluate(fraction)
-        if max_backtracks == 0:
-            problem = _problem(found, kl, math.inf, None)
-        else:
-            problem = _problem(found, kl, objective + SUFFICIENT_DECREASE * fraction * slope, max_kl)
+        target = objective + SUFFICIENT_DECREASE * fraction * slope if searches else math.inf
+        problem = _problem(found, kl, target, max_kl if searches else None)
         if problem is None:
             reason = "accepted" if not turned_down else f"accepted after {turned_down} backtracks"
-            return Trial(fraction, found, kl, turned_down, True, reason)
+            return Trial(fraction, found, kl, turned_down, True, overshot, reason)
+        overshot |= not (math.isfinite(found) and found <= target)
         reason = f"rejected after {turned_down + 1} trial points, the last one because {problem}"
-        trial = Trial(fraction, found, kl, turned_down + 1, False, reason)
+        trial = Trial(fraction, found, kl, turned_down + 1, False, overshot, reason)
     return trial
 
 

@@ -5,8 +5,9 @@ would give silently wrong steps, so the first step compares with plain autograd.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch import Tensor
 from ngd_optim.cg import conjugate_gradient
 from ngd_optim.closure import Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, OutputMetric, ScalarMetric, penalty_of
+from ngd_optim.distributed import Ranks
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.products import flat_product
-from ngd_optim.recording import CannotReplayError, Recording
+from ngd_optim.products import flat_product, pull_back
+from ngd_optim.recording import Recording
 
 logger = logging.getLogger("ngd_optim")
+
+ON_ANOTHER_RANK = "another rank needs it"
 
 _REFUSED = {
     "CheckpointFunctionBackward": "reentrant checkpointing cannot be differentiated twice; "
@@ -55,6 +59,12 @@ class Experience:
         self.replays = False
 
 
+def signature(traced: Evaluation) -> Hashable:
+    """What must be the same for what was learnt to hold: the operations of the graph, and what was seen in it."""
+    names = tuple(node.name() for node in _nodes([traced.loss]))
+    return names, tuple(z.requires_grad for z in traced.outputs), type(traced.metric)
+
+
 def refuse_unsupported(traced: Evaluation) -> None:
     """Refuse what cannot work.
 
@@ -78,6 +88,7 @@ def verify(
     metric: OutputMetric | ScalarMetric,
     gradient: Tensor,
     parameters: FlatParameters,
+    ranks: Ranks,
 ) -> None:
     """Learn what the products of a closure need, and check them and the gradient.
 
@@ -85,33 +96,40 @@ def verify(
 
     Raises:
         RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed.
+        ValueError: the parameters differ between ranks.
     """
     dtypes = {traced.loss.dtype, *(z.dtype for z in traced.outputs), *(p.dtype for p in parameters.tensors)}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    if not (traced.loss.isfinite() and gradient.isfinite().all()):
+    ranks.require_equal(parameters.theta)
+    if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return
-    _check_gradient(run, traced, gradient, parameters, eps)
+    plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(_leaves(traced.loss)))))
+    _check_gradient(ranks.average(gradient), plain, ranks.average(traced.loss.detach().abs()).item(), eps)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
-    pieces = parameters.unflatten(v)
-    _choose_backend(experience, run, metric, pieces, parameters, eps)
+
+    ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
+    problem = ranks.together(lambda: _problem_of_forward_mode(run, metric, v, parameters, eps))
+    if not ranks.all(problem is None):
+        experience.fall_back(problem or ON_ANOTHER_RANK)
     if metric.has_penalty:
-        experience.penalty = _has_semidefinite_penalty(run, v, parameters)
-    direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
-    try:
-        experience.replays = _replays(direct, v, eps)
-    except CannotReplayError as error:
-        experience.form_directly(str(error))
-    else:
-        if not experience.replays:
-            experience.form_directly("the replay disagrees with the product")
+        experience.penalty = ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
+
+    def problem_of_replay() -> str | None:
+        direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
+        try:
+            return None if _replays(direct, v, eps) else "the replay disagrees with the product"
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+
+    problem = ranks.together(problem_of_replay)
+    experience.replays = ranks.all(problem is None)
+    if not experience.replays:
+        experience.form_directly(problem or ON_ANOTHER_RANK)
     experience.complete = True
 
 
-def _check_gradient(
-    run: ReplayedClosure, traced: Evaluation, gradient: Tensor, parameters: FlatParameters, eps: float
-) -> None:
-    plain = parameters.flatten(run.plain_gradients())
-    floor = 100 * eps * (1 + traced.loss.abs().item())
+def _check_gradient(gradient: Tensor, plain: Tensor, loss: float, eps: float) -> None:
+    floor = 100 * eps * (1 + loss)
     if not _close(gradient, plain, eps, floor):
         difference = ((gradient - plain).norm() / plain.norm()).item()
         raise RuntimeError(
@@ -121,28 +139,82 @@ def _check_gradient(
         )
 
 
-def _choose_backend(
-    experience: Experience,
+def _problem_of_forward_mode(
+    run: ReplayedClosure,
+    metric: OutputMetric | ScalarMetric,
+    flat: Tensor,
+    parameters: FlatParameters,
+    eps: float,
+) -> str | None:
+    """None where forward mode can follow the closure, else what is wrong with it.
+
+    Forward mode and double-backward are independent. Where they differ, or only one of them works, autograd's plain
+    pull-back decides, whose adjoint they must be.
+
+    Raises:
+        RuntimeError: double-backward cannot follow the closure either.
+    """
+    v = parameters.unflatten(flat)
+    products: dict[Backend, Tensor] = {}
+    problems: dict[Backend, str] = {}
+    for backend in get_args(Backend):
+        try:
+            products[backend] = parameters.flatten(metric.product(run, parameters.tensors, backend)(v))
+        except RuntimeError as error:
+            problems[backend] = cannot_follow(error, backend)
+    if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
+        return None
+    finite = all(product.isfinite().all() for product in products.values())
+    for backend in list(products):
+        if not _is_right(backend, products, run, metric, v, parameters, eps):
+            problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
+            del products[backend]
+    if "torch.func" in products or not (products or finite):
+        return None
+    if "double-backward" in products:
+        return problems["torch.func"]
+    raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
+
+
+def _is_right(
+    backend: Backend,
+    products: Mapping[Backend, Tensor],
     run: ReplayedClosure,
     metric: OutputMetric | ScalarMetric,
     v: Sequence[Tensor],
     parameters: FlatParameters,
     eps: float,
-) -> None:
-    """Forward mode, where it can follow the closure and agrees with double-backward, which sees what autograd sees."""
-    problem = "torch.func misses a dependence on parameters that autograd sees (TorchScript or an extension?)"
-    product = reference = None
-    try:
-        product = parameters.flatten(metric.product(run, parameters.tensors, "torch.func")(v))
-    except RuntimeError as error:
-        problem = cannot_follow(error)
-    try:
-        reference = parameters.flatten(metric.product(run, parameters.tensors, "double-backward")(v))
-    except RuntimeError:
-        if product is None:
-            raise
-    if product is None or (reference is not None and not _close(product, reference, eps, eps)):
-        experience.fall_back(problem)
+) -> bool:
+    """Whether ``⟨u, J v⟩ = ⟨Jᵀu, v⟩``; a Hessian is believed to double-backward, which sees what autograd sees."""
+    if isinstance(metric, ScalarMetric):
+        return backend == "double-backward" or "double-backward" not in products
+    generator = torch.Generator().manual_seed(1)
+    u = [torch.randn(z.shape, generator=generator).to(z) for z in metric.outputs]
+    pushed = metric.push(run, parameters.tensors, backend)(v)
+    pulled = pull_back(metric.outputs, parameters.tensors)(u)
+    (at_outputs, size_there), (at_parameters, size_here) = _inner_product(u, pushed), _inner_product(pulled, v)
+    return abs(at_outputs - at_parameters) <= 50 * eps**0.5 * (size_there + size_here)
+
+
+def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
+    """``⟨a, b⟩``, and how large it is for vectors of these norms that know nothing of each other."""
+    x, y = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (a, b))
+    return torch.dot(x, y).item(), (x.norm() * y.norm() / max(1, len(x)) ** 0.5).item()
+
+
+def _refuse_nonlinear_hooks(metric: OutputMetric | ScalarMetric, parameters: FlatParameters, eps: float) -> None:
+    """Hooks on parameters run in the pull-back of every product, which must stay linear."""
+    if not any(p._backward_hooks for p in parameters.tensors):
+        return
+    pull = pull_back(metric.outputs, parameters.tensors)
+    once, *scaled = (
+        parameters.flatten(pull([torch.full_like(z, scale) for z in metric.outputs])) / scale for scale in (1, 1e4, 1e8)
+    )
+    if not all(_close(pulled, once, eps, eps) for pulled in scaled):
+        raise RuntimeError(
+            "a hook on a parameter changes gradients by a function that is not linear, such as clipping or "
+            "normalising, and no curvature product survives that; remove it, the trust region takes its place"
+        )
 
 
 def _replays(direct: Callable[[Tensor], Tensor], v: Tensor, eps: float) -> bool:
@@ -159,7 +231,7 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
     product = flat_product([penalty], parameters)
     image = product(v)
     if not image.any():
-        return False
+        return True  # now: a weight of zero, or a penalty without curvature
     shift = 1e-5 * image.norm() / v.norm()
     result = conjugate_gradient(lambda p: product(p) + shift * p, v, max_iters=30)
     if result.stop != "negative_curvature":
@@ -170,6 +242,11 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
 
 def _close(a: Tensor, b: Tensor, eps: float, floor: float) -> bool:
     return bool((a - b).norm() <= eps**0.5 * b.norm() + floor)
+
+
+def _leaves(root: Tensor) -> list[Tensor]:
+    """Everything that a plain backward would set ``.grad`` of."""
+    return [node.variable for node in _nodes([root]) if hasattr(node, "variable")]  # pyright: ignore
 
 
 def _nodes(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
@@ -184,6 +261,6 @@ def _nodes(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
             pending.extend(parent for parent, _ in node.next_functions)
 
 
-def cannot_follow(error: RuntimeError) -> str:
-    """Why forward mode fails. A string: the error itself would keep the graph alive."""
-    return f"torch.func cannot follow the closure: {type(error).__name__}: {error}".strip().splitlines()[0]
+def cannot_follow(error: RuntimeError, backend: str = "torch.func") -> str:
+    """Why a backend fails. A string: the error itself would keep the graph alive."""
+    return f"{backend} cannot follow the closure: {type(error).__name__}: {error}".strip().splitlines()[0]

@@ -6,32 +6,66 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG
 from ngd_optim.damping import damping_factor
 
 RULE = [
-    # reduction ratio, accepted, backtracks, factor
-    (0.9, True, 0, 2 / 3),
-    (1.7, True, 0, 2 / 3),
-    (0.7501, True, 0, 2 / 3),
-    (0.75, True, 0, 1.0),
-    (0.5, True, 0, 1.0),
-    (0.25, True, 0, 1.0),
-    (0.2499, True, 0, 3 / 2),
-    (-3.0, True, 0, 3 / 2),
-    (math.nan, True, 0, 1.0),
-    (0.9, True, 1, 3 / 2),
-    (0.5, True, 4, 3 / 2),
-    (0.9, False, 0, 4.0),
-    (math.nan, False, 0, 4.0),
-    (-1.0, False, 11, 4.0),
+    # reduction ratio, accepted, overshot, factor
+    (0.9, True, False, 2 / 3),
+    (1.7, True, False, 2 / 3),
+    (0.7501, True, False, 2 / 3),
+    (0.75, True, False, 1.0),
+    (0.5, True, False, 1.0),
+    (0.25, True, False, 1.0),
+    (0.2499, True, False, 3 / 2),
+    (-3.0, True, False, 3 / 2),
+    (math.nan, True, False, 1.0),
+    (0.9, True, True, 3 / 2),
+    (0.5, True, True, 3 / 2),
+    (0.9, False, False, 4.0),
+    (math.nan, False, True, 4.0),
+    (math.nan, False, False, 1.0),
+    (-1.0, False, True, 4.0),
 ]
 
 
-@pytest.mark.parametrize(("ratio", "accepted", "backtracks", "factor"), RULE)
-def test_rule(ratio, accepted, backtracks, factor):
-    assert damping_factor(ratio, accepted=accepted, backtracks=backtracks) == factor
+@pytest.mark.parametrize(("ratio", "accepted", "overshot", "factor"), RULE)
+def test_rule(ratio, accepted, overshot, factor):
+    assert damping_factor(ratio, accepted=accepted, overshot=overshot) == factor
+
+
+def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
+    """At the boundary every other step goes a little over it; the damping must not grow for that."""
+    generator = torch.Generator().manual_seed(0)
+    policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, advantages = (torch.randn(*shape, generator=generator).double() for shape in ((64, 4), (64,)))
+    actions = torch.randint(0, 3, (64,), generator=generator)
+    optimizer = NaturalCG(policy.parameters(), max_kl=0.01, trust_region="boundary")
+    backtracks, expected = 0, 0.1
+    for _ in range(30):
+        with torch.no_grad():
+            old = Categorical(logits=policy(x)).log_prob(actions)
+
+        def closure(old=old):
+            new = Categorical(logits=policy(x))
+            return -((new.log_prob(actions) - old).exp() * advantages).mean(), new
+
+        optimizer.step(closure)
+        backtracks += optimizer.last_step.backtracks
+        expected *= damping_factor(optimizer.last_step.reduction_ratio, accepted=True, overshot=False)
+    assert backtracks > 0
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(expected)
+
+
+def test_what_is_below_the_rounding_of_the_loss_tells_nothing():
+    w = nn.Parameter(torch.tensor([3.0]))
+    optimizer = NaturalCG([w])
+    for _ in range(60):
+        optimizer.step(lambda: 1e3 + F.mse_loss(w, torch.zeros(1)))
+    assert optimizer.param_groups[0]["damping"] <= 0.1
+    assert "below the loss's rounding" in optimizer.last_step.reason or optimizer.last_step.accepted
 
 
 def bowl(start):

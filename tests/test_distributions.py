@@ -101,3 +101,12 @@ def test_a_kl_must_be_a_scalar_zero_with_a_graph():
     ]:
         with pytest.raises(ValueError, match=message):
             linearize(lambda: (model(x).sum(), metric()), model.parameters())  # noqa: B023
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [D.ComposeTransform([t])], lambda t: [t.inv]])
+def test_learned_transforms_are_refused_however_deep(wrap):
+    loc = torch.nn.Parameter(torch.zeros(2))
+    wrapped = wrap(D.AffineTransform(loc, 1.0))
+    base = D.Normal(torch.zeros(2, requires_grad=True), torch.ones(2))
+    with pytest.raises(NotImplementedError, match="learned parameters"):
+        NaturalCG([loc]).step(lambda: (loc.sum(), D.TransformedDistribution(base, wrapped)))

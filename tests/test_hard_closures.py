@@ -1,0 +1,242 @@
+"""Closures that are easily got wrong without a sound: what changes, what is hidden, what is not linear."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Normal
+
+from ngd_optim import NaturalCG, linearize
+
+DTYPE = torch.float64
+
+
+def real(*shape):
+    return torch.randn(*shape, dtype=DTYPE)
+
+
+def dense_gauss_newton(outputs, loss, params):
+    """JᵀHJ row by row in plain autograd."""
+    z = outputs()
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, params, retain_graph=True, materialize_grads=True)])
+        for value in z.flatten()
+    ]
+    jacobian, z = torch.stack(rows), z.detach()
+    return jacobian.T @ torch.func.hessian(lambda flat: loss(flat.view_as(z)))(z.flatten()) @ jacobian
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+def test_a_function_that_is_differentiable_once_is_refused():
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)).double(), real(8, 5), real(8, 1)
+    with pytest.raises(RuntimeError, match="no curvature product can be formed"):
+        linearize(lambda: F.mse_loss(model[1](OnceDifferentiable.apply(model[0](x))), y), model.parameters())
+
+
+def test_where_double_backward_is_wrong_forward_mode_is_right():
+    a, y = nn.Parameter(real(3, 4)), real(3, 4)
+    point = linearize(lambda: F.mse_loss(a.logcumsumexp(1), y), [a])
+    matrix = dense_gauss_newton(lambda: a.logcumsumexp(1), lambda z: F.mse_loss(z, y), [a])
+    v = real(12)
+    assert point.backend == "torch.func"
+    assert (point.curvature(v) - matrix @ v).norm() <= 1e-10 * (matrix @ v).norm()
+
+
+def test_a_replay_never_changes_its_vector():
+    w, layer, x, y = nn.Parameter(real(4, 4)), nn.Linear(4, 4).double(), real(8, 4), real(8, 4)
+    params = [w, *layer.parameters()]
+
+    def outputs():
+        return layer(x @ (w.T - w.T.mm(w.T))).tanh()
+
+    point = linearize(lambda: F.mse_loss(outputs(), y), params)
+    matrix = dense_gauss_newton(outputs, lambda z: F.mse_loss(z, y), params)
+    for _ in range(3):
+        v = real(len(matrix))
+        kept = v.clone()
+        product = point.curvature(v)
+        assert torch.equal(v, kept)
+        assert (product - matrix @ v).norm() <= 1e-10 * product.norm()
+
+
+@pytest.mark.parametrize("switched", ["operations", "penalty", "weight"])
+def test_a_closure_that_changes_between_steps_is_learnt_anew(switched):
+    w, layer, x, y = nn.Parameter(real(4, 4)), nn.Linear(4, 4).double(), real(8, 4), real(8, 4)
+    weight = [0.0]
+
+    def closure():
+        on = weight[0] > 0
+        matrix = w.T - w.T.mm(w.T) if switched == "operations" and on else w
+        loss = F.mse_loss(layer(x @ matrix).tanh(), y)
+        if switched == "penalty" and on:
+            loss = loss + 5.0 * layer.weight.square().sum()
+        if switched == "weight":
+            loss = loss + weight[0] * layer.weight.square().sum()
+        return loss
+
+    settings = {"warm_start": 0.0, "adapt_damping": False}
+    used = NaturalCG([w, *layer.parameters()], **settings)
+    used.step(closure)
+    weight[0] = 5.0
+    start = copy.deepcopy([p.detach() for p in (w, *layer.parameters())])
+    used.step(closure)
+    after = [p.detach().clone() for p in (w, *layer.parameters())]
+    with torch.no_grad():
+        for p, value in zip((w, *layer.parameters()), start, strict=True):
+            p.copy_(value)
+    fresh = NaturalCG([w, *layer.parameters()], **settings)
+    fresh.step(closure)
+    for p, value in zip((w, *layer.parameters()), after, strict=True):
+        assert torch.allclose(p, value, rtol=1e-9, atol=1e-12)
+    assert used.last_step.reduction_ratio == pytest.approx(fresh.last_step.reduction_ratio, rel=1e-6)
+
+
+class TestHooks:
+    @pytest.mark.parametrize("hook", [lambda g: g.clamp(-0.01, 0.01), lambda g: g / (g.norm() + 1e-12)])
+    def test_that_are_not_linear_are_refused(self, hook):
+        model, x, y = nn.Linear(5, 1).double(), real(8, 5), real(8, 1)
+        model.weight.register_hook(hook)
+        with pytest.raises(RuntimeError, match="not linear"):
+            NaturalCG(model.parameters()).step(lambda: F.mse_loss(model(x), y))
+
+    def test_that_only_look_are_fine(self):
+        model, x, y = nn.Linear(5, 1).double(), real(8, 5), real(8, 1)
+        seen = []
+        model.weight.register_hook(lambda g: seen.append(g.norm()))
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+        assert seen
+        assert optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("flags", [{"size_average": False}, {"reduce": False}])
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+def test_legacy_reductions(flags):
+    model, x, y = nn.Linear(5, 4).double(), real(8, 5), torch.randint(0, 4, (8,))
+    v = real(24)
+    old, new = (
+        linearize(lambda k=k: F.nll_loss(model(x).log_softmax(1), y, **k).sum(), model.parameters()).curvature(v)
+        for k in (flags, {"reduction": "sum"})
+    )
+    assert (old - new).norm() <= 1e-12 * new.norm()
+
+
+@pytest.mark.parametrize("loss", ["kl_div", "gaussian_nll"])
+def test_a_learned_target_keeps_its_gradient(loss):
+    model, other, x = nn.Linear(5, 4).double(), nn.Linear(5, 4).double(), real(8, 5)
+    params = [*model.parameters(), *other.parameters()]
+
+    def closure():
+        if loss == "kl_div":
+            return F.kl_div(model(x).log_softmax(1), other(x).softmax(1), reduction="batchmean")
+        return F.gaussian_nll_loss(model(x), other(x), model(x).exp())
+
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(closure(), params)])
+    assert (linearize(closure, params).gradient - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_complex_intermediates_are_replayed():
+    a, y = nn.Parameter(real(3, 4)), real(3, 4)
+    point = linearize(lambda: F.mse_loss(torch.polar(a.exp(), a).real, y), [a])
+    matrix = dense_gauss_newton(lambda: torch.polar(a.exp(), a).real, lambda z: F.mse_loss(z, y), [a])
+    for _ in range(2):
+        v = real(12)
+        assert (point.curvature(v) - matrix @ v).norm() <= 1e-10 * (matrix @ v).norm()
+
+
+@pytest.mark.parametrize("make", [torch.rand_like, torch.randn_like, lambda h: F.dropout(h, 0.3) * 0.1])
+def test_noise_in_any_memory_layout(make):
+    layer = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
+    x = real(2, 3, 6, 6).to(memory_format=torch.channels_last)
+
+    def closure():
+        h = layer(x)
+        return F.mse_loss(h + make(h), torch.zeros_like(h))
+
+    optimizer = NaturalCG(layer.parameters())
+    optimizer.step(closure)
+    assert optimizer.last_step.backend == "torch.func"
+    assert optimizer.last_step.accepted
+
+
+def test_advanced_indexing_is_recorded(caplog):
+    model, x, y = nn.Linear(5, 4).double(), real(8, 5), torch.randint(0, 4, (8,))
+    keep = torch.tensor([True, False] * 4)
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        linearize(lambda: F.cross_entropy(model(x)[keep], y[keep]), model.parameters())
+        linearize(lambda: -model(x).log_softmax(1)[torch.arange(8), y].mean(), model.parameters())
+    assert not caplog.records
+
+
+def test_a_trial_point_outside_the_domain_is_turned_down(caplog):
+    scale, model, x, y = (
+        nn.Parameter(torch.tensor(0.3, dtype=DTYPE)),
+        nn.Linear(5, 1).double(),
+        real(16, 5),
+        real(16, 1),
+    )
+    optimizer = NaturalCG([*model.parameters(), scale])
+    for _ in range(30):
+        optimizer.step(lambda: -Normal(model(x), scale).log_prob(0.01 * y).mean())
+        assert scale > 0
+    assert "not defined at a trial point" in caplog.text
+
+
+def test_gradients_of_other_modules_are_left_alone():
+    critic, generator, x = nn.Linear(5, 1), nn.Linear(5, 5), torch.randn(8, 5)
+    optimizer = NaturalCG(generator.parameters())
+    kept = torch.full_like(critic.weight, 3.0)
+    critic.weight.grad = kept
+
+    def closure():
+        loss = F.softplus(-critic(generator(x))).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+        assert critic.weight.grad is kept
+        assert (kept == 3).all()
+        assert critic.bias.grad is None
+
+
+@pytest.mark.parametrize("arguments", [{"create_graph": True}, {"inputs": []}])
+def test_backward_for_derivatives_inside_the_closure_names_the_way_out(arguments):
+    model, x = nn.Linear(5, 1), torch.randn(8, 5)
+
+    def closure():
+        loss = F.mse_loss(model(x), torch.zeros(8, 1))
+        loss.backward(**arguments)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        NaturalCG(model.parameters()).step(closure)
+
+
+def test_parameters_that_share_memory_are_refused():
+    a = nn.Parameter(torch.randn(3))
+    b = nn.Parameter(a.data)
+    expanded = nn.Parameter(torch.zeros(1).expand(3))
+    for params in ([a, b], [expanded]):
+        with pytest.raises(ValueError, match="share the same memory"):
+            NaturalCG(params).step(lambda params=params: sum(p.square().sum() for p in params))
+
+
+@pytest.mark.parametrize("metric", [[], {}])
+def test_an_empty_metric(metric):
+    model, x = nn.Linear(5, 1), torch.randn(8, 5)
+    with pytest.raises(TypeError, match="no distribution"):
+        NaturalCG(model.parameters()).step(lambda: (model(x).mean(), metric))
