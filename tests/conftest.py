@@ -1,6 +1,6 @@
 """What every test module shares."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -8,7 +8,10 @@ import torch
 
 def _declare_missing_torchvision_schemas() -> torch.library.Library | None:
     """Let torchvision's Python parts work beside a CPU-only torch, where its CUDA wheel cannot load its operators."""
-    if not version("torch").endswith("+cpu") or version("torchvision").endswith("+cpu"):
+    try:
+        if not version("torch").endswith("+cpu") or version("torchvision").endswith("+cpu"):
+            return None
+    except PackageNotFoundError:
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
