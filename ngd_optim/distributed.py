@@ -112,7 +112,7 @@ class Ranks:
             (failed,) = self._maximum([0 if error is None else 1 + dist.get_rank(self.group)])
             if failed and error is None:
                 raise RuntimeError(
-                    f"rank {failed - 1} raised an exception in this step, so this rank did not move its parameters either"
+                    f"rank {failed - 1} raised an exception in this step, so this rank did not move either"
                 )
 
     @contextmanager

@@ -166,9 +166,9 @@ class NaturalCG(Optimizer):
             The loss before the step, a detached 0-dim tensor. ``last_step`` tells the rest.
 
         Raises:
-            RuntimeError: another rank of the process group raised an exception.
             TypeError, ValueError: there is no closure, or it returned something that is not a loss or a metric.
-            RuntimeError: the closure holds something that cannot work; the message says what to do instead.
+            RuntimeError: the closure holds something that cannot work, and the message says what to do instead; or
+                another rank of the process group raised an exception.
             Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
                 random numbers are then as before.
         """
@@ -183,7 +183,7 @@ class NaturalCG(Optimizer):
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
             point = self._linearize(runs, parameters, settings, ranks)
-            self._call_gradient_hooks(runs[0], point, parameters)
+            ranks.together(lambda: self._call_gradient_hooks(runs[0], point, parameters))
             if others:
                 point = point.with_curvature_of(self._linearize(others, parameters, settings, ranks))
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
@@ -219,15 +219,16 @@ class NaturalCG(Optimizer):
         return self._experiences.setdefault((code, curvature, signature(traced)), Experience())
 
     def _call_gradient_hooks(self, run: ReplayedClosure, point: Linearization, parameters: FlatParameters) -> None:
-        hooks = self._gradient_hooks
-        if not hooks:
+        if not self._gradient_hooks:
             return
         before = [p.grad for p in parameters.tensors]
-        shown = point.gradient.clone()
-        run.leave_gradients(parameters.unflatten(shown), point.reached)
-        for hook in list(hooks.values()):
+        run.leave_gradients(parameters.unflatten(point.gradient.clone()), point.reached)
+        shown = [p.grad for p in parameters.tensors]
+        values = parameters.flatten(shown)
+        for hook in list(self._gradient_hooks.values()):
             hook(self)
-        if not torch.allclose(shown, point.gradient, rtol=0, atol=0, equal_nan=True):
+        same = all(p.grad is gradient for p, gradient in zip(parameters.tensors, shown, strict=True))
+        if not same or not torch.allclose(values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True):
             raise RuntimeError(
                 "a hook changed the gradients, which NaturalCG does not use again; to limit the step set max_kl, the "
                 "trust region, in place of gradient clipping"

@@ -240,3 +240,41 @@ def test_an_empty_metric(metric):
     model, x = nn.Linear(5, 1), torch.randn(8, 5)
     with pytest.raises(TypeError, match="no distribution"):
         NaturalCG(model.parameters()).step(lambda: (model(x).mean(), metric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("change", ["in place", "replaced", "removed", None])
+def test_gradient_hooks_may_look_and_not_touch(change, accumulated, dtype):
+    model, x, y = nn.Linear(5, 1).to(dtype), torch.randn(8, 5).to(dtype), torch.randn(8, 1).to(dtype)
+    optimizer = NaturalCG(model.parameters())
+    before = [torch.ones_like(p) if accumulated else None for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), before, strict=True):
+        p.grad = gradient
+
+    def closure():
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    calls = []
+
+    def hook(optimizer):
+        calls.append(model.weight.grad.norm())
+        if change == "in place":
+            model.weight.grad.mul_(0.5)
+        elif change == "replaced":
+            model.weight.grad = model.weight.grad * 0.5
+        elif change == "removed":
+            model.weight.grad = None
+
+    optimizer.register_gradient_hook(hook)
+    if change is None:
+        optimizer.step(closure)
+        optimizer.step(closure)
+        assert len(calls) == 2
+        return
+    with pytest.raises(RuntimeError, match="a hook changed the gradients"):
+        optimizer.step(closure)
+    for p, gradient in zip(model.parameters(), before, strict=True):
+        assert p.grad is gradient
