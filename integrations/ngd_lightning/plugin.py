@@ -1,0 +1,81 @@
+"""Train any LightningModule with NaturalCG, whatever optimizer it configures."""
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from ngd_lightning.step import attach
+from ngd_optim import NaturalCG
+
+_OPTIONS = set(inspect.signature(NaturalCG).parameters) - {"params"}
+
+
+class NaturalCGPlugin(Precision):
+    """Trainer plugin that puts NaturalCG in the place of the optimizer that the model configures.
+
+    ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. Learning-rate schedulers go with the optimizer that they belong
+    to. The plugin stands for the Trainer's precision, so that is set here.
+
+    Args:
+        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"64-true"``.
+        **options: those of :class:`~ngd_optim.NaturalCG`.
+
+    Raises:
+        ValueError: another precision, or an option that is out of range.
+        TypeError: NaturalCG has no such option.
+    """
+
+    def __init__(self, precision: str = "32-true", **options: Any) -> None:
+        if precision not in ("32-true", "bf16-mixed", "64-true"):
+            raise ValueError(f"precision must be '32-true', 'bf16-mixed' or '64-true', got {precision!r}")
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise TypeError(
+                f"NaturalCG has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(_OPTIONS))}"
+            )
+        NaturalCG([nn.Parameter()], **options)  # out of range: better said here than when training starts
+        self.precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+        self._options = options
+        self._inner: Precision = DoublePrecision() if precision == "64-true" else Precision()
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Called by the Trainer when the model and its optimizers are set up."""
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if self.precision == "bf16-mixed":
+            self._inner = MixedPrecision("bf16-mixed", trainable[0].device.type)
+        if not optimizers:  # the Trainer only validates, tests or predicts
+            return model, optimizers, lr_schedulers
+        if len(optimizers) > 1:
+            raise ValueError(
+                f"NaturalCGPlugin replaces one optimizer, and the model configures {len(optimizers)}; return NaturalCG "
+                "from configure_optimizers for those that it should replace"
+            )
+        rank_zero_info(f"NaturalCG takes the place of {type(optimizers[0]).__name__}")
+        optimizer = NaturalCG(trainable, **self._options)
+        attach(optimizer)
+        return model, [optimizer], []
+
+    def convert_module(self, module: nn.Module) -> nn.Module:  # noqa: D102
+        return self._inner.convert_module(module)
+
+    def convert_input(self, data: Any) -> Any:  # noqa: D102
+        return self._inner.convert_input(data)
+
+    def convert_output(self, data: Any) -> Any:  # noqa: D102
+        return self._inner.convert_output(data)
+
+    def tensor_init_context(self) -> AbstractContextManager:  # noqa: D102
+        return self._inner.tensor_init_context()
+
+    def module_init_context(self) -> AbstractContextManager:  # noqa: D102
+        return self._inner.module_init_context()
+
+    def forward_context(self) -> AbstractContextManager:  # noqa: D102
+        return self._inner.forward_context()

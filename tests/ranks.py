@@ -1,0 +1,51 @@
+"""Run a function in two processes that talk by gloo, once for all the tests that look at what it did."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 150
+
+
+def on_two_ranks(function: Callable[[int], Any], folder: Path) -> None:
+    """Save what ``function(rank)`` returns on each rank as ``folder/<rank>.pt``."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = mp.spawn(_run, (function, folder), nprocs=2, join=False)
+    deadline = time.monotonic() + TIMEOUT
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{function.__name__} did not end within {TIMEOUT} s")
+
+
+def results_of(name: str, run: Callable[[Path], None], factory: pytest.TempPathFactory) -> list[Any]:
+    """What ``run(folder)`` saved as ``0.pt`` and ``1.pt``; among the workers of pytest-xdist, one runs it for all."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 2 * TIMEOUT
+        while not (folder / "ended").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    else:
+        try:
+            run(folder)
+        finally:
+            (folder / "ended").touch()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _run(rank: int, function: Callable[[int], Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(function(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
