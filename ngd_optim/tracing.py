@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Tracing(TorchFunctionMode):
         if (func in _RANDOM_BY_LAYOUT or func in _LIKE) and args and isinstance(args[0], Tensor):
             return self._random(func, args, kwargs)
         if getattr(func, "__name__", None) in _RECURRENT:
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            with _native_kernels():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -180,6 +181,20 @@ class Tracing(TorchFunctionMode):
         gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors or [None] * len(tensors)
         for root, gradient in zip(tensors, gradients, strict=True):
             self._note_backward(root, gradient)
+
+
+@contextmanager
+def _native_kernels() -> Iterator[None]:
+    # Their flags() contexts also set TF32, which warns on machines that have none.
+    libraries = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _changed_in_place(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -1,0 +1,39 @@
+"""Ratios that can be trusted: interleaved repeats in one process on one thread, medians and quartiles."""
+
+import platform
+from collections.abc import Callable, Mapping
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn, after one call each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = perf_counter()
+            function()
+            seconds[name].append(perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Each function's time ÷ the base's, round by round: median and quartiles."""
+    result = {}
+    for name, own in seconds.items():
+        if name == base:
+            continue
+        by_round = [a / b for a, b in zip(own, seconds[base], strict=True)]
+        low, _, high = quantiles(by_round, n=4)
+        result[name] = {"median": median(by_round), "low": low, "high": high}
+    return result
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    return {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "processor": platform.machine()}
