@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint readme clean
+.PHONY: help demo test test-slow lint bench readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,12 @@ lint: $(READY)  ## lint and types only
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+bench: $(READY)  ## side by side with peers; writes benchmarks/results
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,bench]'
+	$(BIN)/python benchmarks/products.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/rl.py
 
 readme: $(READY)  ## write the table of what works into the README
 	$(BIN)/python tests/what_works.py
