@@ -154,6 +154,8 @@ class TRPO(sb3_contrib.TRPO):
         except ValueError as error:
             _refuse_not_finite("observation", self._last_obs, error)
             raise
+        for observations in (rollout_buffer.observations, self._last_obs):
+            _refuse_not_finite("observation", observations)
         _refuse_not_finite("reward", rollout_buffer.rewards)
         return is_complete
 
@@ -282,4 +284,4 @@ def _joint(distribution: Distribution) -> Any:
 def _refuse_not_finite(what: str, values: Any, cause: Exception | None = None) -> None:
     arrays = values.values() if isinstance(values, dict) else [values]
     if not all(np.isfinite(array).all() for array in arrays):
-        raise ValueError(f"the environment returned a {what} that is not finite") from cause
+        raise ValueError(f"the environment returned a value that is not finite as {what}") from cause
