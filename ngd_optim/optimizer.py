@@ -117,16 +117,17 @@ class NaturalCG(Optimizer):
         }
         check_settings(defaults)
         super().__init__(params, defaults)
-        self._forget()
+        self._complete()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
         super().__setstate__(state)
-        self._forget()
+        self._complete()
 
-    def _forget(self) -> None:
+    def _complete(self) -> None:
+        if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
+            self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
         self._experiences: dict[Any, Experience] = {}
-        self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from ngd_lightning import NaturalCGCallback, NaturalCGPlugin
@@ -667,3 +667,112 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert "NaturalCG: training loss" in run.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "logs" / "digits" / "NaturalCG").glob("events*"))
+
+
+# Runs that are not one straight fit
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_hooks_and_refusals_outlive_a_resume(tmp_path: Path, plugin: bool) -> None:
+    def options() -> dict[str, Any]:
+        return {"plugins": [NaturalCGPlugin()]} if plugin else {}
+
+    module_class = AdamClassifier if plugin else Classifier
+    checkpoint = ModelCheckpoint(tmp_path, filename="half")
+    fit(module_class(), checkpoint, max_epochs=1, **options())
+    hooks = Hooks()
+    trainer, _ = fit(module_class(), hooks, max_epochs=3, ckpt_path=checkpoint.best_model_path, **options())
+    assert trainer.global_step == 9
+    assert set(hooks.calls.values()) == {6}
+
+    class Clipping(module_class):
+        def on_before_optimizer_step(self, optimizer) -> None:
+            nn.utils.clip_grad_norm_(self.parameters(), 1e-4)
+
+    with pytest.raises(RuntimeError, match="a hook changed the gradients"):
+        fit(Clipping(), max_epochs=3, ckpt_path=checkpoint.best_model_path, **options())
+
+
+def test_finders_run_hooks_as_often_as_for_other_optimizers(tmp_path: Path) -> None:
+    class Finding(Classifier):
+        def __init__(self, optimizer_class: Any) -> None:
+            super().__init__()
+            self.optimizer_class, self.lr, self.calls = optimizer_class, 0.1, Counter()
+
+        def on_after_backward(self) -> None:
+            self.calls["after_backward"] += 1
+
+        def on_before_optimizer_step(self, optimizer) -> None:
+            self.calls["optimizer_step"] += 1
+
+        def configure_optimizers(self):
+            return self.optimizer_class(self.parameters(), lr=self.lr)
+
+    calls = []
+    for optimizer_class in (NaturalCG, torch.optim.Adam):
+        module = Finding(optimizer_class)
+        finder = LearningRateFinder(min_lr=0.1, max_lr=1.0, num_training_steps=4, update_attr=False)
+        fit(module, finder, max_epochs=1, default_root_dir=tmp_path)
+        calls.append(module.calls)
+    assert calls[0] == calls[1]
+    assert calls[0]["optimizer_step"] > 3
+
+
+def test_the_plugin_takes_over_what_the_optimizer_had() -> None:
+    class Head(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.net[2].parameters())
+
+    module = Head()
+    before = module.net[0].weight.detach().clone()
+    head = module.net[2].weight.detach().clone()
+    fit(module, plugins=[NaturalCGPlugin()])
+    assert torch.equal(module.net[0].weight, before)
+    assert not torch.equal(module.net[2].weight, head)
+
+
+def test_the_plugin_says_that_it_leaves_out_schedulers() -> None:
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters())
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    with pytest.warns(UserWarning, match="leaves out the learning-rate schedulers of Adam"):
+        fit(Scheduled(), plugins=[NaturalCGPlugin()], max_epochs=1)
+
+
+def test_the_twin_package_is_refused() -> None:
+    import pytorch_lightning
+
+    class Twin(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 4)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return self.optimizer_class(self.parameters())
+
+    def fit_twin(optimizer_class: Any) -> None:
+        module: Any = Twin()
+        module.optimizer_class = optimizer_class
+        options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        pytorch_lightning.Trainer(max_epochs=1, accelerator="cpu", **options).fit(module, loader())
+
+    with pytest.raises(TypeError, match=r"import lightning\.pytorch as pl"):
+        fit_twin(NaturalCG)
+    fit_twin(torch.optim.Adam)
+
+
+def test_an_interrupted_run_is_drawn(tmp_path: Path) -> None:
+    class Interrupted(Classifier):
+        def on_train_batch_start(self, batch, batch_idx) -> None:
+            if self.global_step == 3:
+                raise RuntimeError("stop here")
+
+    picture = tmp_path / "run.png"
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(Interrupted(), NaturalCGCallback("kl", picture=picture))
+    assert picture.stat().st_size > 10_000

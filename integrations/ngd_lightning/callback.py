@@ -19,6 +19,12 @@ PROGRESS_BAR = ("kl", "cg_iters", "damping", "reduction_ratio", "accepted")
 class LightningBridge(Callback):
     """Lets the NaturalCG optimizers of a run understand Lightning's closures; for other optimizers it does nothing."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Go first: other callbacks, such as LearningRateFinder, train in their own ``on_fit_start``."""
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the Trainer's options and attach."""
         optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)]
@@ -48,9 +54,13 @@ class NaturalCGCallback(LightningBridge):
     """
 
     def __init__(
-        self, progress_bar: Iterable[str] = PROGRESS_BAR, *, warn_after: int = 10, picture: str | Path | None = None
+        self,
+        progress_bar: str | Iterable[str] = PROGRESS_BAR,
+        *,
+        warn_after: int = 10,
+        picture: str | Path | None = None,
     ) -> None:
-        self._progress_bar = set(progress_bar)
+        self._progress_bar = {progress_bar} if isinstance(progress_bar, str) else set(progress_bar)
         unknown = self._progress_bar - set(StepReport.__dataclass_fields__)
         if unknown:
             raise ValueError(f"progress_bar must name fields of StepReport, got {', '.join(sorted(unknown))}")
@@ -84,9 +94,16 @@ class NaturalCGCallback(LightningBridge):
                 self._log(trainer, pl_module, name, reports[-1])
                 self._warn_if_rejected(reports)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the run."""
+        self._draw(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Draw what there is of a run that was interrupted."""
+        self._draw(trainer)
+
+    @rank_zero_only
+    def _draw(self, trainer: pl.Trainer) -> None:
         if self._picture is not None and any(self.runs.values()):
             from ngd_lightning.picture import draw
 

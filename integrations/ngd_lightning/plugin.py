@@ -4,8 +4,9 @@ import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,8 +19,10 @@ _OPTIONS = set(inspect.signature(NaturalCG).parameters) - {"params"}
 class NaturalCGPlugin(Precision):
     """Trainer plugin that puts NaturalCG in the place of the optimizer that the model configures.
 
-    ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. Learning-rate schedulers go with the optimizer that they belong
-    to. The plugin stands for the Trainer's precision, so that is set here.
+    ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. It takes over that optimizer's parameters, in their groups; all
+    trainable ones if ``configure_optimizers`` returns None (Lightning wants the method itself to be there).
+    Learning-rate schedulers go with the optimizer that they belong to. The plugin stands for the Trainer's precision,
+    so that is set here.
 
     Args:
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"64-true"``.
@@ -47,9 +50,8 @@ class NaturalCGPlugin(Precision):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Called by the Trainer when the model and its optimizers are set up."""
-        trainable = [p for p in model.parameters() if p.requires_grad]
         if self.precision == "bf16-mixed":
-            self._inner = MixedPrecision("bf16-mixed", trainable[0].device.type)
+            self._inner = MixedPrecision("bf16-mixed", next(model.parameters()).device.type)
         if not optimizers:  # the Trainer only validates, tests or predicts
             return model, optimizers, lr_schedulers
         if len(optimizers) > 1:
@@ -57,8 +59,15 @@ class NaturalCGPlugin(Precision):
                 f"NaturalCGPlugin replaces one optimizer, and the model configures {len(optimizers)}; return NaturalCG "
                 "from configure_optimizers for those that it should replace"
             )
-        rank_zero_info(f"NaturalCG takes the place of {type(optimizers[0]).__name__}")
-        optimizer = NaturalCG(trainable, **self._options)
+        (replaced,) = optimizers
+        rank_zero_info(f"NaturalCG takes the place of {type(replaced).__name__}")
+        if lr_schedulers:
+            rank_zero_warn(f"NaturalCGPlugin leaves out the learning-rate schedulers of {type(replaced).__name__}")
+        if isinstance(replaced, _MockOptimizer):  # configure_optimizers returned None
+            params: Any = [p for p in model.parameters() if p.requires_grad]
+        else:
+            params = [{"params": group["params"]} for group in replaced.param_groups]
+        optimizer = NaturalCG(params, **self._options)
         attach(optimizer)
         return model, [optimizer], []
 

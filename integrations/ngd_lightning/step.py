@@ -132,7 +132,7 @@ def attach(optimizer: NaturalCG) -> list[Any]:
 
 
 def _detached(result: ClosureResult) -> ClosureResult:
-    """The result that Lightning passes on to hooks, without the graph."""
+    """The result that Lightning passes on to hooks, its loss without the graph."""
     return ClosureResult(None if result.closure_loss is None else result.closure_loss.detach(), extra=result.extra)
 
 
