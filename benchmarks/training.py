@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -60,6 +61,13 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]] 
     ),
     "CNN": (small_cnn, lambda m: F.cross_entropy(m(IMAGES), DIGIT)),
 }
+
+
+FLOORS = {
+    "autoencoder": F.binary_cross_entropy(IMAGES, IMAGES, reduction="sum").item() / len(IMAGES),
+    "CNN": 0.0,
+}
+"""The lowest loss that there can be."""
 
 
 def first_order(make: Callable[[nn.Module, float], list[torch.optim.Optimizer]], rates: list[float]) -> Any:
@@ -195,15 +203,13 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
     colours = ["#E69F00", "#999999", "#CC79A7", "#009E73", "#D55E00", "#0072B2"]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, (task, curves) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        floor = FLOORS[task]
         for (label, points), colour in zip(curves.items(), colours, strict=False):
-            values = [math.inf]
-            for _, value in points:
-                values.append(min(values[-1], value))
+            values = [value - floor for value in accumulate((value for _, value in points), min)]
             seconds = [second for second, _ in points]
-            axes.plot(seconds, values[1:], label=label, color=colour, lw=2.5 if "NaturalCG" in label else 1.4)
-        axes.set(title=task, xlabel="seconds", ylabel="training loss, lowest so far", yscale="log")
-        if task == "autoencoder":
-            axes.set_ylim(top=20)
+            axes.plot(seconds, values, label=label, color=colour, lw=2.5 if "NaturalCG" in label else 1.4)
+        what = f"training loss − {floor:.2f}, its floor" if floor else "training loss"
+        axes.set(title=task, xlabel="seconds", ylabel=f"{what}; lowest so far", yscale="log")
         axes.legend(frameon=False, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from mnist_files import write_mnist
 from ngd_lightning import NaturalCGCallback, NaturalCGPlugin
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -651,13 +652,16 @@ def test_the_plugin_checks_its_arguments() -> None:
 RUN = "import sys, conftest, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_the_example_runs(tmp_path: Path, data: str) -> None:
+    write_mnist(tmp_path / "data")
     example = Path(__file__).parents[1] / "examples" / "lightning_digits.py"
     picture = tmp_path / "curves.png"
-    options = ["--seconds", "1", "--output", str(picture), "--logs", str(tmp_path / "logs")]
+    options = ["--data", data, "--seconds", "1", "--output", str(picture), "--logs", str(tmp_path / "logs")]
     run = subprocess.run(
         [sys.executable, "-c", RUN, str(example), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path,
         timeout=120,
         capture_output=True,
         text=True,
@@ -666,7 +670,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "NaturalCG: training loss" in run.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert list((tmp_path / "logs" / "digits" / "NaturalCG").glob("events*"))
+    assert list((tmp_path / "logs").glob("*/NaturalCG/events*"))
 
 
 # Runs that are not one straight fit

@@ -3,16 +3,15 @@
 import importlib.util
 import math
 import re
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from mnist_files import write_mnist
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
@@ -62,13 +61,7 @@ def test_mnist_is_read_from_torchvisions_files(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchvision")
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    images, labels = random.integers(0, 256, (50, 28, 28), np.uint8), random.integers(0, 10, 50, np.uint8)
-    for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, *labels.shape) + labels.tobytes())
+    images, labels = write_mnist(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
 
     X, y = quickstart.load_images("mnist")
