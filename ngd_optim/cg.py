@@ -71,7 +71,8 @@ def conjugate_gradient(
         ValueError: ``b`` is not a vector, ``x0`` has another shape, or a setting is negative.
     """
     _check(b, x0, max_iters, tol, progress_tol)
-    target = tol * b.norm().item()
+    norm = b.norm().item()
+    target = tol * norm
     x, r, model = torch.zeros_like(b), b.clone(), 0.0
     start_products = 0
     if x0 is not None and x0.any() and math.isfinite(target):
@@ -121,7 +122,6 @@ def conjugate_gradient(
         previous, r_dot_r = r_dot_r, torch.dot(r, r).item()
         p.mul_(r_dot_r / previous).add_(r)
 
-    norm = b.norm().item()
     return CGResult(
         solution=x,
         iterations=iteration,

@@ -63,6 +63,11 @@ class Linearization:
         return self.product(v.to(self.gradient))
 
     @property
+    def rounding(self) -> float:
+        """Differences of the loss below this are noise."""
+        return 10 * torch.finfo(self.loss.dtype).eps * abs(self.loss.item())
+
+    @property
     def backend(self) -> Backend:
         """What forms the products: ``"torch.func"`` or ``"double-backward"``."""
         return self.experience.backend
@@ -191,8 +196,9 @@ def linearize_mean(
         return linearize_closure(runs[0], parameters, curvature, known, ranks)
     parts = []
     for run in runs:
-        experience, part = _without_graph(linearize_closure(run, parameters, curvature, known, ranks))
-        parts.append(replace(part, product=_retracing_product(run, parameters, curvature, experience, ranks)))
+        part = linearize_closure(run, parameters, curvature, known, ranks)
+        part = replace(part, product=_retracing_product(run, parameters, curvature, part.experience, ranks))
+        parts.append(part)
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
@@ -208,10 +214,6 @@ def linearize_mean(
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
         measure=measure,
     )
-
-
-def _without_graph(point: Linearization) -> tuple[Experience, Linearization]:
-    return point.experience, replace(point, product=torch.zeros_like)
 
 
 def _traced(run: ReplayedClosure) -> Evaluation:

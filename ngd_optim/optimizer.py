@@ -1,6 +1,5 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.linearize import Linearization, linearize_mean
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.report import StepReport
+from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
 from ngd_optim.verify import Experience, signature
@@ -197,7 +196,8 @@ class NaturalCG(Optimizer):
             run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
-        self.last_step = self._report(point, model, solution, step, trial, sum(run.count for run in [*runs, *others]))
+        n_forward = sum(run.count for run in [*runs, *others])
+        self.last_step = report_of(point, model, solution, step, trial, max(self._per_group("damping")), n_forward)
         self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
         return point.loss
@@ -298,7 +298,7 @@ class NaturalCG(Optimizer):
         if not trial.accepted:
             parameters.restore()
             promised = step.predicted_decrease(1.0)
-            if trial.backtracks and abs(promised) <= _rounding(point.loss):
+            if trial.backtracks and abs(promised) <= point.rounding:
                 reason = f"rejected: the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
                 return replace(trial, overshot=False, reason=reason)
         return trial
@@ -314,46 +314,6 @@ class NaturalCG(Optimizer):
         """Keep the solution for the next step's start."""
         for p, x in zip(parameters.tensors, parameters.unflatten(solution.solution), strict=True):
             self.state[p]["solution"] = x
-
-    def _report(
-        self,
-        point: Linearization,
-        model: QuadraticModel,
-        solution: CGResult,
-        step: Step,
-        trial: Trial,
-        n_forward: int,
-    ) -> StepReport:
-        moved = trial.fraction if trial.accepted else 0.0
-        loss = point.loss.item()
-        predicted = step.predicted_decrease(trial.fraction)
-        return StepReport(
-            loss=loss,
-            new_loss=trial.objective - step.decay_change(trial.fraction) if trial.accepted else loss,
-            grad_norm=model.gradient.norm().item(),
-            step_norm=moved * step.direction.norm().item() if moved else 0.0,
-            kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
-            predicted_decrease=predicted,
-            reduction_ratio=(loss - trial.objective) / predicted
-            if abs(predicted) > _rounding(point.loss)
-            else math.nan,
-            damping=max(self._per_group("damping")),
-            cg_iters=solution.iterations,
-            cg_residual=solution.residual,
-            cg_stop=solution.stop,
-            step_scale=moved * step.scale if moved else 0.0,
-            backtracks=trial.backtracks,
-            accepted=trial.accepted,
-            reason=trial.reason,
-            backend=point.backend,
-            n_forward=n_forward,
-            n_product=solution.products + step.products,
-        )
-
-
-def _rounding(loss: Tensor) -> float:
-    """Differences of the loss below this are noise."""
-    return 10 * torch.finfo(loss.dtype).eps * abs(loss.item())
 
 
 def _closures(closure: Any) -> list[Closure]:

@@ -1,6 +1,12 @@
 """What one optimizer step did."""
 
+import math
 from dataclasses import asdict, dataclass
+
+from ngd_optim.cg import CGResult
+from ngd_optim.linearize import Linearization
+from ngd_optim.model import QuadraticModel, Step
+from ngd_optim.trust_region import Trial
 
 
 @dataclass(frozen=True)
@@ -54,3 +60,39 @@ class StepReport:
     def as_dict(self) -> dict[str, float | int | str | bool]:
         """All fields by name, ready for a logger."""
         return asdict(self)
+
+
+def report_of(
+    point: Linearization,
+    model: QuadraticModel,
+    solution: CGResult,
+    step: Step,
+    trial: Trial,
+    damping: float,
+    n_forward: int,
+) -> StepReport:
+    """The report of a step, from what its parts found."""
+    moved = trial.fraction if trial.accepted else 0.0
+    loss = point.loss.item()
+    predicted = step.predicted_decrease(trial.fraction)
+    telling = abs(predicted) > point.rounding
+    return StepReport(
+        loss=loss,
+        new_loss=trial.objective - step.decay_change(trial.fraction) if trial.accepted else loss,
+        grad_norm=model.gradient.norm().item(),
+        step_norm=moved * step.direction.norm().item() if moved else 0.0,
+        kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
+        predicted_decrease=predicted,
+        reduction_ratio=(loss - trial.objective) / predicted if telling else math.nan,
+        damping=damping,
+        cg_iters=solution.iterations,
+        cg_residual=solution.residual,
+        cg_stop=solution.stop,
+        step_scale=moved * step.scale if moved else 0.0,
+        backtracks=trial.backtracks,
+        accepted=trial.accepted,
+        reason=trial.reason,
+        backend=point.backend,
+        n_forward=n_forward,
+        n_product=solution.products + step.products,
+    )
