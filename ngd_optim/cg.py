@@ -1,4 +1,4 @@
-"""The conjugate gradient method for ``A x = b``, with a symmetric positive definite ``A`` that is only multiplied."""
+"""Preconditioned conjugate gradients for ``A x = b``, with a symmetric positive definite ``A`` that is only multiplied."""
 
 import math
 from collections.abc import Callable
@@ -50,8 +50,9 @@ def conjugate_gradient(
     tol: float = 1e-6,
     progress_tol: float = 0.0,
     boundary: float | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
 ) -> CGResult:
-    """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithm 5.2).
+    """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithms 5.2 and 5.3).
 
     Args:
         matvec: ``v ↦ A v`` for a vector shaped like ``b``.
@@ -65,10 +66,13 @@ def conjugate_gradient(
             ``max(10, i/10)`` iterations (Martens 2010, section 4.4); 0 turns the test off.
         boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far as
             ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of ``|A|``). None, or if ``x``
-            is outside already: stay, or return ``b`` if ``x`` is zero (Nocedal & Wright, Algorithm 7.1).
+            is outside already: stay, or return ``p`` if ``x`` is zero (Nocedal & Wright, Algorithm 7.1).
+        preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``, a new tensor at each
+            call. It changes how fast the solution is found, and never the solution.
 
     Raises:
-        ValueError: ``b`` is not a vector, ``x0`` has another shape, or a setting is negative.
+        ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the preconditioner is not
+            positive definite.
     """
     _check(b, x0, max_iters, tol, progress_tol)
     norm = b.norm().item()
@@ -82,8 +86,10 @@ def conjugate_gradient(
         if start_model < 0:
             x, r, model = x0.clone(), start_residual, start_model
 
-    p = r.clone()
+    precondition = preconditioner or Tensor.clone
+    p = precondition(r)
     r_dot_r = torch.dot(r, r).item()
+    r_dot_z = _checked(torch.dot(r, p).item(), r_dot_r)
     models = [model]
     iteration = 0
     stop: CGStop
@@ -114,13 +120,15 @@ def conjugate_gradient(
             x.add_(p, alpha=length)
             r.sub_(a_p, alpha=length)
             break
-        alpha = r_dot_r / p_dot_ap
+        alpha = r_dot_z / p_dot_ap
         x.add_(p, alpha=alpha)
         r.sub_(a_p, alpha=alpha)
-        # An exact step along p lowers φ by ½ α rᵀr: the model's value costs nothing.
-        models.append(models[-1] - 0.5 * alpha * r_dot_r)
-        previous, r_dot_r = r_dot_r, torch.dot(r, r).item()
-        p.mul_(r_dot_r / previous).add_(r)
+        # An exact step along p lowers φ by ½ α rᵀz: the model's value costs nothing.
+        models.append(models[-1] - 0.5 * alpha * r_dot_z)
+        z = r if preconditioner is None else preconditioner(r)
+        r_dot_r = torch.dot(r, r).item()
+        previous, r_dot_z = r_dot_z, r_dot_r if z is r else _checked(torch.dot(r, z).item(), r_dot_r)
+        p.mul_(r_dot_z / previous).add_(z)
 
     return CGResult(
         solution=x,
@@ -131,6 +139,12 @@ def conjugate_gradient(
         x_dot_b=torch.dot(x, b).item(),
         x_dot_r=torch.dot(x, r).item(),
     )
+
+
+def _checked(r_dot_z: float, r_dot_r: float) -> float:
+    if r_dot_z <= 0 < r_dot_r:
+        raise ValueError(f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {r_dot_z:.3g}")
+    return r_dot_z
 
 
 def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None) -> float:
