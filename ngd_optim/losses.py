@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
+from ngd_optim.least_squares import least_squares
+
 
 class Loss:
     """How a loss function is differentiated twice.
 
     Attributes:
-        outputs: names of the arguments that are outputs of the model.
+        outputs: names of the arguments that are outputs of the model, or tuples of them.
         bend: ``(result, *arguments) ↦ result`` with another Hessian; None where the loss is convex in the outputs.
     """
 
@@ -158,6 +160,7 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.poisson_nll_loss: Loss("input"),
     F.smooth_l1_loss: Loss("input", "target"),
     F.soft_margin_loss: Loss("input"),
+    least_squares: Loss("residuals"),
 }
 """The recognised loss functions."""
 
@@ -170,12 +173,19 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
     """
     loss = LOSSES[func]
     call = _signature(func).bind(*args, **kwargs)
-    outputs = []
-    for name in loss.outputs:
-        z = call.arguments.get(name)
+    outputs: list[Tensor] = []
+
+    def alias(z: Any) -> Any:
+        if isinstance(z, tuple):
+            return tuple(map(alias, z))
         if isinstance(z, Tensor):
-            call.arguments[name] = z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
-            outputs.append(call.arguments[name])
+            z = z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
+            outputs.append(z)
+        return z
+
+    for name in loss.outputs:
+        if name in call.arguments:
+            call.arguments[name] = alias(call.arguments[name])
     result = func(*call.args, **call.kwargs)
     if loss.bend is not None and any(z.requires_grad for z in outputs):
         if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
