@@ -11,7 +11,8 @@ def least_squares(*residuals: Tensor, weights: Sequence[float | Tensor] | None =
     """``½ Σᵢ wᵢ mean(rᵢ²)``, a 0-dim tensor, whose Gauss-Newton metric ``Σᵢ wᵢ JᵢᵀJᵢ / numel(rᵢ)`` is recognised.
 
     It is used in a closure like any loss of ``torch.nn.functional``: alone or in a sum, with or without ``backward``.
-    The residuals may hold derivatives of a network by ``torch.func`` or by ``torch.autograd.grad(..., create_graph=True)``.
+    The residuals may hold derivatives of a network: by ``torch.func``, or by ``torch.autograd.grad`` with
+    ``create_graph=True``.
 
     Args:
         residuals: real tensors of any shapes, one for each equation, boundary or data set.
