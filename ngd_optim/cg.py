@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients for ``A x = b``, with a symmetric positive definite ``A`` that is only multiplied."""
+"""Conjugate gradients for ``A x = b``, with a symmetric positive definite ``A`` that is only multiplied."""
 
 import math
 from collections.abc import Callable
