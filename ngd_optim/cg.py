@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-CGStop = Literal["tolerance", "progress", "max_iters", "negative_curvature", "not_finite"]
+CGStop = Literal["tolerance", "progress", "max_iters", "negative_curvature", "not_finite", "exact", "indefinite"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class CGResult:
         stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
             ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; see ``boundary``) or
             ``"not_finite"`` (``b`` or a product had a NaN or an infinity; ``solution`` is the last iterate before it).
+            ``"exact"`` and ``"indefinite"`` are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
     """

@@ -7,6 +7,25 @@ _GROW = 3 / 2
 _SHRINK = 2 / 3
 
 
+def trust_factor(reduction_ratio: float) -> float:
+    """Factor for the damping after a step of a direct solver that was taken: the rule of Nielsen (1999).
+
+    It falls from 2 at a reduction ratio of 0 to 1/3 at a ratio of 1, smoothly. A step that is turned down is taken back
+    and solved anew, with more and more damping; see :func:`retry_factor`.
+
+    Args:
+        reduction_ratio: as for :func:`damping_factor`.
+    """
+    if math.isnan(reduction_ratio):
+        return 1.0
+    return max(1 / 3, 1 - (2 * min(reduction_ratio, 1.0) - 1) ** 3)
+
+
+def retry_factor(attempt: int) -> float:
+    """Factor for the damping after the first, second, … solution that did not lower the loss: 2, 4, 8."""
+    return 2.0**attempt
+
+
 def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) -> float:
     """Factor for the damping after a step: the Levenberg-Marquardt rule of Martens (2010, section 4.1).
 

@@ -174,18 +174,14 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
     loss = LOSSES[func]
     call = _signature(func).bind(*args, **kwargs)
     outputs: list[Tensor] = []
-
-    def alias(z: Any) -> Any:
-        if isinstance(z, tuple):
-            return tuple(map(alias, z))
-        if isinstance(z, Tensor):
-            z = z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
-            outputs.append(z)
-        return z
-
     for name in loss.outputs:
-        if name in call.arguments:
-            call.arguments[name] = alias(call.arguments[name])
+        z = call.arguments.get(name)
+        if isinstance(z, tuple):
+            call.arguments[name] = tuple(_alias(part, cut) for part in z)
+            outputs += call.arguments[name]
+        elif isinstance(z, Tensor):
+            call.arguments[name] = _alias(z, cut)
+            outputs.append(call.arguments[name])
     result = func(*call.args, **call.kwargs)
     if loss.bend is not None and any(z.requires_grad for z in outputs):
         if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
@@ -196,6 +192,12 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
         bent = loss.bend(result, *call.args, **call.kwargs)
         return _with_first_order(bent, result, others), outputs
     return result, outputs
+
+
+def _alias(z: Any, cut: bool) -> Any:
+    if not isinstance(z, Tensor):
+        return z  # the loss function refuses it
+    return z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
 
 
 def _with_first_order(bent: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:

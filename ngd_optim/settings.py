@@ -8,6 +8,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from ngd_optim.curvature import Curvature
+from ngd_optim.solvers import DampingScale, SolverName
 from ngd_optim.trust_region import TrustRegion
 
 PER_GROUP = ("lr", "damping", "weight_decay")
@@ -48,6 +49,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
     "weight_decay": _FINITE,
     "curvature": _one_of(Curvature),
+    "solver": _one_of(SolverName),
+    "damping_scale": _one_of(DampingScale),
+    "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
 }
 
 
