@@ -1,10 +1,24 @@
 """How the damping λ follows the quality of the quadratic model."""
 
 import math
+from typing import Literal
 
 _GROW_REJECTED = 4.0
 _GROW = 3 / 2
 _SHRINK = 2 / 3
+
+
+DampingLimit = float | Literal["auto"]
+
+
+def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -> tuple[float, float]:
+    """The range of the adapted damping; ``"auto"`` leaves it all but open where the system is solved exactly.
+
+    What stands between the solution and rounding is then the solver's business, and a model that is right is followed
+    to its minimum.
+    """
+    auto = (1e-30, 1e16) if exact else (1e-8, 1e6)
+    return auto[0] if lowest == "auto" else lowest, auto[1] if highest == "auto" else highest
 
 
 def trust_factor(reduction_ratio: float) -> float:

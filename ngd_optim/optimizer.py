@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ngd_optim.cg import CGResult
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
-from ngd_optim.damping import damping_factor, retry_factor, trust_factor
+from ngd_optim.damping import DampingLimit, damping_factor, damping_range, retry_factor, trust_factor
 from ngd_optim.distributed import Ranks
 from ngd_optim.linearize import Linearization, linearize_mean
 from ngd_optim.model import QuadraticModel, Step, scaled_step
@@ -44,7 +44,8 @@ class NaturalCG(Optimizer):
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
         damping: ``λ``.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
-        min_damping, max_damping: range of the adapted damping.
+        min_damping, max_damping: range of the adapted damping. ``"auto"``: 1e-8 and 1e6 for conjugate gradients, 1e-30
+            and 1e16 for direct solvers.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
         cg_progress_tol: CG stops when the model gains less than this fraction per iteration; 0: off.
@@ -96,8 +97,8 @@ class NaturalCG(Optimizer):
         trust_region: TrustRegion = "clip",
         damping: float = 0.1,
         adapt_damping: bool = True,
-        min_damping: float = 1e-8,
-        max_damping: float = 1e6,
+        min_damping: DampingLimit = "auto",
+        max_damping: DampingLimit = "auto",
         max_cg_iters: int = 250,
         cg_tol: float = 1e-6,
         cg_progress_tol: float = 5e-3,
@@ -207,6 +208,9 @@ class NaturalCG(Optimizer):
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             solver = self._solver(point, parameters, settings)
             scale = self._damping_scale(solver, point, parameters, settings)
+            settings["damping_range"] = damping_range(
+                settings["min_damping"], settings["max_damping"], exact=solver.name != "cg"
+            )
             solves_again = solver.name != "cg" and settings["adapt_damping"] and settings["max_backtracks"] > 0
             attempt = 0
             while True:
@@ -372,9 +376,10 @@ class NaturalCG(Optimizer):
             self._multiply_damping(trust_factor(report.reduction_ratio), settings)
 
     def _multiply_damping(self, factor: float, settings: dict[str, Any]) -> None:
+        lowest, highest = settings["damping_range"]
         for group in self.param_groups:
             damping = float(group["damping"]) * factor
-            group["damping"] = min(max(damping, settings["min_damping"]), settings["max_damping"])
+            group["damping"] = min(max(damping, lowest), highest)
 
     def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:
         """Keep the solution for the next step's start."""
