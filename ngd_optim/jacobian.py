@@ -27,8 +27,8 @@ _aten = torch.ops.aten
 _FEW_ROWS = 32
 """So many rows are sooner pulled back than told apart."""
 
-_BYTES_AT_ONCE = 2**28
-"""How much memory pulling back several rows at once may take."""
+_ROWS_AT_ONCE = 32
+"""So many are pulled back together: each has the memory of a backward pass."""
 
 # By operation, for each operand that may hold the sensitivities: the dimension that it is summed over.
 _SUMMED_OPERANDS: dict[Any, dict[int, int]] = {
@@ -74,15 +74,13 @@ def _check(rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters) 
 
 def _fill_by_rows(rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters) -> None:
     """Pull back unit vectors, several at once where torch can."""
-    sizes = [z.numel() for z in outputs]
-    at_once = max(1, _BYTES_AT_ONCE // (rows.element_size() * (sum(sizes) + rows.shape[1])))
     start = 0
-    for i, z in enumerate(outputs):
-        for first in range(0, z.numel(), at_once):
-            count = min(at_once, z.numel() - first)
+    for z in outputs:
+        for first in range(0, z.numel(), _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, z.numel() - first)
             u = torch.zeros(count, z.numel(), dtype=z.dtype, device=z.device)
             u[:, first : first + count].fill_diagonal_(1)
-            rows[start + first : start + first + count] = _pull_rows(outputs[i], u.view(count, *z.shape), parameters)
+            rows[start + first : start + first + count] = _pull_rows(z, u.view(count, *z.shape), parameters)
         start += z.numel()
 
 
@@ -221,9 +219,8 @@ class _Samples:
             for name in ("at_ones", "at_weights")
         )
         if isinstance(ones, Tensor):
-            return _Whole(ones, weights)
-        pairs = zip(ones, weights, strict=True)
-        return [None if a is None or not (a.any() or b.any()) else _Whole(a, b) for a, b in pairs]
+            return _whole(ones, weights)
+        return [_whole(a, b) for a, b in zip(ones, weights, strict=True)]
 
     def _of_apart(self, operation: Operation, inputs: dict[int, Any]) -> Any:
         """Linear operations after the sum over samples, on each sample's term."""
@@ -317,6 +314,12 @@ class _Samples:
     def _zeros(self, slot: int) -> Tensor:
         meta = self._metas[slot]
         return torch.zeros(meta.shape, dtype=meta.dtype, device=self._parameters.device)
+
+
+def _whole(ones: Tensor | None, weights: Tensor | None) -> _Whole | None:
+    if ones is None or weights is None or not (ones.any() or weights.any()):
+        return None  # zero would look like a sum over samples along every dimension
+    return _Whole(ones, weights)
 
 
 def _times_rows(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Classic nonlinear least squares: residuals, published starts, and published sums of squares at the minimum.
 
-``NIST``: the nonlinear regression problems of NIST's Statistical Reference Datasets. nist_strd.json has their
-data, starts and certified values (https://www.itl.nist.gov/div898/strd/nls/nls_main.shtml, a work of the U.S. government).
+``NIST``: the nonlinear regression problems of NIST's Statistical Reference Datasets. nist_strd.json has their data,
+starts and certified values (https://www.itl.nist.gov/div898/strd/nls/nls_main.shtml, a work of the U.S. government).
 ``MGH``: Moré, Garbow & Hillstrom, Testing unconstrained optimization software, ACM TOMS 7 (1981).
 """
 

@@ -1,4 +1,4 @@
-"""From published starts to published minima, with default settings, wherever MINPACK's Levenberg-Marquardt gets there."""
+"""From published starts to published minima with default settings, where MINPACK's Levenberg-Marquardt gets there."""
 
 import numpy as np
 import pytest

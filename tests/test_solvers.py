@@ -29,6 +29,12 @@ def laplacian_by_autograd(net):
     return sum(torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2))
 
 
+def slope_and_bend(net):
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return slope[:, 0] - torch.autograd.grad(slope[:, 1].sum(), x, create_graph=True)[0][:, 1]
+
+
 def laplacian_by_torch_func(net):
     return vmap(lambda x: hessian(lambda y: net(y).squeeze())(x).trace())(X)
 
@@ -44,6 +50,7 @@ OUTPUTS = {
     "several per sample": (lambda: tanh_net(3), lambda net: [net(X)], True),
     "laplacian by autograd": (lambda: tanh_net(), lambda net: [laplacian_by_autograd(net), net(EDGE)], True),
     "laplacian by torch.func": (lambda: tanh_net(), lambda net: [laplacian_by_torch_func(net), net(EDGE)], True),
+    "one derivative of several": (lambda: tanh_net(), lambda net: [slope_and_bend(net), net(EDGE)], True),
     "one batch, two residuals": (lambda: tanh_net(), both_ends, True),
     "a sample in two rows": (lambda: tanh_net(), lambda net: [net(X) - net(X.flip(0) + 1.0)], True),
     "rows of one batch compared": (lambda: tanh_net(), lambda net: [(lambda u: u[:20] - u[20:])(net(X))], True),
