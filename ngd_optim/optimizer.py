@@ -16,9 +16,11 @@ from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_e
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import damping_factor
 from ngd_optim.distributed import Ranks
-from ngd_optim.linearize import Linearization, linearize_mean
+from ngd_optim.kronecker import Layer
+from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.preconditioners import Preconditioner, Preconditioning
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
@@ -45,13 +47,21 @@ class NaturalCG(Optimizer):
         min_damping, max_damping: range of the adapted damping.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
-        cg_progress_tol: CG stops when the model gains less than this fraction per iteration; 0: off.
-        warm_start: CG starts from this multiple of the last solution; 0: from zero.
+        cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
+            0: off. See :func:`~ngd_optim.conjugate_gradient`.
+        warm_start: CG starts from the last solution, at most this multiple of it; 0: from zero.
+        preconditioner: what CG is preconditioned by, which changes how many iterations it needs and never what it
+            solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
+            closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
+            stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
+            Or a function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
         max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
             unless it is not finite.
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
+        generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
+            own, so that the same steps give the same numbers; torch's global one is left alone.
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
             gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
             and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
@@ -72,6 +82,9 @@ class NaturalCG(Optimizer):
     process_group: Any = None
     """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
 
+    generator: torch.Generator | None = None
+    """Draws the random vectors of a preconditioner; no part of ``state_dict``."""
+
     last_step: StepReport | None = None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
 
@@ -88,14 +101,17 @@ class NaturalCG(Optimizer):
         max_damping: float = 1e6,
         max_cg_iters: int = 250,
         cg_tol: float = 1e-6,
-        cg_progress_tol: float = 5e-3,
+        cg_progress_tol: float = 0.5,
         warm_start: float = 0.9,
+        preconditioner: Preconditioner = "auto",
         max_backtracks: int = 10,
         backtrack_ratio: float = 0.8,
         weight_decay: float = 0.0,
         curvature: Curvature = "auto",
+        generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
+        self.generator = generator
         self.process_group = process_group
         defaults = {
             "lr": lr,
@@ -109,6 +125,7 @@ class NaturalCG(Optimizer):
             "cg_tol": cg_tol,
             "cg_progress_tol": cg_progress_tol,
             "warm_start": warm_start,
+            "preconditioner": preconditioner,
             "max_backtracks": max_backtracks,
             "backtrack_ratio": backtrack_ratio,
             "weight_decay": weight_decay,
@@ -127,6 +144,7 @@ class NaturalCG(Optimizer):
         if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
             self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
         self._experiences: dict[Any, Experience] = {}
+        self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
@@ -182,13 +200,20 @@ class NaturalCG(Optimizer):
         )
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
-            point = self._linearize(runs, parameters, settings, ranks)
+            layers = self._layers.get(parameters.key)
+            preconditioning = Preconditioning(
+                settings["preconditioner"], parameters, self.state, layers, self.generator
+            )
+            point = self._linearize(runs, parameters, settings, ranks, unseen if others else preconditioning.observe)
             ranks.together(lambda: self._call_gradient_hooks(runs[0], point, parameters))
             if others:
-                point = point.with_curvature_of(self._linearize(others, parameters, settings, ranks))
+                other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
+                point = point.with_curvature_of(other)
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             model = self._quadratic_model(point, parameters)
-            solution = self._solve(model, point, parameters, settings)
+            shift = [a + b for a, b in zip(*map(self._per_group, ("damping", "weight_decay")), strict=True)]
+            preconditioner = preconditioning.formed(parameters.by_parameter(shift), ranks)
+            solution = self._solve(model, preconditioner.solve, point, parameters, settings)
             step = self._scale(solution, model, parameters, settings)
             ranks.check()
             trial = self._search(step, solution, point, parameters, settings)
@@ -197,16 +222,25 @@ class NaturalCG(Optimizer):
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
         n_forward = sum(run.count for run in [*runs, *others])
-        self.last_step = report_of(point, model, solution, step, trial, max(self._per_group("damping")), n_forward)
+        damping = max(self._per_group("damping"))
+        self.last_step = report_of(point, model, preconditioner.name, solution, step, trial, damping, n_forward)
         self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
+        self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
+        preconditioning.keep(self.last_step.n_product)
         return point.loss
 
     def _linearize(
-        self, runs: list[ReplayedClosure], parameters: FlatParameters, settings: dict[str, Any], ranks: Ranks
+        self,
+        runs: list[ReplayedClosure],
+        parameters: FlatParameters,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        observe: Observer,
     ) -> Linearization:
         curvature = settings["curvature"]
-        return linearize_mean(runs, parameters, curvature, partial(self._known, curvature), ranks).averaged(ranks)
+        known = partial(self._known, curvature)
+        return linearize_mean(runs, parameters, curvature, known, ranks, observe).averaged(ranks)
 
     def _known(self, curvature: Curvature, run: ReplayedClosure, traced: Evaluation) -> Experience:
         """What earlier steps learnt of a closure with this code and this graph.
@@ -247,7 +281,12 @@ class NaturalCG(Optimizer):
         return QuadraticModel(gradient, point.curvature, decay, damping)
 
     def _solve(
-        self, model: QuadraticModel, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
+        self,
+        model: QuadraticModel,
+        preconditioner: Callable[[Tensor], Tensor] | None,
+        point: Linearization,
+        parameters: FlatParameters,
+        settings: dict[str, Any],
     ) -> CGResult:
         """Conjugate gradients, from a part of the last solution."""
         last = [
@@ -261,6 +300,7 @@ class NaturalCG(Optimizer):
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
             boundary=None if settings["max_kl"] is None else 2 * settings["max_kl"],
+            preconditioner=preconditioner,
         )
 
     def _scale(

@@ -34,6 +34,7 @@ class StepReport:
         accepted: whether the parameters were moved.
         reason: one sentence on the outcome.
         backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
+        preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.
         n_product: how many curvature products were formed. Neither counts the check at the first step with a closure.
     """
@@ -54,6 +55,7 @@ class StepReport:
     accepted: bool
     reason: str
     backend: str
+    preconditioner: str
     n_forward: int
     n_product: int
 
@@ -65,6 +67,7 @@ class StepReport:
 def report_of(
     point: Linearization,
     model: QuadraticModel,
+    preconditioner: str,
     solution: CGResult,
     step: Step,
     trial: Trial,
@@ -93,6 +96,7 @@ def report_of(
         accepted=trial.accepted,
         reason=trial.reason,
         backend=point.backend,
+        preconditioner=preconditioner,
         n_forward=n_forward,
         n_product=solution.products + step.products,
     )
