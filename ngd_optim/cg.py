@@ -3,12 +3,21 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-CGStop = Literal["tolerance", "progress", "max_iters", "negative_curvature", "not_finite", "exact", "indefinite"]
+from ngd_optim.scalars import Scalar, scalars_of
+
+CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
+# While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
+_STOPS: tuple[CGStop, ...] = get_args(CGStop)
+_TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE, _INDEFINITE_PRECONDITIONER = range(1, 6)
+
+
+_START = 5
+"""What comes before the first iteration of an optimizer's solve costs about as much as this many iterations."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,8 @@ class CGResult:
     Attributes:
         solution: the approximate solution ``x``, same shape as ``b``.
         iterations: CG iterations done.
-        products: calls of ``matvec``: ``iterations``, and one more if ``x0`` was not zero.
+        products: calls of ``matvec``: ``iterations``, one more if ``x0`` was not zero, and on an accelerator up to
+            seven more until it was seen that the solve had stopped.
         residual: ``‖b − A x‖ / ‖b‖`` as the recursion tracks it; 0 if ``b`` is zero.
         stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
             ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; see ``boundary``) or
@@ -55,97 +65,104 @@ def conjugate_gradient(
 ) -> CGResult:
     """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithms 5.2 and 5.3).
 
+    On an accelerator the host waits for the device at every eighth iteration only, to see whether to stop; products
+    that were formed after the stop change nothing.
+
     Args:
         matvec: ``v ↦ A v`` for a vector shaped like ``b``.
         b: right-hand side, shape ``(n,)``.
-        x0: where to start. It is used only if it lies below zero on the quadratic model
-            ``φ(x) = ½ xᵀA x − bᵀx``; otherwise the solve starts from zero, so that the solution always has
-            ``bᵀx > 0`` (a descent direction when ``b = −g``), however early it is cut off.
+        x0: where to start, as far along as the quadratic model ``φ(x) = ½ xᵀA x − bᵀx`` falls: at the lowest point
+            between zero and ``x0``. So the solution always has ``bᵀx > 0`` (a descent direction when ``b = −g``),
+            however early it is cut off.
         max_iters: most iterations.
         tol: stop when ``‖b − A x‖ ≤ tol · ‖b‖``.
-        progress_tol: stop when ``φ`` gained less than this fraction of itself per iteration over the last
-            ``max(10, i/10)`` iterations (Martens 2010, section 4.4); 0 turns the test off.
+        progress_tol: stop when ``φ`` gained less per iteration, over the last ``max(3, i/10)`` of them, than this
+            fraction of what it has gained per iteration so far, with the start counted as five; 0 turns the test off.
+            It is Martens' test (2010, section 4.4) with a threshold that suits short solves and long ones: what is
+            spent on more iterations here could be spent on another step.
         boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far as
             ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of ``|A|``). None, or if ``x``
-            is outside already: stay, or return ``p`` if ``x`` is zero (Nocedal & Wright, Algorithm 7.1).
-        preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``, a new tensor at each
-            call. It changes how fast the solution is found, and never the solution.
+            is outside already: stay, or take all of ``p`` if it is the first (Nocedal & Wright, Algorithm 7.1).
+        preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``. It changes how fast
+            the solution is found, and never the solution.
 
     Raises:
         ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the preconditioner is not
             positive definite.
     """
     _check(b, x0, max_iters, tol, progress_tol)
+    on = scalars_of(b.device)
     norm = b.norm().item()
     target = tol * norm
     x, r, model = torch.zeros_like(b), b.clone(), 0.0
     start_products = 0
     if x0 is not None and x0.any() and math.isfinite(target):
-        start_residual = b - matvec(x0)
+        a_x0 = matvec(x0)
         start_products = 1
-        start_model = -0.5 * torch.dot(x0, b + start_residual).item()
-        if start_model < 0:
-            x, r, model = x0.clone(), start_residual, start_model
+        slope, bend = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
+        if slope > 0 and math.isfinite(bend):
+            share = min(1.0, slope / bend) if bend > 0 else 1.0
+            x, r = share * x0, b - share * a_x0
+            model = share * (0.5 * share * bend - slope)
 
-    precondition = preconditioner or Tensor.clone
-    p = precondition(r)
-    r_dot_r = torch.dot(r, r).item()
-    r_dot_z = _checked(torch.dot(r, p).item(), r_dot_r)
-    models = [model]
-    iteration = 0
-    stop: CGStop
+    def first(stop: Scalar, condition: Scalar, reason: int) -> Scalar:
+        return on.choose((stop == 0) & condition, reason, stop)
+
+    p = a_p = torch.zeros_like(b)
+    models, iterations, stop, previous = [model], 0, 0, math.inf
     while True:
-        if not math.isfinite(r_dot_r):
-            stop = "not_finite"
+        z = r if preconditioner is None else preconditioner(r)
+        r_dot_r = on.dot(r, r)
+        r_dot_z = r_dot_r if z is r else on.dot(r, z)
+        stop = first(stop, _not_finite(r_dot_r) | _not_finite(r_dot_z), _NOT_FINITE)
+        stop = first(stop, r_dot_r**0.5 <= target, _TOLERANCE)
+        stop = first(stop, r_dot_z <= 0, _INDEFINITE_PRECONDITIONER)
+        stop = first(stop, _stalled(models, progress_tol), _PROGRESS)
+        rounds = len(models) - 1
+        if rounds == max_iters or (rounds % on.look_every == 0 and stop):
             break
-        if math.sqrt(r_dot_r) <= target:
-            stop = "tolerance"
-            break
-        if progress_tol > 0 and _stalled(models, progress_tol):
-            stop = "progress"
-            break
-        if iteration == max_iters:
-            stop = "max_iters"
-            break
+
+        # Where the solve has stopped, beta is 1 and the other factors are 0: nothing moves any more.
+        going = stop == 0
+        iterations = iterations + going
+        beta = on.choose(going, r_dot_z, 1.0) / on.choose(going, previous, 1.0)
+        on.add(p.mul_(beta), z, 1.0 * going)
         a_p = matvec(p)
-        iteration += 1
-        p_dot_ap = torch.dot(p, a_p).item()
-        if not math.isfinite(p_dot_ap):
-            stop = "not_finite"
-            break
-        if p_dot_ap <= 0:
-            stop = "negative_curvature"
-            length = _length_to_boundary(x, b, r, p, a_p, boundary)
-            if not length and not x.any():
-                length = 1.0
-            x.add_(p, alpha=length)
-            r.sub_(a_p, alpha=length)
-            break
-        alpha = r_dot_z / p_dot_ap
-        x.add_(p, alpha=alpha)
-        r.sub_(a_p, alpha=alpha)
+        p_dot_ap = on.dot(p, a_p)
+        stop = first(stop, _not_finite(p_dot_ap), _NOT_FINITE)
+        stop = first(stop, p_dot_ap <= 0, _NEGATIVE_CURVATURE)
+
+        going = stop == 0
+        alpha = on.choose(going, r_dot_z, 0.0) / on.choose(going, p_dot_ap, 1.0)
+        on.add(x, p, alpha)
+        on.add(r, a_p, -alpha)
         # An exact step along p lowers φ by ½ α rᵀz: the model's value costs nothing.
         models.append(models[-1] - 0.5 * alpha * r_dot_z)
-        z = r if preconditioner is None else preconditioner(r)
-        r_dot_r = torch.dot(r, r).item()
-        previous, r_dot_z = r_dot_z, r_dot_r if z is r else _checked(torch.dot(r, z).item(), r_dot_r)
-        p.mul_(r_dot_z / previous).add_(z)
+        previous = r_dot_z
 
+    reason = int(stop)
+    if reason == _INDEFINITE_PRECONDITIONER:
+        value = float(r_dot_z)
+        raise ValueError(f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}")
+    if reason == _NEGATIVE_CURVATURE:
+        length = _length_to_boundary(x, b, r, p, a_p, boundary)
+        if not length and int(iterations) == 1:
+            length = 1.0
+        x.add_(p, alpha=length)
+        r.sub_(a_p, alpha=length)
     return CGResult(
         solution=x,
-        iterations=iteration,
-        products=iteration + start_products,
+        iterations=int(iterations),
+        products=rounds + start_products,
         residual=r.norm().item() / norm if norm else 0.0,
-        stop=stop,
+        stop=_STOPS[reason],
         x_dot_b=torch.dot(x, b).item(),
         x_dot_r=torch.dot(x, r).item(),
     )
 
 
-def _checked(r_dot_z: float, r_dot_r: float) -> float:
-    if r_dot_z <= 0 < r_dot_r:
-        raise ValueError(f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {r_dot_z:.3g}")
-    return r_dot_z
+def _not_finite(value: Scalar) -> Scalar:
+    return value - value != 0  # for numbers and tensors alike
 
 
 def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None) -> float:
@@ -156,10 +173,13 @@ def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor,
     return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), rounding))
 
 
-def _stalled(models: list[float], progress_tol: float) -> bool:
+def _stalled(models: list[Scalar], progress_tol: float) -> Scalar:
     i = len(models) - 1
-    window = max(10, i // 10)
-    return i > window and models[-1] < 0 and (models[-1] - models[-1 - window]) / models[-1] < window * progress_tol
+    window = max(3, i // 10)
+    if progress_tol == 0 or i < window:
+        return False
+    average = models[-1] / (_START + i)
+    return models[-1] - models[-1 - window] > window * progress_tol * average  # φ and its differences are negative
 
 
 def _check(b: Tensor, x0: Tensor | None, max_iters: int, tol: float, progress_tol: float) -> None:

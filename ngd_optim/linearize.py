@@ -24,6 +24,13 @@ logger = logging.getLogger("ngd_optim")
 Known = Callable[[ReplayedClosure, Evaluation], Experience]
 """Finds what earlier steps learnt of a closure, which has just been traced."""
 
+Observer = Callable[[OutputMetric | ScalarMetric], None]
+"""Is shown a closure's metric while its graph is at hand."""
+
+
+def unseen(metric: OutputMetric | ScalarMetric) -> None:
+    """The observer that looks away."""
+
 
 @dataclass(frozen=True)
 class Linearization:
@@ -161,6 +168,7 @@ def linearize_closure(
     curvature: Curvature,
     known: Known,
     ranks: Ranks = ALONE,
+    observe: Observer = unseen,
 ) -> Linearization:
     """As :func:`linearize`, with what was learnt of the closure at earlier points.
 
@@ -183,6 +191,7 @@ def linearize_closure(
         count = run.count
         verify(experience, run, traced, metric, gradient, parameters, ranks)
         run.count = count
+    ranks.together(lambda: observe(metric))
     kl = kl_of(traced)
 
     def measure() -> tuple[float, float | None]:
@@ -215,13 +224,14 @@ def linearize_mean(
     curvature: Curvature,
     known: Known,
     ranks: Ranks = ALONE,
+    observe: Observer = unseen,
 ) -> Linearization:
     """The mean of some closures, with the graph of one at a time: each product traces each of them anew."""
     if len(runs) == 1:
-        return linearize_closure(runs[0], parameters, curvature, known, ranks)
+        return linearize_closure(runs[0], parameters, curvature, known, ranks, observe)
     parts = []
     for run in runs:
-        part = linearize_closure(run, parameters, curvature, known, ranks)
+        part = linearize_closure(run, parameters, curvature, known, ranks, observe)
         part = replace(part, product=_retracing_product(run, parameters, curvature, part.experience, ranks))
         parts.append(part)
 

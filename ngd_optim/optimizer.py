@@ -17,9 +17,11 @@ from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_e
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import DampingLimit, damping_factor, damping_range, retry_factor, trust_factor
 from ngd_optim.distributed import Ranks
-from ngd_optim.linearize import Linearization, linearize_mean
+from ngd_optim.kronecker import Layer
+from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.preconditioners import Preconditioner, Preconditioning
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.solvers import ConjugateGradients, DampingScale, Solver, SolverName, choose_solver, direct_solver
@@ -48,8 +50,14 @@ class NaturalCG(Optimizer):
             and 1e16 for direct solvers.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
-        cg_progress_tol: CG stops when the model gains less than this fraction per iteration; 0: off.
-        warm_start: CG starts from this multiple of the last solution; 0: from zero.
+        cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
+            0: off. See :func:`~ngd_optim.conjugate_gradient`.
+        warm_start: CG starts from the last solution, at most this multiple of it; 0: from zero.
+        preconditioner: what CG is preconditioned by, which changes how many iterations it needs and never what it
+            solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
+            closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
+            stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
+            Or a function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
         max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
             unless it is not finite.
         backtrack_ratio: factor of each shrinking.
@@ -65,6 +73,8 @@ class NaturalCG(Optimizer):
             independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
             Abrahamsen & Lin 2024).
+        generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
+            own, so that the same steps give the same numbers; torch's global one is left alone.
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
             gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
             and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
@@ -85,6 +95,9 @@ class NaturalCG(Optimizer):
     process_group: Any = None
     """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
 
+    generator: torch.Generator | None = None
+    """Draws the random vectors of a preconditioner; no part of ``state_dict``."""
+
     last_step: StepReport | None = None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
 
@@ -101,8 +114,9 @@ class NaturalCG(Optimizer):
         max_damping: DampingLimit = "auto",
         max_cg_iters: int = 250,
         cg_tol: float = 1e-6,
-        cg_progress_tol: float = 5e-3,
+        cg_progress_tol: float = 0.5,
         warm_start: float = 0.9,
+        preconditioner: Preconditioner = "auto",
         max_backtracks: int = 10,
         backtrack_ratio: float = 0.8,
         weight_decay: float = 0.0,
@@ -110,8 +124,10 @@ class NaturalCG(Optimizer):
         solver: SolverName = "auto",
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
+        generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
+        self.generator = generator
         self.process_group = process_group
         defaults = {
             "lr": lr,
@@ -125,6 +141,7 @@ class NaturalCG(Optimizer):
             "cg_tol": cg_tol,
             "cg_progress_tol": cg_progress_tol,
             "warm_start": warm_start,
+            "preconditioner": preconditioner,
             "max_backtracks": max_backtracks,
             "backtrack_ratio": backtrack_ratio,
             "weight_decay": weight_decay,
@@ -146,6 +163,7 @@ class NaturalCG(Optimizer):
         if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
             self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
         self._experiences: dict[Any, Experience] = {}
+        self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
@@ -201,12 +219,17 @@ class NaturalCG(Optimizer):
         )
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
-            point = self._linearize(runs, parameters, settings, ranks)
+            layers = self._layers.get(parameters.key)
+            preconditioning = Preconditioning(
+                settings["preconditioner"], parameters, self.state, layers, self.generator
+            )
+            point = self._linearize(runs, parameters, settings, ranks, unseen if others else preconditioning.observe)
             ranks.together(lambda: self._call_gradient_hooks(runs[0], point, parameters))
             if others:
-                point = point.with_curvature_of(self._linearize(others, parameters, settings, ranks))
+                other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
+                point = point.with_curvature_of(other)
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
-            solver = self._solver(point, parameters, settings)
+            solver = self._solver(point, preconditioning, ranks, parameters, settings)
             scale = self._damping_scale(solver, point, parameters, settings)
             settings["damping_range"] = damping_range(
                 settings["min_damping"], settings["max_damping"], exact=solver.name != "cg"
@@ -229,16 +252,24 @@ class NaturalCG(Optimizer):
         n_forward = sum(run.count for run in [*runs, *others])
         damping = max(self._per_group("damping"))
         trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
-        self.last_step = report_of(point, model, solution, step, trial, damping, solver.name, n_forward)
+        self.last_step = report_of(point, model, solver, solution, step, trial, damping, n_forward)
         self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
+        self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
+        preconditioning.keep(self.last_step.n_product)
         return point.loss
 
     def _linearize(
-        self, runs: list[ReplayedClosure], parameters: FlatParameters, settings: dict[str, Any], ranks: Ranks
+        self,
+        runs: list[ReplayedClosure],
+        parameters: FlatParameters,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        observe: Observer,
     ) -> Linearization:
         curvature = settings["curvature"]
-        return linearize_mean(runs, parameters, curvature, partial(self._known, curvature), ranks).averaged(ranks)
+        known = partial(self._known, curvature)
+        return linearize_mean(runs, parameters, curvature, known, ranks, observe).averaged(ranks)
 
     def _known(self, curvature: Curvature, run: ReplayedClosure, traced: Evaluation) -> Experience:
         """What earlier steps learnt of a closure with this code and this graph.
@@ -302,12 +333,21 @@ class NaturalCG(Optimizer):
             for p, used in zip(parameters.tensors, point.used, strict=True)
         )
 
-    def _solver(self, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]) -> Solver:
+    def _solver(
+        self,
+        point: Linearization,
+        preconditioning: Preconditioning,
+        ranks: Ranks,
+        parameters: FlatParameters,
+        settings: dict[str, Any],
+    ) -> Solver:
         """Conjugate gradients from a part of the last solution, or a direct solver."""
         name = choose_solver(settings["solver"], point)
         if name != "cg":
             return direct_solver(name, point)
+        shift = [a + b for a, b in zip(*map(self._per_group, ("damping", "weight_decay")), strict=True)]
         return ConjugateGradients(
+            preconditioning.formed(parameters.by_parameter(shift), ranks),
             x0=self._last_solution(point, parameters).mul_(settings["warm_start"]),
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],

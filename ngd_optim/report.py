@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from ngd_optim.cg import CGResult
 from ngd_optim.linearize import Linearization
 from ngd_optim.model import QuadraticModel, Step
+from ngd_optim.solvers import Solver
 from ngd_optim.trust_region import Trial
 
 
@@ -36,6 +37,7 @@ class StepReport:
         reason: one sentence on the outcome.
         solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
         backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
+        preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.
         n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
             nor what a direct solver needs.
@@ -58,6 +60,7 @@ class StepReport:
     reason: str
     solver: str
     backend: str
+    preconditioner: str
     n_forward: int
     n_product: int
 
@@ -69,11 +72,11 @@ class StepReport:
 def report_of(
     point: Linearization,
     model: QuadraticModel,
+    solver: Solver,
     solution: CGResult,
     step: Step,
     trial: Trial,
     damping: float,
-    solver: str,
     n_forward: int,
 ) -> StepReport:
     """The report of a step, from what its parts found."""
@@ -97,8 +100,9 @@ def report_of(
         backtracks=trial.backtracks,
         accepted=trial.accepted,
         reason=trial.reason,
-        solver=solver,
+        solver=solver.name,
         backend=point.backend,
+        preconditioner=solver.preconditioner.name,
         n_forward=n_forward,
         n_product=solution.products + step.products,
     )

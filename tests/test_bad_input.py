@@ -235,7 +235,7 @@ def test_what_is_not_finite_is_rejected_and_forgotten(name, settings, warm):
     assert (report.step_norm, report.step_scale) == (0.0, 0.0)
     assert report.new_loss == report.loss or math.isnan(report.loss)
     assert optimizer.param_groups[0]["damping"] == pytest.approx(4 * damping)
-    assert all(state.isfinite().all() for entry in optimizer.state.values() for state in entry.values())
+    assert all(torch.as_tensor(x).isfinite().all() for entry in optimizer.state.values() for x in entry.values())
     assert [p is q for p, q in zip(parameters, spoilt.model.parameters(), strict=True)] == [True] * 4
 
     before = spoilt.loss().item()
