@@ -43,7 +43,7 @@ class Recording:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor) -> None:
-        recorder = _Recorder(v)
+        recorder = Recorder(v)
         with torch.no_grad(), recorder:
             self.result = function(v)
         self._slots = len(recorder.metas)
@@ -70,7 +70,7 @@ class Recording:
         return values[self._output]
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
 
     It holds none of them: they are freed as they would be without a recording.
