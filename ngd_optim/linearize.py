@@ -13,6 +13,7 @@ from torch import Tensor
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.distributed import ALONE, Ranks
+from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
@@ -144,9 +145,11 @@ def linearize_closure(
     What is learnt is common to all ranks; what is returned is this rank's.
     """
     params = parameters.tensors
+    memory = Memory()
 
     def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
-        traced = _traced(run)
+        with memory:
+            traced = _traced(run)
         experience = known(run, traced)
         if not experience.complete:
             refuse_unsupported(traced)
@@ -158,7 +161,7 @@ def linearize_closure(
     traced, experience, metric, reached, gradient = ranks.together(differentiated)
     if not ranks.all(experience.complete):
         count = run.count
-        verify(experience, run, traced, metric, gradient, parameters, ranks)
+        verify(experience, run, traced, metric, gradient, parameters, memory, ranks)
         run.count = count
     kl = kl_of(traced)
 
@@ -178,7 +181,7 @@ def linearize_closure(
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience, ranks),
+        product=_Product(run, metric, parameters, experience, memory, ranks),
         measure=measure,
     )
 
@@ -242,10 +245,12 @@ class _Product:
         metric: OutputMetric | ScalarMetric,
         parameters: FlatParameters,
         experience: Experience,
+        memory: Memory,
         ranks: Ranks,
         *,
         record: bool = True,
     ) -> None:
+        self._memory = memory
         self._ranks = ranks
         self._record = record
         self._run = run
@@ -282,8 +287,9 @@ class _Product:
         try:
             direct = self._direct()
             if not (self._record and self._experience.replays):
-                return direct(v), direct, None, None
-            recording = Recording(direct, v)
+                with Recall(self._memory):
+                    return direct(v), direct, None, None
+            recording = Recording(direct, v, self._memory)
             return recording.result, recording, None, None
         except CannotReplayError as error:
             return None, None, None, str(error)
@@ -305,8 +311,10 @@ def _retracing_product(
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
-        metric = ranks.together(lambda: metric_of(_traced(run), curvature))
-        return _Product(run, metric, parameters, experience, ranks, record=False)(v)
+        with Memory() as memory:
+            traced = ranks.together(lambda: _traced(run))
+        metric = ranks.together(lambda: metric_of(traced, curvature))
+        return _Product(run, metric, parameters, experience, memory, ranks, record=False)(v)
 
     return product
 

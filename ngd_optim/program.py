@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ngd_optim.aten import facts
+
 _aten = torch.ops.aten
 _MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}
 _FUSED = set(_MATMUL_AND_ADD.values())
@@ -53,7 +55,7 @@ class Operation:
     @property
     def writes(self) -> bool:
         """Whether it changes one of its arguments."""
-        return self.function._schema.is_mutable
+        return facts(self.function).in_place
 
     @property
     def slots(self) -> list[int]:
@@ -100,7 +102,7 @@ def _without_added_zeros(
 
     Only where pointwise operations read it, which do not mind how it lies in memory.
     """
-    particular = {output} | {slot for op in program if torch.Tag.pointwise not in op.function.tags for slot in op.slots}
+    particular = {output} | {slot for op in program if not facts(op.function).pointwise for slot in op.slots}
     for operation in program:
         if operation.function is not _aten.add.Tensor or len(operation.inputs) != 1 or operation.kwargs:
             continue
@@ -169,7 +171,7 @@ def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, shar
     last |= {memory(0): end, memory(output): end}
     for index, operation in enumerate(program):
         fused = operation.function in _FUSED
-        if operation.writes or operation.kwargs or not (fused or torch.Tag.pointwise in operation.function.tags):
+        if operation.writes or operation.kwargs or not (fused or facts(operation.function).pointwise):
             continue
         variant, result = _out_variant(operation.function), operation.outputs[0][1]
         used = Counter(memory(slot) for slot in operation.slots)
