@@ -44,28 +44,41 @@ class Recording:
         with torch.no_grad(), recorder:
             self.result = function(v)
         recall.fulfil_all()
-        self._slots = len(recorder.metas)
         self._output = recorder.slot_of(self.result)
-        self._program = [] if self._output is None else optimised(recorder.program, recorder.metas, self._output)
+        self._views, self._program = [], []
+        if self._output is not None:
+            self._views, self._program = optimised(recorder.program, recorder.metas, self._output)
+        self._values: list[Any] = [None] * len(recorder.metas)
+        self._seen: tuple[Tensor | None, int] = (None, 0)
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
-        """The function's value at another vector."""
+        """The function's value at another vector.
+
+        A vector that comes again, with other values in it, is looked at in the same ways.
+        """
         if self._output is None:
             return torch.zeros_like(self.result)  # linear, and the same for every vector
-        values: list[Any] = [None] * self._slots
-        values[0] = v
-        for operation in self._program:
-            for place, key, slot in operation.inputs:
-                place[key] = values[slot]
-            result = operation.function(*operation.args, **operation.kwargs)
-            for place, key, _ in operation.inputs:
-                place[key] = None
-            for index, slot in operation.outputs:
-                values[slot] = result if index is None else result[index]
-            for slot in operation.last_uses:
-                values[slot] = None
+        if self._seen[0] is not v or self._seen[1] != v.data_ptr():
+            self._seen = v, v.data_ptr()
+            self._values[0] = v
+            _run(self._views, self._values)
+        values = self._values.copy()
+        _run(self._program, values)
         return values[self._output]
+
+
+def _run(program: list[Operation], values: list[Any]) -> None:
+    for operation in program:
+        for place, key, slot in operation.inputs:
+            place[key] = values[slot]
+        result = operation.function(*operation.args, **operation.kwargs)
+        for place, key, _ in operation.inputs:
+            place[key] = None
+        for index, slot in operation.outputs:
+            values[slot] = result if index is None else result[index]
+        for slot in operation.last_uses:
+            values[slot] = None
 
 
 class _Recorder(Mode):
@@ -134,7 +147,8 @@ class _Recorder(Mode):
             self._memories += 1
             self._note(tensor.untyped_storage(), "_memory", memory)
         flags = (tensor.is_conj(), tensor.is_neg())
-        self.metas.append(Meta(tensor.shape, tensor.stride(), tensor.dtype, flags, memory))
+        offset = int(tensor.storage_offset())
+        self.metas.append(Meta(tensor.shape, tensor.stride(), tensor.dtype, flags, offset, memory))
         self._note(tensor, "_slot", len(self.metas) - 1)
         return len(self.metas) - 1
 
