@@ -13,6 +13,7 @@ from torch import Tensor
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.distributed import ALONE, Ranks
+from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
@@ -175,9 +176,11 @@ def linearize_closure(
     What is learnt is common to all ranks; what is returned is this rank's.
     """
     params = parameters.tensors
+    memory = Memory()
 
     def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
-        traced = _traced(run)
+        with memory:
+            traced = _traced(run)
         experience = known(run, traced)
         if not experience.complete:
             refuse_unsupported(traced)
@@ -189,7 +192,7 @@ def linearize_closure(
     traced, experience, metric, reached, gradient = ranks.together(differentiated)
     if not ranks.all(experience.complete):
         count = run.count
-        verify(experience, run, traced, metric, gradient, parameters, ranks)
+        verify(experience, run, traced, metric, gradient, parameters, memory, ranks)
         run.count = count
     ranks.together(lambda: observe(metric))
     kl = kl_of(traced)
@@ -212,7 +215,7 @@ def linearize_closure(
         is_least_squares=traced.is_least_squares and isinstance(metric, OutputMetric),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience, ranks, loss=traced.loss),
+        product=_Product(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
         measure=measure,
     )
 
@@ -285,12 +288,14 @@ class _Product:
         metric: OutputMetric | ScalarMetric,
         parameters: FlatParameters,
         experience: Experience,
+        memory: Memory,
         ranks: Ranks,
         *,
         record: bool = True,
         loss: Tensor | None = None,
     ) -> None:
         self._loss = loss
+        self._memory = memory
         self._ranks = ranks
         self._record = record
         self._run = run
@@ -333,8 +338,9 @@ class _Product:
         try:
             direct = self._direct()
             if not (self._record and self._experience.replays):
-                return direct(v), direct, None, None
-            recording = Recording(direct, v)
+                with Recall(self._memory):
+                    return direct(v), direct, None, None
+            recording = Recording(direct, v, self._memory)
             return recording.result, recording, None, None
         except CannotReplayError as error:
             return None, None, None, str(error)
@@ -356,8 +362,10 @@ def _retracing_product(
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
-        metric = ranks.together(lambda: metric_of(_traced(run), curvature))
-        return _Product(run, metric, parameters, experience, ranks, record=False)(v)
+        with Memory() as memory:
+            traced = ranks.together(lambda: _traced(run))
+        metric = ranks.together(lambda: metric_of(traced, curvature))
+        return _Product(run, metric, parameters, experience, memory, ranks, record=False)(v)
 
     return product
 
