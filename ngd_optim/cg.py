@@ -87,14 +87,18 @@ def conjugate_gradient(
     on = scalars_of(b.device)
     norm = b.norm().item()
     target = tol * norm
-    x, r, model = torch.zeros_like(b), b.clone(), 0.0
-    start_products = 0
+    x = r = None
+    model, start_products = 0.0, 0
     if x0 is not None and x0.any() and math.isfinite(target):
-        start_residual = b - matvec(x0)
+        residual = b - matvec(x0)
         start_products = 1
-        start_model = -0.5 * torch.dot(x0, b + start_residual).item()
+        start_model = -0.5 * torch.dot(x0, b + residual).item()
         if start_model < 0:
-            x, r, model = x0.clone(), start_residual, start_model
+            x, r, model = x0.clone(), residual, start_model
+        del residual
+    x0 = None  # of long vectors there is none to spare
+    if x is None or r is None:
+        x, r = torch.zeros_like(b), b.clone()
 
     def first(stop: Scalar, condition: Scalar, reason: int) -> Scalar:
         return on.choose((stop == 0) & condition, reason, stop)
@@ -118,6 +122,7 @@ def conjugate_gradient(
         iterations = iterations + going
         beta = on.choose(going, r_dot_z, 1.0) / on.choose(going, previous, 1.0)
         on.add(p.mul_(beta), z, 1.0 * going)
+        del a_p
         a_p = matvec(p)
         p_dot_ap = on.dot(p, a_p)
         stop = first(stop, _not_finite(p_dot_ap), _NOT_FINITE)
