@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ngd_optim.scalars import Scalar, scalars_of
 
-CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite"]
+CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
 # While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
 _STOPS: tuple[CGStop, ...] = get_args(CGStop)
 _TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE, _INDEFINITE_PRECONDITIONER = range(1, 6)
+
+_START = 5
+"""What comes before the first iteration of an optimizer's solve costs about as much as this many iterations."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class CGResult:
         stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
             ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; see ``boundary``) or
             ``"not_finite"`` (``b`` or a product had a NaN or an infinity; ``solution`` is the last iterate before it).
+            ``"exact"`` and ``"indefinite"`` are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
     """
@@ -66,16 +70,18 @@ def conjugate_gradient(
     Args:
         matvec: ``v ↦ A v`` for a vector shaped like ``b``.
         b: right-hand side, shape ``(n,)``.
-        x0: where to start. It is used only if it lies below zero on the quadratic model
-            ``φ(x) = ½ xᵀA x − bᵀx``; otherwise the solve starts from zero, so that the solution always has
-            ``bᵀx > 0`` (a descent direction when ``b = −g``), however early it is cut off.
+        x0: where to start, as far along as the quadratic model ``φ(x) = ½ xᵀA x − bᵀx`` falls: at the lowest point
+            between zero and ``x0``. So the solution always has ``bᵀx > 0`` (a descent direction when ``b = −g``),
+            however early it is cut off.
         max_iters: most iterations.
         tol: stop when ``‖b − A x‖ ≤ tol · ‖b‖``.
-        progress_tol: stop when ``φ`` gained less than this fraction of itself per iteration over the last
-            ``max(10, i/10)`` iterations (Martens 2010, section 4.4); 0 turns the test off.
+        progress_tol: stop when ``φ`` gained less per iteration, over the last ``max(3, i/10)`` of them, than this
+            fraction of what it has gained per iteration so far, with the start counted as five; 0 turns the test off.
+            It is Martens' test (2010, section 4.4) with a threshold that suits short solves and long ones: what is
+            spent on more iterations here could be spent on another step.
         boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far as
             ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of ``|A|``). None, or if ``x``
-            is outside already: stay, or return ``p`` if ``x`` is zero (Nocedal & Wright, Algorithm 7.1).
+            is outside already: stay, or take all of ``p`` if it is the first (Nocedal & Wright, Algorithm 7.1).
         preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``. It changes how fast
             the solution is found, and never the solution.
 
@@ -90,12 +96,14 @@ def conjugate_gradient(
     x = r = None
     model, start_products = 0.0, 0
     if x0 is not None and x0.any() and math.isfinite(target):
-        residual = b - matvec(x0)
+        a_x0 = matvec(x0)
         start_products = 1
-        start_model = -0.5 * torch.dot(x0, b + residual).item()
-        if start_model < 0:
-            x, r, model = x0.clone(), residual, start_model
-        del residual
+        slope, bend = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
+        if slope > 0 and math.isfinite(bend):
+            share = min(1.0, slope / bend) if bend > 0 else 1.0
+            x, r = share * x0, torch.sub(b, a_x0, alpha=share)
+            model = share * (0.5 * share * bend - slope)
+        del a_x0
     x0 = None  # of long vectors there is none to spare
     if x is None or r is None:
         x, r = torch.zeros_like(b), b.clone()
@@ -142,7 +150,7 @@ def conjugate_gradient(
         raise ValueError(f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}")
     if reason == _NEGATIVE_CURVATURE:
         length = _length_to_boundary(x, b, r, p, a_p, boundary)
-        if not length and not x.any():
+        if not length and int(iterations) == 1:
             length = 1.0
         x.add_(p, alpha=length)
         r.sub_(a_p, alpha=length)
@@ -171,10 +179,11 @@ def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor,
 
 def _stalled(models: list[Scalar], progress_tol: float) -> Scalar:
     i = len(models) - 1
-    window = max(10, i // 10)
-    if progress_tol == 0 or i <= window:
+    window = max(3, i // 10)
+    if progress_tol == 0 or i < window:
         return False
-    return models[-1] - models[-1 - window] > window * progress_tol * models[-1]  # φ and its differences are negative
+    average = models[-1] / (_START + i)
+    return models[-1] - models[-1 - window] > window * progress_tol * average  # φ and its differences are negative
 
 
 def _check(b: Tensor, x0: Tensor | None, max_iters: int, tol: float, progress_tol: float) -> None:

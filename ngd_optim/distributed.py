@@ -84,6 +84,13 @@ class Ranks:
         """Whether a flag is set on every rank."""
         return not self.any([not flag])[0]
 
+    def agree(self, number: int) -> bool:
+        """Whether every rank gives the same number."""
+        if self.group is None:
+            return True
+        highest, lowest = self._maximum([number, -number])
+        return highest == -lowest
+
     def require_equal(self, v: Tensor) -> None:
         """Compare a vector between the ranks.
 

@@ -17,12 +17,20 @@ from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
+from ngd_optim.root import Root, root_of
 from ngd_optim.verify import ON_ANOTHER_RANK, Experience, cannot_follow, refuse_unsupported, verify
 
 logger = logging.getLogger("ngd_optim")
 
 Known = Callable[[ReplayedClosure, Evaluation], Experience]
 """Finds what earlier steps learnt of a closure, which has just been traced."""
+
+Observer = Callable[[OutputMetric | ScalarMetric], None]
+"""Is shown a closure's metric while its graph is at hand."""
+
+
+def unseen(metric: OutputMetric | ScalarMetric) -> None:
+    """The observer that looks away."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         reached: for each parameter, whether the loss depends on it.
         used: for each parameter, whether the loss or the metric does.
+        shape: how many elements the model's outputs have, and how many parameters there are. The metric lives at the
+            outputs; 0 where it does not, or where the outputs are spread over closures or processes.
+        is_least_squares: whether all that the metric comes from is :func:`~ngd_optim.least_squares`.
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         experience: what is known of how to form the products.
         product: see :meth:`curvature`.
@@ -46,6 +57,8 @@ class Linearization:
     gradient: Tensor
     reached: list[bool]
     used: list[bool]
+    shape: tuple[int, int]
+    is_least_squares: bool
     has_kl: bool
     experience: Experience
     product: Callable[[Tensor], Tensor]
@@ -62,6 +75,15 @@ class Linearization:
         if v.shape != self.gradient.shape:
             raise ValueError(f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}")
         return self.product(v.to(self.gradient))
+
+    def root(self) -> Root:
+        """The matrix ``A`` with ``F = AᵀA``, where ``shape`` tells of outputs; to be asked before any product.
+
+        Raises:
+            NotSemidefiniteError: there is none.
+        """
+        assert isinstance(self.product, _Product)
+        return self.product.root()
 
     @property
     def rounding(self) -> float:
@@ -92,6 +114,7 @@ class Linearization:
             gradient=ranks.average(self.gradient),
             reached=flags[:n],
             used=flags[n:],
+            shape=(0, self.shape[1]),
             product=lambda v: ranks.mean(lambda: self.product(v), v),
             measure=measure,
         )
@@ -99,7 +122,14 @@ class Linearization:
     def with_curvature_of(self, other: "Linearization") -> "Linearization":
         """The same loss and gradient, with another closure's curvature."""
         used = [a or b for a, b in zip(self.used, other.used, strict=True)]
-        return replace(self, used=used, experience=other.experience, product=other.product)
+        return replace(
+            self,
+            used=used,
+            shape=other.shape,
+            is_least_squares=other.is_least_squares,
+            experience=other.experience,
+            product=other.product,
+        )
 
 
 def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvature = "auto") -> Linearization:
@@ -139,6 +169,7 @@ def linearize_closure(
     curvature: Curvature,
     known: Known,
     ranks: Ranks = ALONE,
+    observe: Observer = unseen,
 ) -> Linearization:
     """As :func:`linearize`, with what was learnt of the closure at earlier points.
 
@@ -163,6 +194,7 @@ def linearize_closure(
         count = run.count
         verify(experience, run, traced, metric, gradient, parameters, memory, ranks)
         run.count = count
+    ranks.together(lambda: observe(metric))
     kl = kl_of(traced)
 
     def measure() -> tuple[float, float | None]:
@@ -179,9 +211,11 @@ def linearize_closure(
         gradient=gradient,
         reached=reached,
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
+        shape=(_outputs_with_root(metric, experience), len(gradient)),
+        is_least_squares=traced.is_least_squares and isinstance(metric, OutputMetric),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience, memory, ranks),
+        product=_Product(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
         measure=measure,
     )
 
@@ -193,13 +227,14 @@ def linearize_mean(
     curvature: Curvature,
     known: Known,
     ranks: Ranks = ALONE,
+    observe: Observer = unseen,
 ) -> Linearization:
     """The mean of some closures, with the graph of one at a time: each product traces each of them anew."""
     if len(runs) == 1:
-        return linearize_closure(runs[0], parameters, curvature, known, ranks)
+        return linearize_closure(runs[0], parameters, curvature, known, ranks, observe)
     parts = []
     for run in runs:
-        part = linearize_closure(run, parameters, curvature, known, ranks)
+        part = linearize_closure(run, parameters, curvature, known, ranks, observe)
         part = replace(part, product=_retracing_product(run, parameters, curvature, part.experience, ranks))
         parts.append(part)
 
@@ -212,6 +247,8 @@ def linearize_mean(
         gradient=_mean((part.gradient for part in parts), len(parts)),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
+        shape=(0, parts[0].shape[1]),
+        is_least_squares=all(part.is_least_squares for part in parts),
         has_kl=all(part.has_kl for part in parts),
         experience=parts[0].experience,
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
@@ -236,6 +273,12 @@ def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
+def _outputs_with_root(metric: OutputMetric | ScalarMetric, experience: Experience) -> int:
+    if isinstance(metric, ScalarMetric) or experience.penalty:
+        return 0
+    return sum(z.numel() for z in metric.outputs)
+
+
 class _Product:
     """The product of a traced closure on flat vectors: recorded when first used, where that works, then replayed."""
 
@@ -249,7 +292,9 @@ class _Product:
         ranks: Ranks,
         *,
         record: bool = True,
+        loss: Tensor | None = None,
     ) -> None:
+        self._loss = loss
         self._memory = memory
         self._ranks = ranks
         self._record = record
@@ -264,6 +309,12 @@ class _Product:
             return self._first(v)
         return self._formed(v)
 
+    def root(self) -> Root:
+        """See :meth:`Linearization.root`."""
+        assert isinstance(self._metric, OutputMetric)
+        assert self._loss is not None
+        return root_of(self._metric, self._loss, self._parameters)
+
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience
         result, formed, no_forward, no_replay = self._ranks.together(lambda: self._attempt(v))
@@ -276,7 +327,7 @@ class _Product:
             assert result is not None
             self._formed = formed
             if isinstance(formed, Recording):
-                self._metric = None  # and with it the graph: the recording holds what it needs of that
+                self._metric = self._loss = None  # and with it the graph: the recording holds what it needs of that
             return result
         return self._first(v)
 

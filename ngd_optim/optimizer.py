@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,16 +12,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.cg import CGResult, conjugate_gradient
+from ngd_optim.cg import CGResult
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
-from ngd_optim.damping import damping_factor
+from ngd_optim.damping import DampingLimit, damping_factor, damping_range, retry_factor, trust_factor
 from ngd_optim.distributed import Ranks
-from ngd_optim.linearize import Linearization, linearize_mean
+from ngd_optim.kronecker import Layer
+from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.preconditioners import Preconditioner, Preconditioning
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
+from ngd_optim.solvers import ConjugateGradients, DampingScale, Solver, SolverName, choose_solver, direct_solver
 from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
 from ngd_optim.verify import Experience, signature
 
@@ -42,16 +46,35 @@ class NaturalCG(Optimizer):
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
         damping: ``λ``.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
-        min_damping, max_damping: range of the adapted damping.
+        min_damping, max_damping: range of the adapted damping. ``"auto"``: 1e-8 and 1e6 for conjugate gradients, 1e-30
+            and 1e16 for direct solvers.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
-        cg_progress_tol: CG stops when the model gains less than this fraction per iteration; 0: off.
-        warm_start: CG starts from this multiple of the last solution; 0: from zero.
+        cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
+            0: off. See :func:`~ngd_optim.conjugate_gradient`.
+        warm_start: CG starts from the last solution, at most this multiple of it; 0: from zero.
+        preconditioner: what CG is preconditioned by, which changes how many iterations it needs and never what it
+            solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
+            closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
+            stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
+            Or a function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
         max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
             unless it is not finite.
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
+        generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
+            own, so that the same steps give the same numbers; torch's global one is left alone.
+        solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters; ``"sample"``, exactly, in
+            the space of the model's outputs, for fewer outputs than parameters. ``"auto"``: one of the direct solvers
+            where the loss is :func:`~ngd_optim.least_squares` and the problem small enough for it, else ``"cg"``. With
+            a direct solver and ``adapt_damping``, a step that does not lower the loss is solved again with more
+            damping, at the same Jacobian, in place of a line search.
+        damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added. ``"diagonal"``: the
+            largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt 1963; Moré 1978), which makes the step
+            independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
+        momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
+            Abrahamsen & Lin 2024).
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
             gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
             and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
@@ -72,6 +95,9 @@ class NaturalCG(Optimizer):
     process_group: Any = None
     """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
 
+    generator: torch.Generator | None = None
+    """Draws the random vectors of a preconditioner; no part of ``state_dict``."""
+
     last_step: StepReport | None = None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
 
@@ -84,18 +110,24 @@ class NaturalCG(Optimizer):
         trust_region: TrustRegion = "clip",
         damping: float = 0.1,
         adapt_damping: bool = True,
-        min_damping: float = 1e-8,
-        max_damping: float = 1e6,
+        min_damping: DampingLimit = "auto",
+        max_damping: DampingLimit = "auto",
         max_cg_iters: int = 250,
         cg_tol: float = 1e-6,
-        cg_progress_tol: float = 5e-3,
+        cg_progress_tol: float = 0.5,
         warm_start: float = 0.9,
+        preconditioner: Preconditioner = "auto",
         max_backtracks: int = 10,
         backtrack_ratio: float = 0.8,
         weight_decay: float = 0.0,
         curvature: Curvature = "auto",
+        generator: torch.Generator | None = None,
+        solver: SolverName = "auto",
+        damping_scale: DampingScale = "auto",
+        momentum: float = 0.0,
         process_group: Any = None,
     ) -> None:
+        self.generator = generator
         self.process_group = process_group
         defaults = {
             "lr": lr,
@@ -109,10 +141,14 @@ class NaturalCG(Optimizer):
             "cg_tol": cg_tol,
             "cg_progress_tol": cg_progress_tol,
             "warm_start": warm_start,
+            "preconditioner": preconditioner,
             "max_backtracks": max_backtracks,
             "backtrack_ratio": backtrack_ratio,
             "weight_decay": weight_decay,
             "curvature": curvature,
+            "solver": solver,
+            "damping_scale": damping_scale,
+            "momentum": momentum,
         }
         check_settings(defaults)
         super().__init__(params, defaults)
@@ -127,6 +163,7 @@ class NaturalCG(Optimizer):
         if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
             self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
         self._experiences: dict[Any, Experience] = {}
+        self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
@@ -182,31 +219,58 @@ class NaturalCG(Optimizer):
         )
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
-            point = self._linearize(runs, parameters, settings, ranks)
+            layers = self._layers.get(parameters.key)
+            preconditioning = Preconditioning(
+                settings["preconditioner"], parameters, self.state, layers, self.generator
+            )
+            point = self._linearize(runs, parameters, settings, ranks, unseen if others else preconditioning.observe)
             ranks.together(lambda: self._call_gradient_hooks(runs[0], point, parameters))
             if others:
-                point = point.with_curvature_of(self._linearize(others, parameters, settings, ranks))
+                other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
+                point = point.with_curvature_of(other)
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
-            model = self._quadratic_model(point, parameters)
-            solution = self._solve(model, point, parameters, settings)
-            step = self._scale(solution, model, parameters, settings)
-            ranks.check()
-            trial = self._search(step, solution, point, parameters, settings)
+            solver = self._solver(point, preconditioning, parameters, settings, ranks)
+            scale = self._damping_scale(solver, point, parameters, settings)
+            settings["damping_range"] = damping_range(
+                settings["min_damping"], settings["max_damping"], exact=solver.name != "cg"
+            )
+            solves_again = solver.name != "cg" and settings["adapt_damping"] and settings["max_backtracks"] > 0
+            attempt = 0
+            while True:
+                attempt += 1
+                model = self._quadratic_model(point, scale, parameters, settings["momentum"] if attempt == 1 else 0.0)
+                solution = solver.solve(model)
+                step = self._scale(solution, model, parameters, settings)
+                ranks.check()
+                trial = self._search(step, solution, point, parameters, settings, once=solves_again)
+                if trial.accepted or not (solves_again and self._raise_damping(step, point, attempt, settings)):
+                    break
         for run in [*runs, *others]:
             run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
         n_forward = sum(run.count for run in [*runs, *others])
-        self.last_step = report_of(point, model, solution, step, trial, max(self._per_group("damping")), n_forward)
+        damping = max(self._per_group("damping"))
+        trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
+        names = {"solver": solver.name, "preconditioner": preconditioning.name}
+        self.last_step = report_of(point, model, solution, step, trial, damping, n_forward, **names)
         self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
+        self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
+        preconditioning.keep(self.last_step.n_product)
         return point.loss
 
     def _linearize(
-        self, runs: list[ReplayedClosure], parameters: FlatParameters, settings: dict[str, Any], ranks: Ranks
+        self,
+        runs: list[ReplayedClosure],
+        parameters: FlatParameters,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        observe: Observer,
     ) -> Linearization:
         curvature = settings["curvature"]
-        return linearize_mean(runs, parameters, curvature, partial(self._known, curvature), ranks).averaged(ranks)
+        known = partial(self._known, curvature)
+        return linearize_mean(runs, parameters, curvature, known, ranks, observe).averaged(ranks)
 
     def _known(self, curvature: Curvature, run: ReplayedClosure, traced: Evaluation) -> Experience:
         """What earlier steps learnt of a closure with this code and this graph.
@@ -240,27 +304,55 @@ class NaturalCG(Optimizer):
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
 
-    def _quadratic_model(self, point: Linearization, parameters: FlatParameters) -> QuadraticModel:
+    def _damping_scale(
+        self, solver: Solver, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
+    ) -> Tensor | None:
+        """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
+        if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
+            return None
+        diagonal = point.root().rows.square().sum(0) if solver.diagonal is None else solver.diagonal
+        before = parameters.flatten(self.state[p].get("largest_curvature") for p in parameters.tensors)
+        largest = torch.maximum(before, diagonal)
+        for p, part in zip(parameters.tensors, parameters.unflatten(largest), strict=True):
+            self.state[p]["largest_curvature"] = part
+        return torch.where(largest > 0, largest, 1.0)
+
+    def _quadratic_model(
+        self, point: Linearization, scale: Tensor | None, parameters: FlatParameters, momentum: float
+    ) -> QuadraticModel:
         decay = parameters.spread(self._per_group("weight_decay"), point.used)
         damping = parameters.spread(self._per_group("damping"))
         gradient = point.gradient + decay * parameters.theta if any(self._per_group("weight_decay")) else point.gradient
-        return QuadraticModel(gradient, point.curvature, decay, damping)
+        if scale is not None:
+            damping = damping * scale
+        centre = self._last_solution(point, parameters).mul_(momentum) if momentum else None
+        return QuadraticModel(gradient, point.curvature, decay, damping, centre)
 
-    def _solve(
-        self, model: QuadraticModel, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
-    ) -> CGResult:
-        """Conjugate gradients, from a part of the last solution."""
-        last = [
-            self.state[p].get("solution") if u else None for p, u in zip(parameters.tensors, point.used, strict=True)
-        ]
-        return conjugate_gradient(
-            model.system,
-            -model.gradient,
-            x0=parameters.flatten(last).mul_(settings["warm_start"]),
+    def _last_solution(self, point: Linearization, parameters: FlatParameters) -> Tensor:
+        return parameters.flatten(
+            self.state[p].get("solution") if used else None
+            for p, used in zip(parameters.tensors, point.used, strict=True)
+        )
+
+    def _solver(
+        self,
+        point: Linearization,
+        preconditioning: Preconditioning,
+        parameters: FlatParameters,
+        settings: dict[str, Any],
+        ranks: Ranks,
+    ) -> Solver:
+        """Conjugate gradients from a part of the last solution, or a direct solver."""
+        name = choose_solver(settings["solver"], point)
+        if name != "cg":
+            return direct_solver(name, point)
+        return ConjugateGradients(
+            x0=self._last_solution(point, parameters).mul_(settings["warm_start"]),
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
             boundary=None if settings["max_kl"] is None else 2 * settings["max_kl"],
+            precondition=lambda model: preconditioning.formed(model.shift, ranks),
         )
 
     def _scale(
@@ -277,10 +369,14 @@ class NaturalCG(Optimizer):
         point: Linearization,
         parameters: FlatParameters,
         settings: dict[str, Any],
+        *,
+        once: bool,
     ) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
         if solution.stop == "not_finite":
             return Trial.refused("the gradient or a curvature product is not finite")
+        if solution.stop == "indefinite":
+            return Trial.refused("the damped curvature is not positive definite")
 
         def evaluate(fraction: float) -> tuple[float, float | None]:
             parameters.move(step.direction, fraction)
@@ -292,7 +388,8 @@ class NaturalCG(Optimizer):
             point.loss.item(),
             step.slope,
             max_kl=settings["max_kl"],
-            max_backtracks=settings["max_backtracks"],
+            max_backtracks=0 if once else settings["max_backtracks"],
+            demanding=settings["max_backtracks"] > 0,
             backtrack_ratio=settings["backtrack_ratio"],
         )
         if not trial.accepted:
@@ -303,12 +400,26 @@ class NaturalCG(Optimizer):
                 return replace(trial, overshot=False, reason=reason)
         return trial
 
+    def _raise_damping(self, step: Step, point: Linearization, attempt: int, settings: dict[str, Any]) -> bool:
+        """More damping for another solution, if that can be of use."""
+        before = self._per_group("damping")
+        of_use = not step.slope < 0 or step.predicted_decrease(1.0) > point.rounding
+        if of_use and math.isfinite(point.loss.item()):
+            self._multiply_damping(retry_factor(attempt), settings)
+        return self._per_group("damping") != before
+
     def _adapt_damping(self, report: StepReport, trial: Trial, settings: dict[str, Any]) -> None:
-        if settings["adapt_damping"]:
-            factor = damping_factor(report.reduction_ratio, accepted=report.accepted, overshot=trial.overshot)
-            for group in self.param_groups:
-                damping = float(group["damping"]) * factor
-                group["damping"] = min(max(damping, settings["min_damping"]), settings["max_damping"])
+        if settings["adapt_damping"] and report.solver == "cg":
+            ratio, accepted, overshot = report.reduction_ratio, report.accepted, trial.overshot
+            self._multiply_damping(damping_factor(ratio, accepted=accepted, overshot=overshot), settings)
+        elif settings["adapt_damping"] and report.accepted:
+            self._multiply_damping(trust_factor(report.reduction_ratio), settings)
+
+    def _multiply_damping(self, factor: float, settings: dict[str, Any]) -> None:
+        lowest, highest = settings["damping_range"]
+        for group in self.param_groups:
+            damping = float(group["damping"]) * factor
+            group["damping"] = min(max(damping, lowest), highest)
 
     def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:
         """Keep the solution for the next step's start."""

@@ -55,10 +55,22 @@ class FlatParameters:
             parts.append(part.detach().reshape(-1).to(self.dtype))
         return torch.cat(parts)
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The same for the same parameters in the same order."""
+        return tuple(map(id, self.tensors))
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A flat vector → one view of it per parameter, of its shape."""
+        return [piece.view(p.shape) for p, piece in zip(self.tensors, flat.split(self._sizes), strict=True)]
+
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees."""
-        pieces = flat.split(self._sizes)
-        return [piece.view(p.shape).to(p.dtype) for p, piece in zip(self.tensors, pieces, strict=True)]
+        return [piece.to(p.dtype) for p, piece in zip(self.tensors, self.views(flat), strict=True)]
+
+    def by_parameter(self, per_group: Sequence[float]) -> list[float]:
+        """One value per group → one per parameter."""
+        return [float(per_group[i]) for i in self._groups]
 
     def spread(self, per_group: Sequence[float], where: Sequence[bool] | None = None) -> float | Tensor:
         """One value per group → the flat vector that has it at the group's parameters, and 0 where ``where`` is False.
@@ -66,7 +78,7 @@ class FlatParameters:
         A plain number stands for a constant vector.
         """
         flags = [True] * len(self.tensors) if where is None else where
-        values = [float(per_group[i]) * flag for i, flag in zip(self._groups, flags, strict=True)]
+        values = [value * flag for value, flag in zip(self.by_parameter(per_group), flags, strict=True)]
         if len(set(values)) == 1:
             return values[0]
         repeats = torch.tensor(self._sizes, device=self.device)

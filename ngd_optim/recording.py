@@ -37,7 +37,7 @@ class Recording:
     def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor, memory: Memory | None = None) -> None:
         v = v.detach()
         recall = Recall(memory or Memory())
-        recorder = _Recorder(v, recall)
+        recorder = Recorder(v, recall)
         with torch.no_grad(), recorder:
             result = function(v)
         recall.fulfil_all()
@@ -87,7 +87,7 @@ def _run(program: list[Operation], values: list[Any]) -> None:
             values[slot] = None
 
 
-class _Recorder(Mode):
+class Recorder(Mode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
 
     It holds none of them: they are freed as they would be without a recording. What it notes of tensors and storages

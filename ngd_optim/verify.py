@@ -5,7 +5,7 @@ would give silently wrong steps, so the first step compares with plain autograd.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -16,6 +16,7 @@ from ngd_optim.cg import conjugate_gradient
 from ngd_optim.closure import Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, OutputMetric, ScalarMetric, penalty_of
 from ngd_optim.distributed import Ranks
+from ngd_optim.graph import leaves, nodes
 from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product, pull_back
@@ -62,7 +63,7 @@ class Experience:
 
 def signature(traced: Evaluation) -> Hashable:
     """What must be the same for what was learnt to hold: the operations of the graph, and what was seen in it."""
-    names = tuple(node.name() for node in _nodes([traced.loss]))
+    names = tuple(node.name() for node in nodes([traced.loss]))
     return names, tuple(z.requires_grad for z in traced.outputs), type(traced.metric)
 
 
@@ -72,7 +73,7 @@ def refuse_unsupported(traced: Evaluation) -> None:
     Raises:
         RuntimeError: one sentence that says what to do instead.
     """
-    for node in _nodes([traced.loss]):
+    for node in nodes([traced.loss]):
         if node.name() in _REFUSED:
             raise RuntimeError(_REFUSED[node.name()])
     if any(z.dtype == torch.float16 for z in (traced.loss, *traced.outputs)):
@@ -105,7 +106,7 @@ def verify(
     ranks.require_equal(parameters.theta)
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return
-    plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(_leaves(traced.loss)))))
+    plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(leaves(traced.loss)))))
     _check_gradient(ranks.average(gradient), plain, ranks.average(traced.loss.detach().abs()).item(), eps)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
 
@@ -244,23 +245,6 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
 
 def _close(a: Tensor, b: Tensor, eps: float, floor: float) -> bool:
     return bool((a - b).norm() <= eps**0.5 * b.norm() + floor)
-
-
-def _leaves(root: Tensor) -> list[Tensor]:
-    """Everything that a plain backward would set ``.grad`` of."""
-    return [node.variable for node in _nodes([root]) if hasattr(node, "variable")]  # pyright: ignore
-
-
-def _nodes(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of the graph that leads to some tensors."""
-    pending = [root.grad_fn for root in roots]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            pending.extend(parent for parent, _ in node.next_functions)
 
 
 def cannot_follow(error: RuntimeError, backend: str = "torch.func") -> str:

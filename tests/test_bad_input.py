@@ -26,8 +26,8 @@ SETTINGS = [
     ({"damping": -1e-3}, "damping must be a finite number, at least 0, got -0.001"),
     ({"damping": None}, "damping must be a finite number, at least 0, got None"),
     ({"adapt_damping": 1}, "adapt_damping must be True or False, got 1"),
-    ({"min_damping": -1.0}, "min_damping must be a finite number, at least 0, got -1.0"),
-    ({"max_damping": -1.0}, "max_damping must be a number, at least 0, got -1.0"),
+    ({"min_damping": -1.0}, "min_damping must be a finite number, at least 0, or 'auto', got -1.0"),
+    ({"max_damping": -1.0}, "max_damping must be a number, at least 0, or 'auto', got -1.0"),
     ({"min_damping": 2.0, "max_damping": 1.0}, "min_damping must be at most max_damping, got 2.0 > 1.0"),
     ({"max_cg_iters": 0}, "max_cg_iters must be an integer, at least 1, got 0"),
     ({"max_cg_iters": 2.5}, "max_cg_iters must be an integer, at least 1, got 2.5"),
@@ -235,7 +235,7 @@ def test_what_is_not_finite_is_rejected_and_forgotten(name, settings, warm):
     assert (report.step_norm, report.step_scale) == (0.0, 0.0)
     assert report.new_loss == report.loss or math.isnan(report.loss)
     assert optimizer.param_groups[0]["damping"] == pytest.approx(4 * damping)
-    assert all(state.isfinite().all() for entry in optimizer.state.values() for state in entry.values())
+    assert all(torch.as_tensor(x).isfinite().all() for entry in optimizer.state.values() for x in entry.values())
     assert [p is q for p, q in zip(parameters, spoilt.model.parameters(), strict=True)] == [True] * 4
 
     before = spoilt.loss().item()

@@ -87,7 +87,7 @@ def test_a_closure_that_changes_between_steps_is_learnt_anew(switched):
             loss = loss + weight[0] * layer.weight.square().sum()
         return loss
 
-    settings = {"warm_start": 0.0, "adapt_damping": False}
+    settings = {"warm_start": 0.0, "adapt_damping": False, "preconditioner": None}
     used = NaturalCG([w, *layer.parameters()], **settings)
     used.step(closure)
     weight[0] = 5.0

@@ -511,12 +511,12 @@ def test_several_batches_in_one_step_under_manual_optimization() -> None:
             self.batches.append(batch)
             if len(self.batches) == 3:
                 closures = [lambda b=b: F.cross_entropy(self.net(b[0]), b[1]) for b in self.batches]
-                self.optimizers(use_pl_optimizer=False).step(closures)
+                NaturalCG(self.parameters(), preconditioner=None).step(closures)
 
     module, plain = Accumulating(), Classifier()
     manual_fit(module)
     x, y = dataset().tensors
-    NaturalCG(plain.parameters()).step(lambda: F.cross_entropy(plain.net(x), y))
+    NaturalCG(plain.parameters(), preconditioner=None).step(lambda: F.cross_entropy(plain.net(x), y))
     torch.testing.assert_close(vector(module), vector(plain), rtol=0, atol=1e-4)
 
 

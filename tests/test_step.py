@@ -237,6 +237,7 @@ def test_truncated_solve_is_that_of_conjugate_gradients(form, products):
     """After k iterations x minimises the quadratic model on the Krylov space of k products."""
     problem = StepProblem(form)
     settings = {"max_cg_iters": 4, "warm_start": 0.0, "damping": 0.1, "max_kl": 1e-3, "trust_region": "boundary"}
+    settings |= {"preconditioner": None, "cg_progress_tol": 0.0}
     optimizer = NaturalCG(problem.model.parameters(), max_backtracks=0, **settings)
     optimizer.step(problem.closure)
     report = optimizer.last_step
@@ -252,6 +253,7 @@ def test_truncated_solve_is_that_of_conjugate_gradients(form, products):
 def test_warm_start_is_part_of_the_last_solution(products):
     problem = StepProblem("ggn")
     settings = {"max_cg_iters": 2, "warm_start": 0.5, "damping": 0.1, "max_kl": None, "adapt_damping": False}
+    settings |= {"preconditioner": None}
     optimizer = NaturalCG(problem.model.parameters(), max_backtracks=0, **settings)
     optimizer.step(problem.closure)
     first = problem.moved - problem.theta
@@ -262,9 +264,10 @@ def test_warm_start_is_part_of_the_last_solution(products):
     assert_near(products[2], 0.5 * first)
     # After two iterations from x₀, x minimises the model on x₀ + span{r₀, A r₀}.
     A = problem.curvature + 0.1 * torch.eye(len(first), dtype=torch.float64)
-    r = -problem.gradient - 0.5 * A @ first
+    start = min(0.5, -(problem.gradient @ first) / (first @ A @ first)) * first
+    r = -problem.gradient - A @ start
     V = torch.linalg.qr(torch.stack([r, A @ r], 1))[0]
-    assert_near(problem.moved - problem.theta, 0.5 * first + V @ torch.linalg.solve(V.T @ A @ V, V.T @ r))
+    assert_near(problem.moved - problem.theta, start + V @ torch.linalg.solve(V.T @ A @ V, V.T @ r))
 
 
 def test_warm_start_that_would_climb_is_left(products):
@@ -282,10 +285,10 @@ def test_warm_start_that_would_climb_is_left(products):
 
 def test_products_stop_early_when_the_model_gains_little(products):
     problem = StepProblem("ggn")
-    optimizer = NaturalCG(problem.model.parameters(), damping=1e-8, cg_tol=0.0, cg_progress_tol=1e-2, warm_start=0.0)
+    optimizer = NaturalCG(problem.model.parameters(), damping=1e-8, cg_tol=0.0, cg_progress_tol=0.5, warm_start=0.0)
     optimizer.step(problem.closure)
     assert optimizer.last_step.cg_stop == "progress"
-    assert 11 <= optimizer.last_step.cg_iters == len(products) < len(problem.theta)
+    assert 3 <= optimizer.last_step.cg_iters == len(products) < len(problem.theta)
 
 
 def test_linear_least_squares_is_solved_in_one_step():

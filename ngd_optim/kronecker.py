@@ -1,0 +1,311 @@
+"""Kronecker factors of the curvature, found in the graph of a closure.
+
+Wherever a parameter enters the graph as a factor of a matrix product or as the kernel of a convolution, its gradient is
+a sum of outer products ``Σₙ lₙ rₙᵀ`` of what comes back from the output and what went in. The curvature's block for it
+is then nearly ``(Σ l lᵀ) ⊗ (Σ r rᵀ) / n`` (Martens & Grosse 2015; convolutions: Grosse & Martens 2016; weights that are
+used several times, "expand": Eschenhagen et al. 2023). The autograd graph shows all such uses, whatever code made them:
+modules, functional calls, attention, recurrent cells, the derivatives of a network in a PDE residual.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from ngd_optim.curvature import OutputMetric
+from ngd_optim.graph import leaf, nodes
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.sampling import draw
+
+LARGEST_FACTOR = 4096
+"""A longer side of a weight has only the diagonal of its factor."""
+
+_TRANSPOSES = {"TBackward0", "TransposeBackward0"}
+_SAME_VALUES = {*_TRANSPOSES, "AliasBackward0", "ToCopyBackward0"}
+
+
+class Layer(NamedTuple):
+    """A weight, seen as matrices with one pair of factors each, and the bias that shares them.
+
+    Attributes:
+        weight, bias: indexes of parameters.
+        flipped: whether the matrix is the weight's transpose: that of ``x @ weight + bias``.
+        groups: how many matrices: those of a convolution.
+    """
+
+    weight: int
+    bias: int | None
+    flipped: bool
+    groups: int
+
+    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Tensors shaped like the parameters → (groups, rows, columns), with the bias as last column."""
+        matrix = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        matrix = matrix.mT if self.flipped else matrix
+        return matrix if bias is None else torch.cat([matrix, bias.reshape(self.groups, -1, 1)], -1)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inverse of :meth:`join`, but for the shapes."""
+        weight, bias = (matrix, None) if self.bias is None else (matrix[..., :-1], matrix[..., -1])
+        return (weight.mT if self.flipped else weight), bias
+
+
+class Use(NamedTuple):
+    """A node of the graph that uses a weight.
+
+    Attributes:
+        node: its gradient function.
+        layer: the weight.
+        adds_bias: whether the layer's bias is added here.
+        length: ``n``, how many rows there are.
+        rows: makes of the gradient at the node ``l`` and ``r`` for the weight as it is, not flipped: (groups, n, rows
+            of the weight) and (groups, n, columns).
+    """
+
+    node: Node
+    layer: Layer
+    adds_bias: bool
+    length: int
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+Values = Mapping[tuple[int, str], Tensor]
+"""By index of a parameter and name.
+
+For the weight of a layer ``"left"``, (groups, rows, rows), and ``"right"``, (groups, columns, columns), without the
+last dimension where they are diagonal; for what is in no layer ``"diagonal"``, shaped like the parameter.
+"""
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """Factors of the blocks of weights, and diagonals for all other parameters."""
+
+    layers: tuple[Layer, ...]
+    values: Values
+
+
+@torch.no_grad()
+def factors_of(
+    uses: Sequence[Use], metric: OutputMetric, parameters: FlatParameters, generator: torch.Generator
+) -> KroneckerFactors:
+    """Estimate the factors by one pull-back of a random draw from the metric."""
+    params = parameters.tensors
+    by_layer: dict[Layer, list[tuple[Use, Tensor]]] = {use.layer: [] for use in uses}
+    inside = {i for layer in by_layer for i in (layer.weight, layer.bias)}
+    outside = [i for i in range(len(params)) if i not in inside]
+    inputs: Any = [*(GradientEdge(use.node, 0) for use in uses), *(params[i] for i in outside)]
+    gradients = torch.autograd.grad(
+        metric.outputs, inputs, draw(metric, generator), retain_graph=True, materialize_grads=True
+    )
+    for use, gradient in zip(uses, gradients, strict=False):
+        by_layer[use.layer].append((use, gradient))
+    values: dict[tuple[int, str], Tensor] = {}
+    for layer, own in by_layer.items():
+        values[layer.weight, "left"], values[layer.weight, "right"] = _factors(layer, own, parameters.dtype)
+    for i, gradient in zip(outside, gradients[len(uses) :], strict=True):
+        values[i, "diagonal"] = gradient.to(parameters.dtype).square()
+    return KroneckerFactors(tuple(by_layer), values)
+
+
+def mean_of(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors | None:
+    """The mean over several closures; None if they do not use the parameters in the same way."""
+    if not estimates or any(other.layers != estimates[0].layers for other in estimates):
+        return None
+    if len(estimates) == 1:
+        return estimates[0]
+    values = {key: sum(other.values[key] for other in estimates) / len(estimates) for key in estimates[0].values}
+    return KroneckerFactors(estimates[0].layers, values)  # pyright: ignore[reportArgumentType]
+
+
+def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
+    """Whether factors stand for half of the parameters, and a solve with them costs at most two products.
+
+    Both costs are counted in multiplications: four by the weight for each use in a product, and one by each factor.
+    """
+    sizes = {use.layer: params[use.layer.weight].numel() for use in uses}
+    sides = {layer: params[layer.weight].shape[0] // layer.groups for layer in sizes}
+    product = sum(4 * use.length * sizes[use.layer] for use in uses)
+    solve = sum(size * (sides[layer] + size // (sides[layer] * layer.groups)) for layer, size in sizes.items())
+    return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
+
+
+def _factors(layer: Layer, own: list[tuple[Use, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One pair for all uses of a weight: the sum of their products, each factor weighed by the other's trace."""
+    lefts, rights, traces = [], [], []
+    for use, gradient in own:
+        back, into = (rows.to(dtype) for rows in use.rows(gradient))
+        if layer.flipped:
+            back, into = into, back
+        if layer.bias is not None:
+            into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
+        left, right = _moment(back), _moment(into)
+        trace_left, trace_right, n = _trace(left), _trace(right), back.shape[1]
+        lefts.append(_scaled(left, trace_right / n))
+        rights.append(_scaled(right, trace_left / n))
+        traces.append(trace_left * trace_right / n)
+    scale = sum(traces).clamp(min=torch.finfo(traces[0].dtype).tiny).rsqrt()  # pyright: ignore
+    return _scaled(sum(lefts), scale), _scaled(sum(rights), scale)  # pyright: ignore
+
+
+def _moment(rows: Tensor) -> Tensor:
+    return rows.square().sum(1) if rows.shape[-1] > LARGEST_FACTOR else rows.mT @ rows
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return factor.sum(-1) if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _scaled(factor: Tensor, scale: Tensor) -> Tensor:
+    return factor * scale.view(-1, *[1] * (factor.ndim - 1))
+
+
+def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
+    """Every use of a parameter in a matrix product or a convolution, in the graph that leads to some tensors."""
+    index = {id(p): i for i, p in enumerate(params)}
+    found = [use for node in nodes(roots) if (use := _use(node, index, params)) is not None]
+    layers: dict[int, Layer] = {}
+    taken: set[int | None] = {None}
+    for use in sorted(found, key=lambda use: use.layer.bias is None):
+        layer = use.layer if use.layer.bias not in taken else use.layer._replace(bias=None)
+        taken.add(layers.setdefault(layer.weight, layer).bias)
+    return [
+        use._replace(layer=layers[use.layer.weight], adds_bias=use.layer.bias == layers[use.layer.weight].bias)
+        for use in found
+    ]
+
+
+def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    if node.name() in ("AddmmBackward0", "MmBackward0"):
+        return _matrix_product(node, index, params)
+    if node.name() == "ConvolutionBackward0" and not node._saved_transposed:
+        return _convolution(node, index, params)
+    return None
+
+
+def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    """``a b`` or ``bias + a b``, with a parameter or its transpose as one of ``a`` and ``b``."""
+    *bias_node, a_node, b_node = (parent for parent, _ in node.next_functions)
+    (a, a_transposed), (b, b_transposed) = _parameter(a_node, index), _parameter(b_node, index)
+    if (a is None) == (b is None):
+        return None
+    shape = node._input_metadata[0].shape
+    if a is not None:
+
+        def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+            pair = gradient.mT, node._saved_mat2.mT
+            return pair[a_transposed][None], pair[not a_transposed][None]
+
+        layer = Layer(a, None, flipped=False, groups=1)
+        return Use(node, layer, adds_bias=False, length=shape[1], rows=rows)
+    assert b is not None
+
+    def rows_of_second(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        pair = gradient, node._saved_mat1 if bias_node else node._saved_self
+        return pair[not b_transposed][None], pair[b_transposed][None]
+
+    bias, _ = _parameter(bias_node[0], index) if bias_node else (None, False)
+    if bias is not None and params[bias].shape != params[b].shape[not b_transposed :][:1]:
+        bias = None
+    layer = Layer(b, bias, flipped=not b_transposed, groups=1)
+    return Use(node, layer, adds_bias=bias is not None, length=shape[0], rows=rows_of_second)
+
+
+def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    (weight, _), (bias, _) = (_parameter(parent, index) for parent, _ in node.next_functions[1:])
+    if weight is None:
+        return None
+    groups = node._saved_groups
+
+    def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        patches = F.pad(node._saved_input, [side for size in reversed(node._saved_padding) for side in (size, size)])
+        sizes = zip(params[weight].shape[2:], node._saved_stride, node._saved_dilation, strict=True)
+        for dim, (size, stride, dilation) in enumerate(sizes, start=2):
+            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        spatial = gradient.ndim - 2
+        back = gradient.unflatten(1, (groups, -1)).flatten(3).movedim(1, 0).mT
+        # (batch, channels, *positions, *kernel) → (groups, batch, positions, channels of a group × kernel)
+        into = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial).flatten(4).permute(1, 0, 3, 2, 4)
+        return back.flatten(1, 2), into.flatten(3).flatten(1, 2)
+
+    layer = Layer(weight, bias, flipped=False, groups=groups)
+    positions = math.prod(node._input_metadata[0].shape) // params[weight].shape[0]
+    return Use(node, layer, adds_bias=bias is not None, length=positions, rows=rows)
+
+
+def _parameter(node: Any, index: Mapping[int, int]) -> tuple[int | None, bool]:
+    """The parameter behind an argument of an operation, and whether it is transposed on the way."""
+    transposed = False
+    while node is not None and node.name() in _SAME_VALUES:
+        transposed ^= node.name() in _TRANSPOSES
+        node = node.next_functions[0][0]
+    return index.get(id(leaf(node))), transposed
+
+
+def kronecker_preconditioner(
+    factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[float]
+) -> Callable[[Tensor], Tensor]:
+    """``r ↦ M⁻¹ r`` for the blocks ``(L + √λ/π I) ⊗ (R + π √λ I)``, and ``diagonal + λ`` for the rest.
+
+    Factored Tikhonov damping, with ``π`` so that both factors get the same share (Martens & Grosse 2015, section 6.3).
+
+    Args:
+        factors: of the curvature.
+        parameters: whose flat vectors ``r`` is one of.
+        shift: for each parameter the ``λ`` that the system adds to the curvature.
+    """
+    blocks = [_Block(layer, factors.values, shift[layer.weight]) for layer in factors.layers]
+    diagonals = {i: value + shift[i] for (i, name), value in factors.values.items() if name == "diagonal"}
+
+    def precondition(r: Tensor) -> Tensor:
+        result = torch.empty_like(r)
+        sources, targets = parameters.views(r), parameters.views(result)
+        for block in blocks:
+            block.solve(sources, targets)
+        for i, diagonal in diagonals.items():
+            torch.div(sources[i], diagonal, out=targets[i])
+        return result
+
+    return precondition
+
+
+class _Block:
+    """The inverse of one weight's block."""
+
+    def __init__(self, layer: Layer, values: Values, shift: float) -> None:
+        self._layer = layer
+        left, right = values[layer.weight, "left"], values[layer.weight, "right"]
+        pi = (_trace(right) / right.shape[1] / (_trace(left) / left.shape[1])).sqrt()
+        pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
+        self._left = _inverse(left, shift**0.5 / pi)
+        self._right = _inverse(right, shift**0.5 * pi)
+
+    def solve(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """Write the solution for the layer's parameters."""
+        layer = self._layer
+        matrix = layer.join(sources[layer.weight], None if layer.bias is None else sources[layer.bias])
+        matrix = self._left @ matrix if self._left.ndim == 3 else self._left.unsqueeze(-1) * matrix
+        matrix = matrix @ self._right if self._right.ndim == 3 else matrix * self._right.unsqueeze(-2)
+        weight, bias = layer.split(matrix)
+        targets[layer.weight].copy_(weight.reshape(targets[layer.weight].shape))
+        if layer.bias is not None and bias is not None:
+            targets[layer.bias].copy_(bias.reshape(-1))
+
+
+def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
+    """The inverse of ``factor + shift I``, in float64 where float32 is too coarse for it."""
+    floor = torch.finfo(factor.dtype).eps * _trace(factor)
+    shift = torch.maximum(shift, floor).clamp(min=torch.finfo(factor.dtype).tiny)
+    if factor.ndim == 2:
+        return 1 / (factor + shift[:, None])
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    cholesky, info = torch.linalg.cholesky_ex(damped)
+    if info.any():
+        cholesky = torch.linalg.cholesky(damped.double())
+    return torch.cholesky_inverse(cholesky).to(factor)

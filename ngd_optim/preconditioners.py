@@ -1,0 +1,140 @@
+"""The preconditioner of one step's conjugate gradients: what it is, and when its ingredients are renewed."""
+
+import zlib
+from collections.abc import Callable, MutableMapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ngd_optim.curvature import OutputMetric, ScalarMetric
+from ngd_optim.distributed import Ranks
+from ngd_optim.kronecker import (
+    KroneckerFactors,
+    Layer,
+    factors_of,
+    is_worthwhile,
+    kronecker_preconditioner,
+    mean_of,
+    uses_of,
+)
+from ngd_optim.parameters import FlatParameters
+
+PreconditionerName = Literal["auto", "kfac"]
+Solve = Callable[[Tensor], Tensor]
+Preconditioner = PreconditionerName | None | Solve
+
+MEMORY = 0.5
+"""Share of the older factors in renewed ones."""
+
+RENEWED_AFTER = 10
+"""Products that are formed with factors before they are renewed, which costs about as much as one or two."""
+
+_NAMES = ("left", "right", "diagonal")
+
+
+class Preconditioning:
+    """Gathers what a step's preconditioner is made of while closures are linearised, forms it, and keeps it.
+
+    What must outlive the step is in the optimizer's state: for each parameter its factors, and for the first how many
+    products they have served and how often they were drawn.
+
+    Args:
+        kind: the setting.
+        parameters: of the step.
+        state: the optimizer's; it is written to in :meth:`keep` only.
+        layers: those of the last step; None: unknown.
+        generator: draws the random vectors; None: one that starts anew at each renewal, from its number.
+
+    Attributes:
+        layers: those of this step.
+        name: what it formed: ``"kfac"``, ``"callable"`` or ``"none"``.
+    """
+
+    def __init__(
+        self,
+        kind: Preconditioner,
+        parameters: FlatParameters,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        layers: tuple[Layer, ...] | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.layers = layers
+        self.name = "none"
+        self._kind = kind
+        self._parameters = parameters
+        self._state = state
+        own = [state.get(p, {}) for p in parameters.tensors]
+        self._products, self._draws = own[0].get("products", 0), own[0].get("draws", 0)
+        self._values = {(i, name): entry[name] for i, entry in enumerate(own) for name in _NAMES if name in entry}
+        self._is_due = self._products >= RENEWED_AFTER
+        self._generator = generator or torch.Generator().manual_seed(self._draws)
+        self._estimates: list[KroneckerFactors | None] = []
+
+    def observe(self, metric: OutputMetric | ScalarMetric) -> None:
+        """See what a closure's graph tells of the layers, and estimate their factors if they are due.
+
+        Raises:
+            ValueError: ``preconditioner="kfac"`` is asked for where there is no metric at outputs of the model.
+        """
+        if self._kind not in get_args(PreconditionerName) or not (self._is_due or self.layers is None):
+            return
+        if isinstance(metric, ScalarMetric):
+            if self._kind == "kfac":
+                raise ValueError(
+                    "preconditioner='kfac' needs a metric at the model's outputs: a recognised loss function or a "
+                    "returned distribution, and not the Hessian of a scalar; use preconditioner='auto'"
+                )
+            self._estimates.append(None)
+            return
+        uses = uses_of(metric.outputs, self._parameters.tensors)
+        layers = tuple(dict.fromkeys(use.layer for use in uses))
+        if self._kind == "auto" and not is_worthwhile(uses, self._parameters.tensors):
+            self._estimates.append(None)
+        elif self._is_due or any((layer.weight, "left") not in self._values for layer in layers):
+            self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
+        else:
+            self.layers = layers
+
+    def formed(self, shift: Tensor, ranks: Ranks) -> Solve | None:
+        """The preconditioner for a system that adds a flat ``shift`` to the curvature; None where there is none."""
+        if callable(self._kind):
+            self.name = "callable"
+            return self._kind
+        if self._estimates:
+            self._renew(ranks)
+        if not self.layers:
+            return None
+        self.name = "kfac"
+        values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
+        means = torch.stack([part.sum() / max(1, part.numel()) for part in self._parameters.views(shift)]).tolist()
+        return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
+
+    def keep(self, products: int) -> None:
+        """Write what the next step needs to the state, with how many products this one took."""
+        if self._kind not in get_args(PreconditionerName):
+            return
+        for i, p in enumerate(self._parameters.tensors):
+            for name in _NAMES:
+                self._state[p].pop(name, None)
+                if (i, name) in self._values:
+                    self._state[p][name] = self._values[i, name]
+        self._state[self._parameters.tensors[0]] |= {"products": self._products + products, "draws": self._draws}
+
+    def _renew(self, ranks: Ranks) -> None:
+        """Mix the estimates of all closures and ranks with what was known."""
+        self._products, self._draws = 0, self._draws + 1
+        estimates = [factors for factors in self._estimates if factors is not None]
+        mean = mean_of(estimates) if len(estimates) == len(self._estimates) else None
+        layers = None if mean is None else (mean.layers, sorted(mean.values))
+        if not ranks.agree(zlib.crc32(repr(layers).encode())) or mean is None:
+            self.layers, self._values = (), {}
+            return
+        values = {key: ranks.average(value) for key, value in mean.values.items()}
+        if all(value.isfinite().all() for value in values.values()):  # else the step will be refused
+            self.layers = mean.layers
+            self._values = {key: _mixed(value, self._values.get(key)) for key, value in values.items()}
+
+
+def _mixed(value: Tensor, older: Tensor | None) -> Tensor:
+    return value if older is None or older.shape != value.shape else value.lerp(older.to(value), MEMORY)
