@@ -44,7 +44,8 @@ class NaturalCG(Optimizer):
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
         damping: ``λ``.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
-        min_damping, max_damping: range of the adapted damping.
+        min_damping: least adapted damping.
+        max_damping: most.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
         cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
