@@ -27,10 +27,12 @@ point = linearize(lambda: F.cross_entropy(model(x), y), model.parameters())
 solution = conjugate_gradient(lambda v: point.curvature(v) + v, -point.gradient)
 assert solution.stop == "tolerance", solution
 
+message = ""
 try:
     plot_history([optimizer.last_step])
 except ImportError as error:
-    assert "pip install matplotlib" in str(error)
+    message = str(error)
+assert "pip install matplotlib" in message, message
 
 optional = {"lightning", "stable_baselines3", "matplotlib", "gymnasium"} & {name.split(".")[0] for name in sys.modules}
 assert not optional, f"imported without need: {optional}"

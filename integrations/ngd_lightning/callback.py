@@ -1,6 +1,7 @@
 """Callbacks: what makes NaturalCG work under a Trainer, and what shows how it does."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class NaturalCGCallback(LightningBridge):
 
     Raises:
         ValueError: ``progress_bar`` names something that is not a field of StepReport, or ``warn_after`` is below 1.
+        ImportError: a picture is asked for, and matplotlib is not installed.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class NaturalCGCallback(LightningBridge):
             raise ValueError(f"progress_bar must name fields of StepReport, got {', '.join(sorted(unknown))}")
         if warn_after < 1:
             raise ValueError(f"warn_after must be at least 1, got {warn_after}")
+        if picture is not None and find_spec("matplotlib") is None:
+            raise ImportError("picture needs matplotlib: pip install matplotlib")
         self._warn_after = warn_after
         self._picture = picture
         self._warned = False
