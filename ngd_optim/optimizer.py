@@ -73,11 +73,16 @@ class NaturalCG(Optimizer):
         TypeError: as for any torch optimizer.
 
     Example:
+        >>> import torch
+        >>> from ngd_optim import NaturalCG
+        >>> x, y = torch.randn(100, 64), torch.randint(0, 10, (100,))
         >>> model = torch.nn.Linear(64, 10)
         >>> optimizer = NaturalCG(model.parameters())
         >>> def closure():
         ...     return torch.nn.functional.cross_entropy(model(x), y)
         >>> loss = optimizer.step(closure)
+        >>> optimizer.last_step.new_loss < loss
+        tensor(True)
     """
 
     process_group: Any = None

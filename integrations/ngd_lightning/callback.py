@@ -54,6 +54,11 @@ class NaturalCGCallback(LightningBridge):
     Raises:
         ValueError: ``progress_bar`` names something that is not a field of StepReport, or ``warn_after`` is below 1.
         ImportError: a picture is asked for, and matplotlib is not installed.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from ngd_lightning import NaturalCGCallback
+        >>> trainer = Trainer(callbacks=[NaturalCGCallback(["kl", "damping"], picture="run.png")], logger=False)
     """
 
     def __init__(
