@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ngd_optim.scalars import Scalar, scalars_of
 
-CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite"]
+CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
 # While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
 _STOPS: tuple[CGStop, ...] = get_args(CGStop)
 _TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE, _INDEFINITE_PRECONDITIONER = range(1, 6)
-
 
 _START = 5
 """What comes before the first iteration of an optimizer's solve costs about as much as this many iterations."""
@@ -33,6 +32,7 @@ class CGResult:
         stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
             ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; see ``boundary``) or
             ``"not_finite"`` (``b`` or a product had a NaN or an infinity; ``solution`` is the last iterate before it).
+            ``"exact"`` and ``"indefinite"`` are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
 

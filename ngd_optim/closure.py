@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.effects import SideEffects
+from ngd_optim.least_squares import least_squares
 from ngd_optim.tracing import Tracing
 
 Closure = Callable[[], Any]
@@ -27,11 +28,13 @@ class Evaluation:
         loss: what is minimised, a 0-dim tensor: the sum of all that the closure called ``backward`` on, or what it
             returned if it called ``backward`` on nothing.
         outputs: the model's outputs, as the recognised loss functions saw them, in call order.
+        is_least_squares: whether they are the residuals of :func:`~ngd_optim.least_squares`, all of them.
         metric: what the closure returned beside the loss: distributions, a scalar tensor, or None.
     """
 
     loss: Tensor
     outputs: tuple[Tensor, ...]
+    is_least_squares: bool
     metric: Any
 
 
@@ -90,7 +93,7 @@ class ReplayedClosure:
         self.called_backward = bool(mode.roots)
         if self._left_gradients is None:
             self._left_gradients = [p.grad for p in self._params]
-        return Evaluation(loss, tuple(mode.outputs), metric)
+        return Evaluation(loss, tuple(mode.outputs), mode.losses == {least_squares}, metric)
 
     def plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradients that the closure gives when nothing is traced; ``.grad`` of all leaves is left alone."""

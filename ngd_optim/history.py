@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """For runs: told apart by colour-blind readers too (Okabe & Ito 2008)."""
 
 _BOUND = {"color": "black", "linestyle": "--", "linewidth": 1.2}
-_RATIOS = {"color": "0.45", "linestyle": ":", "linewidth": 1.2}
+_RIGHT = {"color": "0.45", "linestyle": ":", "linewidth": 1.2}
 _REJECTED = {"color": "black", "marker": "x", "markersize": 7, "linestyle": "none", "zorder": 3}
 _STOP_MARKERS = "o^sDvP*"
 _FEW = 60
@@ -77,8 +77,7 @@ def plot_history(
     axes = dict(zip(PANELS, panels, strict=True))
     if max_kl is not None:
         axes["kl"].axhline(max_kl, **_BOUND)
-    for ratio in (0.25, 0.75):
-        axes["reduction_ratio"].axhline(ratio, **_RATIOS)
+    axes["reduction_ratio"].axhline(1.0, **_RIGHT)
     stops = _stops(runs)
     for colour, run in zip(_colours(runs), runs.values(), strict=True):
         _draw_stops(axes["cg_iters"], run, colour, stops)
@@ -135,7 +134,7 @@ def _draw_key(axes: Any, runs: Mapping[str, Any], stops: Mapping[str, str], max_
     axes.plot([], [], **_REJECTED, label="rejected step")
     if max_kl is not None:
         axes.plot([], [], **_BOUND, label=f"max_kl = {max_kl:g}")
-    axes.plot([], [], **_RATIOS, label="λ grows below 0.25, shrinks above 0.75")
+    axes.plot([], [], **_RIGHT, label="the decrease was as predicted")
     for stop, marker in stops.items():
-        axes.plot([], [], marker, color="0.45", label=f"CG ended by {stop.replace('_', ' ')}")
+        axes.plot([], [], marker, color="0.45", label=f"solve ended: {stop.replace('_', ' ')}")
     axes.legend(loc="center left", frameon=False)

@@ -13,9 +13,11 @@ from torch import Tensor
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.distributed import ALONE, Ranks
+from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
+from ngd_optim.root import Root, root_of
 from ngd_optim.verify import ON_ANOTHER_RANK, Experience, cannot_follow, refuse_unsupported, verify
 
 logger = logging.getLogger("ngd_optim")
@@ -40,6 +42,9 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         reached: for each parameter, whether the loss depends on it.
         used: for each parameter, whether the loss or the metric does.
+        shape: how many elements the model's outputs have, and how many parameters there are. The metric lives at the
+            outputs; 0 where it does not, or where the outputs are spread over closures or processes.
+        is_least_squares: whether all that the metric comes from is :func:`~ngd_optim.least_squares`.
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         experience: what is known of how to form the products.
         product: see :meth:`curvature`.
@@ -60,6 +65,8 @@ class Linearization:
     gradient: Tensor
     reached: list[bool]
     used: list[bool]
+    shape: tuple[int, int]
+    is_least_squares: bool
     has_kl: bool
     experience: Experience
     product: Callable[[Tensor], Tensor]
@@ -76,6 +83,15 @@ class Linearization:
         if v.shape != self.gradient.shape:
             raise ValueError(f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}")
         return self.product(v.to(self.gradient))
+
+    def root(self) -> Root:
+        """The matrix ``A`` with ``F = AᵀA``, where ``shape`` tells of outputs; to be asked before any product.
+
+        Raises:
+            NotSemidefiniteError: there is none.
+        """
+        assert isinstance(self.product, _Product)
+        return self.product.root()
 
     @property
     def rounding(self) -> float:
@@ -106,6 +122,7 @@ class Linearization:
             gradient=ranks.average(self.gradient),
             reached=flags[:n],
             used=flags[n:],
+            shape=(0, self.shape[1]),
             product=lambda v: ranks.mean(lambda: self.product(v), v),
             measure=measure,
         )
@@ -113,7 +130,14 @@ class Linearization:
     def with_curvature_of(self, other: "Linearization") -> "Linearization":
         """The same loss and gradient, with another closure's curvature."""
         used = [a or b for a, b in zip(self.used, other.used, strict=True)]
-        return replace(self, used=used, experience=other.experience, product=other.product)
+        return replace(
+            self,
+            used=used,
+            shape=other.shape,
+            is_least_squares=other.is_least_squares,
+            experience=other.experience,
+            product=other.product,
+        )
 
 
 def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvature = "auto") -> Linearization:
@@ -164,9 +188,11 @@ def linearize_closure(
     What is learnt is common to all ranks; what is returned is this rank's.
     """
     params = parameters.tensors
+    memory = Memory()
 
     def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
-        traced = _traced(run)
+        with memory:
+            traced = _traced(run)
         experience = known(run, traced)
         if not experience.complete:
             refuse_unsupported(traced)
@@ -178,7 +204,7 @@ def linearize_closure(
     traced, experience, metric, reached, gradient = ranks.together(differentiated)
     if not ranks.all(experience.complete):
         count = run.count
-        verify(experience, run, traced, metric, gradient, parameters, ranks)
+        verify(experience, run, traced, metric, gradient, parameters, memory, ranks)
         run.count = count
     ranks.together(lambda: observe(metric))
     kl = kl_of(traced)
@@ -197,9 +223,11 @@ def linearize_closure(
         gradient=gradient,
         reached=reached,
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
+        shape=(_outputs_with_root(metric, experience), len(gradient)),
+        is_least_squares=traced.is_least_squares and isinstance(metric, OutputMetric),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience, ranks),
+        product=_Product(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
         measure=measure,
     )
 
@@ -231,6 +259,8 @@ def linearize_mean(
         gradient=_mean((part.gradient for part in parts), len(parts)),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
+        shape=(0, parts[0].shape[1]),
+        is_least_squares=all(part.is_least_squares for part in parts),
         has_kl=all(part.has_kl for part in parts),
         experience=parts[0].experience,
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
@@ -255,6 +285,12 @@ def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     return [gradient is not None for gradient in gradients]
 
 
+def _outputs_with_root(metric: OutputMetric | ScalarMetric, experience: Experience) -> int:
+    if isinstance(metric, ScalarMetric) or experience.penalty:
+        return 0
+    return sum(z.numel() for z in metric.outputs)
+
+
 class _Product:
     """The product of a traced closure on flat vectors: recorded when first used, where that works, then replayed."""
 
@@ -264,10 +300,14 @@ class _Product:
         metric: OutputMetric | ScalarMetric,
         parameters: FlatParameters,
         experience: Experience,
+        memory: Memory,
         ranks: Ranks,
         *,
         record: bool = True,
+        loss: Tensor | None = None,
     ) -> None:
+        self._loss = loss
+        self._memory = memory
         self._ranks = ranks
         self._record = record
         self._run = run
@@ -281,6 +321,12 @@ class _Product:
             return self._first(v)
         return self._formed(v)
 
+    def root(self) -> Root:
+        """See :meth:`Linearization.root`."""
+        assert isinstance(self._metric, OutputMetric)
+        assert self._loss is not None
+        return root_of(self._metric, self._loss, self._parameters)
+
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience
         result, formed, no_forward, no_replay = self._ranks.together(lambda: self._attempt(v))
@@ -293,7 +339,7 @@ class _Product:
             assert result is not None
             self._formed = formed
             if isinstance(formed, Recording):
-                self._metric = None  # and with it the graph: the recording holds what it needs of that
+                self._metric = self._loss = None  # and with it the graph: the recording holds what it needs of that
             return result
         return self._first(v)
 
@@ -304,8 +350,9 @@ class _Product:
         try:
             direct = self._direct()
             if not (self._record and self._experience.replays):
-                return direct(v), direct, None, None
-            recording = Recording(direct, v)
+                with Recall(self._memory):
+                    return direct(v), direct, None, None
+            recording = Recording(direct, v, self._memory)
             return recording.result, recording, None, None
         except CannotReplayError as error:
             return None, None, None, str(error)
@@ -327,8 +374,10 @@ def _retracing_product(
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
-        metric = ranks.together(lambda: metric_of(_traced(run), curvature))
-        return _Product(run, metric, parameters, experience, ranks, record=False)(v)
+        with Memory() as memory:
+            traced = ranks.together(lambda: _traced(run))
+        metric = ranks.together(lambda: metric_of(traced, curvature))
+        return _Product(run, metric, parameters, experience, memory, ranks, record=False)(v)
 
     return product
 

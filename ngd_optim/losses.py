@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
+from ngd_optim.least_squares import least_squares
+
 
 class Loss:
     """How a loss function is differentiated twice.
 
     Attributes:
-        outputs: names of the arguments that are outputs of the model.
+        outputs: names of the arguments that are outputs of the model, or tuples of them.
         bend: ``(result, *arguments) ↦ result`` with another Hessian; None where the loss is convex in the outputs.
     """
 
@@ -158,6 +160,7 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.poisson_nll_loss: Loss("input"),
     F.smooth_l1_loss: Loss("input", "target"),
     F.soft_margin_loss: Loss("input"),
+    least_squares: Loss("residuals"),
 }
 """The recognised loss functions."""
 
@@ -170,11 +173,14 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
     """
     loss = LOSSES[func]
     call = _signature(func).bind(*args, **kwargs)
-    outputs = []
+    outputs: list[Tensor] = []
     for name in loss.outputs:
         z = call.arguments.get(name)
-        if isinstance(z, Tensor):
-            call.arguments[name] = z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
+        if isinstance(z, tuple):
+            call.arguments[name] = tuple(_alias(part, cut) for part in z)
+            outputs += call.arguments[name]
+        elif isinstance(z, Tensor):
+            call.arguments[name] = _alias(z, cut)
             outputs.append(call.arguments[name])
     result = func(*call.args, **call.kwargs)
     if loss.bend is not None and any(z.requires_grad for z in outputs):
@@ -186,6 +192,12 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
         bent = loss.bend(result, *call.args, **call.kwargs)
         return _with_first_order(bent, result, others), outputs
     return result, outputs
+
+
+def _alias(z: Any, cut: bool) -> Any:
+    if not isinstance(z, Tensor):
+        return z  # the loss function refuses it
+    return z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
 
 
 def _with_first_order(bent: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:

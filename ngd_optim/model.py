@@ -12,19 +12,31 @@ from ngd_optim.trust_region import TrustRegion, trust_region_scale
 
 @dataclass(frozen=True)
 class QuadraticModel:
-    """``m(d) = gᵀd + ½ dᵀ(F + W) d``; the linear system adds the damping: ``(F + W + λI) d = −g``.
+    """``m(d) = gᵀd + ½ dᵀ(F + W) d``; the linear system adds the damping: ``(F + W + λI) d = b``, ``b = −g``.
 
     Attributes:
         gradient: ``g``, flat, that of the weight decay included.
         curvature: ``v ↦ F v``, flat to flat, a new tensor at each call.
         decay: ``W``, the weight decay: one number or a flat vector.
         damping: ``λ``, likewise.
+        centre: where the damping pulls to, zero if None: ``½ (d − centre)ᵀ λ (d − centre)`` is added to ``m``.
     """
 
     gradient: Tensor
     curvature: Callable[[Tensor], Tensor]
     decay: float | Tensor
     damping: float | Tensor
+    centre: Tensor | None = None
+
+    @property
+    def right_side(self) -> Tensor:
+        """``b = −g + λ centre``."""
+        return -self.gradient if self.centre is None else self.damping * self.centre - self.gradient
+
+    @property
+    def shift(self) -> Tensor:
+        """``W + λ`` as a flat vector."""
+        return torch.zeros_like(self.gradient) + self.decay + self.damping
 
     def system(self, v: Tensor) -> Tensor:
         """``(F + W + λI) v``."""

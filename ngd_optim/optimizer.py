@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.cg import CGResult, conjugate_gradient
+from ngd_optim.cg import CGResult
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
-from ngd_optim.damping import damping_factor
+from ngd_optim.damping import DampingLimit, damping_factor, damping_range, retry_factor, trust_factor
 from ngd_optim.distributed import Ranks
 from ngd_optim.kronecker import Layer
 from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
@@ -23,6 +24,7 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
+from ngd_optim.solvers import ConjugateGradients, DampingScale, Solver, SolverName, choose_solver, direct_solver
 from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
 from ngd_optim.verify import Experience, signature
 
@@ -44,8 +46,8 @@ class NaturalCG(Optimizer):
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
         damping: ``λ``.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
-        min_damping: least adapted damping.
-        max_damping: most.
+        min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for direct solvers.
+        max_damping: most. ``"auto"``: 1e6 and 1e16.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
         cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
@@ -63,6 +65,16 @@ class NaturalCG(Optimizer):
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
         generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
             own, so that the same steps give the same numbers; torch's global one is left alone.
+        solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters; ``"sample"``, exactly, in
+            the space of the model's outputs, for fewer outputs than parameters. ``"auto"``: one of the direct solvers
+            where the loss is :func:`~ngd_optim.least_squares` and the problem small enough for it, else ``"cg"``. With
+            a direct solver and ``adapt_damping``, a step that does not lower the loss is solved again with more
+            damping, at the same Jacobian, in place of a line search.
+        damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added. ``"diagonal"``: the
+            largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt 1963; Moré 1978), which makes the step
+            independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
+        momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
+            Abrahamsen & Lin 2024).
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
             gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
             and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
@@ -103,8 +115,8 @@ class NaturalCG(Optimizer):
         trust_region: TrustRegion = "clip",
         damping: float = 0.1,
         adapt_damping: bool = True,
-        min_damping: float = 1e-8,
-        max_damping: float = 1e6,
+        min_damping: DampingLimit = "auto",
+        max_damping: DampingLimit = "auto",
         max_cg_iters: int = 250,
         cg_tol: float = 1e-6,
         cg_progress_tol: float = 0.5,
@@ -115,6 +127,9 @@ class NaturalCG(Optimizer):
         weight_decay: float = 0.0,
         curvature: Curvature = "auto",
         generator: torch.Generator | None = None,
+        solver: SolverName = "auto",
+        damping_scale: DampingScale = "auto",
+        momentum: float = 0.0,
         process_group: Any = None,
     ) -> None:
         self.generator = generator
@@ -136,6 +151,9 @@ class NaturalCG(Optimizer):
             "backtrack_ratio": backtrack_ratio,
             "weight_decay": weight_decay,
             "curvature": curvature,
+            "solver": solver,
+            "damping_scale": damping_scale,
+            "momentum": momentum,
         }
         check_settings(defaults)
         super().__init__(params, defaults)
@@ -216,20 +234,31 @@ class NaturalCG(Optimizer):
                 other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
                 point = point.with_curvature_of(other)
             settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
-            model = self._quadratic_model(point, parameters)
-            shift = [a + b for a, b in zip(*map(self._per_group, ("damping", "weight_decay")), strict=True)]
-            preconditioner = preconditioning.formed(parameters.by_parameter(shift), ranks)
-            solution = self._solve(model, preconditioner.solve, point, parameters, settings)
-            step = self._scale(solution, model, parameters, settings)
-            ranks.check()
-            trial = self._search(step, solution, point, parameters, settings)
+            solver = self._solver(point, preconditioning, parameters, settings, ranks)
+            scale = self._damping_scale(solver, point, parameters, settings)
+            settings["damping_range"] = damping_range(
+                settings["min_damping"], settings["max_damping"], exact=solver.name != "cg"
+            )
+            solves_again = solver.name != "cg" and settings["adapt_damping"] and settings["max_backtracks"] > 0
+            attempt = 0
+            while True:
+                attempt += 1
+                model = self._quadratic_model(point, scale, parameters, settings["momentum"] if attempt == 1 else 0.0)
+                solution = solver.solve(model)
+                step = self._scale(solution, model, parameters, settings)
+                ranks.check()
+                trial = self._search(step, solution, point, parameters, settings, once=solves_again)
+                if trial.accepted or not (solves_again and self._raise_damping(step, point, attempt, settings)):
+                    break
         for run in [*runs, *others]:
             run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
         n_forward = sum(run.count for run in [*runs, *others])
         damping = max(self._per_group("damping"))
-        self.last_step = report_of(point, model, preconditioner.name, solution, step, trial, damping, n_forward)
+        trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
+        names = {"solver": solver.name, "preconditioner": preconditioning.name}
+        self.last_step = report_of(point, model, solution, step, trial, damping, n_forward, **names)
         self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
@@ -280,33 +309,55 @@ class NaturalCG(Optimizer):
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
 
-    def _quadratic_model(self, point: Linearization, parameters: FlatParameters) -> QuadraticModel:
+    def _damping_scale(
+        self, solver: Solver, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
+    ) -> Tensor | None:
+        """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
+        if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
+            return None
+        diagonal = point.root().rows.square().sum(0) if solver.diagonal is None else solver.diagonal
+        before = parameters.flatten(self.state[p].get("largest_curvature") for p in parameters.tensors)
+        largest = torch.maximum(before, diagonal)
+        for p, part in zip(parameters.tensors, parameters.unflatten(largest), strict=True):
+            self.state[p]["largest_curvature"] = part
+        return torch.where(largest > 0, largest, 1.0)
+
+    def _quadratic_model(
+        self, point: Linearization, scale: Tensor | None, parameters: FlatParameters, momentum: float
+    ) -> QuadraticModel:
         decay = parameters.spread(self._per_group("weight_decay"), point.used)
         damping = parameters.spread(self._per_group("damping"))
         gradient = point.gradient + decay * parameters.theta if any(self._per_group("weight_decay")) else point.gradient
-        return QuadraticModel(gradient, point.curvature, decay, damping)
+        if scale is not None:
+            damping = damping * scale
+        centre = self._last_solution(point, parameters).mul_(momentum) if momentum else None
+        return QuadraticModel(gradient, point.curvature, decay, damping, centre)
 
-    def _solve(
+    def _last_solution(self, point: Linearization, parameters: FlatParameters) -> Tensor:
+        return parameters.flatten(
+            self.state[p].get("solution") if used else None
+            for p, used in zip(parameters.tensors, point.used, strict=True)
+        )
+
+    def _solver(
         self,
-        model: QuadraticModel,
-        preconditioner: Callable[[Tensor], Tensor] | None,
         point: Linearization,
+        preconditioning: Preconditioning,
         parameters: FlatParameters,
         settings: dict[str, Any],
-    ) -> CGResult:
-        """Conjugate gradients, from a part of the last solution."""
-        last = [
-            self.state[p].get("solution") if u else None for p, u in zip(parameters.tensors, point.used, strict=True)
-        ]
-        return conjugate_gradient(
-            model.system,
-            -model.gradient,
-            x0=parameters.flatten(last).mul_(settings["warm_start"]),
+        ranks: Ranks,
+    ) -> Solver:
+        """Conjugate gradients from a part of the last solution, or a direct solver."""
+        name = choose_solver(settings["solver"], point)
+        if name != "cg":
+            return direct_solver(name, point)
+        return ConjugateGradients(
+            x0=self._last_solution(point, parameters).mul_(settings["warm_start"]),
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
             boundary=None if settings["max_kl"] is None else 2 * settings["max_kl"],
-            preconditioner=preconditioner,
+            precondition=lambda model: preconditioning.formed(model.shift, ranks),
         )
 
     def _scale(
@@ -323,10 +374,14 @@ class NaturalCG(Optimizer):
         point: Linearization,
         parameters: FlatParameters,
         settings: dict[str, Any],
+        *,
+        once: bool,
     ) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
         if solution.stop == "not_finite":
             return Trial.refused("the gradient or a curvature product is not finite")
+        if solution.stop == "indefinite":
+            return Trial.refused("the damped curvature is not positive definite")
 
         def evaluate(fraction: float) -> tuple[float, float | None]:
             parameters.move(step.direction, fraction)
@@ -338,7 +393,8 @@ class NaturalCG(Optimizer):
             point.loss.item(),
             step.slope,
             max_kl=settings["max_kl"],
-            max_backtracks=settings["max_backtracks"],
+            max_backtracks=0 if once else settings["max_backtracks"],
+            demanding=settings["max_backtracks"] > 0,
             backtrack_ratio=settings["backtrack_ratio"],
         )
         if not trial.accepted:
@@ -349,12 +405,26 @@ class NaturalCG(Optimizer):
                 return replace(trial, overshot=False, reason=reason)
         return trial
 
+    def _raise_damping(self, step: Step, point: Linearization, attempt: int, settings: dict[str, Any]) -> bool:
+        """More damping for another solution, if that can be of use."""
+        before = self._per_group("damping")
+        of_use = not step.slope < 0 or step.predicted_decrease(1.0) > point.rounding
+        if of_use and math.isfinite(point.loss.item()):
+            self._multiply_damping(retry_factor(attempt), settings)
+        return self._per_group("damping") != before
+
     def _adapt_damping(self, report: StepReport, trial: Trial, settings: dict[str, Any]) -> None:
-        if settings["adapt_damping"]:
-            factor = damping_factor(report.reduction_ratio, accepted=report.accepted, overshot=trial.overshot)
-            for group in self.param_groups:
-                damping = float(group["damping"]) * factor
-                group["damping"] = min(max(damping, settings["min_damping"]), settings["max_damping"])
+        if settings["adapt_damping"] and report.solver == "cg":
+            ratio, accepted, overshot = report.reduction_ratio, report.accepted, trial.overshot
+            self._multiply_damping(damping_factor(ratio, accepted=accepted, overshot=overshot), settings)
+        elif settings["adapt_damping"] and report.accepted:
+            self._multiply_damping(trust_factor(report.reduction_ratio), settings)
+
+    def _multiply_damping(self, factor: float, settings: dict[str, Any]) -> None:
+        lowest, highest = settings["damping_range"]
+        for group in self.param_groups:
+            damping = float(group["damping"]) * factor
+            group["damping"] = min(max(damping, lowest), highest)
 
     def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:
         """Keep the solution for the next step's start."""

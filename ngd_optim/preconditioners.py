@@ -1,8 +1,8 @@
 """The preconditioner of one step's conjugate gradients: what it is, and when its ingredients are renewed."""
 
 import zlib
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, MutableMapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,13 +33,6 @@ RENEWED_AFTER = 10
 _NAMES = ("left", "right", "diagonal")
 
 
-class Formed(NamedTuple):
-    """A preconditioner, or none, and what it is called in the step's report."""
-
-    name: str
-    solve: Solve | None
-
-
 class Preconditioning:
     """Gathers what a step's preconditioner is made of while closures are linearised, forms it, and keeps it.
 
@@ -55,6 +48,7 @@ class Preconditioning:
 
     Attributes:
         layers: those of this step.
+        name: what it formed: ``"kfac"``, ``"callable"`` or ``"none"``.
     """
 
     def __init__(
@@ -66,6 +60,7 @@ class Preconditioning:
         generator: torch.Generator | None,
     ) -> None:
         self.layers = layers
+        self.name = "none"
         self._kind = kind
         self._parameters = parameters
         self._state = state
@@ -101,16 +96,19 @@ class Preconditioning:
         else:
             self.layers = layers
 
-    def formed(self, shift: Sequence[float], ranks: Ranks) -> Formed:
-        """The preconditioner for a system that adds ``shift``, one number per parameter, to the curvature."""
+    def formed(self, shift: Tensor, ranks: Ranks) -> Solve | None:
+        """The preconditioner for a system that adds a flat ``shift`` to the curvature; None where there is none."""
         if callable(self._kind):
-            return Formed("callable", self._kind)
+            self.name = "callable"
+            return self._kind
         if self._estimates:
             self._renew(ranks)
         if not self.layers:
-            return Formed("none", None)
+            return None
+        self.name = "kfac"
         values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
-        return Formed("kfac", kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, shift))
+        means = torch.stack([part.sum() / max(1, part.numel()) for part in self._parameters.views(shift)]).tolist()
+        return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
 
     def keep(self, products: int) -> None:
         """Write what the next step needs to the state, with how many products this one took."""

@@ -28,15 +28,18 @@ class StepReport:
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.
         cg_stop: why they stopped: ``"tolerance"``, ``"progress"``, ``"max_iters"``, ``"negative_curvature"``,
-            ``"not_finite"``.
+            ``"not_finite"``. A direct solver says ``"exact"``, or ``"indefinite"`` where the damped matrix was not
+            positive definite.
         step_scale: factor that the trust region and the line search applied to the solution; 0 when rejected.
         backtracks: how many trial points the line search turned down.
         accepted: whether the parameters were moved.
         reason: one sentence on the outcome.
+        solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
         backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.
-        n_product: how many curvature products were formed. Neither counts the check at the first step with a closure.
+        n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
+            nor what a direct solver needs.
 
     Example:
         >>> import torch
@@ -64,6 +67,7 @@ class StepReport:
     backtracks: int
     accepted: bool
     reason: str
+    solver: str
     backend: str
     preconditioner: str
     n_forward: int
@@ -77,12 +81,14 @@ class StepReport:
 def report_of(
     point: Linearization,
     model: QuadraticModel,
-    preconditioner: str,
     solution: CGResult,
     step: Step,
     trial: Trial,
     damping: float,
     n_forward: int,
+    *,
+    solver: str,
+    preconditioner: str,
 ) -> StepReport:
     """The report of a step, from what its parts found."""
     moved = trial.fraction if trial.accepted else 0.0
@@ -105,6 +111,7 @@ def report_of(
         backtracks=trial.backtracks,
         accepted=trial.accepted,
         reason=trial.reason,
+        solver=solver,
         backend=point.backend,
         preconditioner=preconditioner,
         n_forward=n_forward,

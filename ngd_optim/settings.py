@@ -8,7 +8,9 @@ from typing import Any, get_args
 from torch import Tensor
 
 from ngd_optim.curvature import Curvature
+from ngd_optim.damping import damping_range
 from ngd_optim.preconditioners import PreconditionerName
+from ngd_optim.solvers import DampingScale, SolverName
 from ngd_optim.trust_region import TrustRegion
 
 PER_GROUP = ("lr", "damping", "weight_decay")
@@ -39,8 +41,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trust_region": _one_of(TrustRegion),
     "damping": _FINITE,
     "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),
-    "min_damping": _FINITE,
-    "max_damping": (lambda v: _number(v) and v >= 0, "a number, at least 0"),
+    "min_damping": (lambda v: v == "auto" or _at_least_zero(v), "a finite number, at least 0, or 'auto'"),
+    "max_damping": (lambda v: v == "auto" or (_number(v) and v >= 0), "a number, at least 0, or 'auto'"),
     "max_cg_iters": (lambda v: _count(v) and v >= 1, "an integer, at least 1"),
     "cg_tol": _FINITE,
     "cg_progress_tol": _FINITE,
@@ -53,6 +55,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
     "weight_decay": _FINITE,
     "curvature": _one_of(Curvature),
+    "solver": _one_of(SolverName),
+    "damping_scale": _one_of(DampingScale),
+    "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
 }
 
 
@@ -65,10 +70,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, (is_allowed, allowed) in _ALLOWED.items():
         if not is_allowed(settings[name]):
             raise ValueError(f"{name} must be {allowed}, got {settings[name]!r}")
-    if settings["min_damping"] > settings["max_damping"]:
-        raise ValueError(
-            f"min_damping must be at most max_damping, got {settings['min_damping']!r} > {settings['max_damping']!r}"
-        )
+    lowest, highest = damping_range(settings["min_damping"], settings["max_damping"], exact=False)
+    if lowest > highest:
+        raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
     if settings["trust_region"] == "boundary" and settings["max_kl"] is None:
         raise ValueError("trust_region='boundary' needs a max_kl whose boundary to go to, got max_kl=None")
 

@@ -54,6 +54,7 @@ class Tracing(TorchFunctionMode):
 
     Attributes:
         outputs: the model's outputs, as the recognised loss functions saw them, in call order.
+        losses: the recognised loss functions that it called.
         roots: scalars that the closure called ``backward`` on.
         differentiates: whether the closure called ``torch.autograd.grad``.
     """
@@ -67,6 +68,7 @@ class Tracing(TorchFunctionMode):
         self._gradients: set[int] = set()
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self.outputs: list[Tensor] = []
+        self.losses: set[Callable[..., Any]] = set()
         self.roots: list[Tensor] = []
         self.differentiates = False
 
@@ -109,6 +111,7 @@ class Tracing(TorchFunctionMode):
         if func in LOSSES:
             result, outputs = call_loss(func, args, kwargs, cut=self._cut)
             self.outputs += outputs
+            self.losses.add(func)
             return result
         if (func in _RANDOM_BY_LAYOUT or func in _LIKE) and args and isinstance(args[0], Tensor):
             return self._random(func, args, kwargs)

@@ -83,6 +83,7 @@ def line_search(
     max_kl: float | None,
     max_backtracks: int,
     backtrack_ratio: float,
+    demanding: bool = True,
 ) -> Trial:
     """Shrink a step until the objective falls enough and the KL is at most ``max_kl``.
 
@@ -91,20 +92,21 @@ def line_search(
         objective: its value at fraction 0.
         slope: derivative of the objective along the step, ``gᵀd``; negative for a descent direction.
         max_kl: largest KL allowed; None for no limit.
-        max_backtracks: how often to shrink. 0 means no line search: the full step passes if it is finite.
+        max_backtracks: how often to shrink.
         backtrack_ratio: factor by which the step shrinks each time.
+        demanding: False lets every point pass that is finite.
     """
     if not math.isfinite(objective):
         return Trial.refused(f"the loss is {objective}")
     if not slope <= 0:
         return Trial.refused(f"the loss does not fall along the step, its slope is {slope:.3g}")
     trial = Trial.refused("")
-    searches, overshot = max_backtracks > 0, False
+    overshot = False
     for turned_down in range(max_backtracks + 1):
         fraction = backtrack_ratio**turned_down
         found, kl = evaluate(fraction)
-        target = objective + SUFFICIENT_DECREASE * fraction * slope if searches else math.inf
-        problem = _problem(found, kl, target, max_kl if searches else None)
+        target = objective + SUFFICIENT_DECREASE * fraction * slope if demanding else math.inf
+        problem = _problem(found, kl, target, max_kl if demanding else None)
         if problem is None:
             reason = "accepted" if not turned_down else f"accepted after {turned_down} backtracks"
             return Trial(fraction, found, kl, turned_down, True, overshot, reason)

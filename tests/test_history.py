@@ -48,7 +48,7 @@ def test_the_key_explains_all_that_is_drawn(reports: list[StepReport]) -> None:
     figure = plot_history({"one": reports, "two": reports[:3], "none": []}, max_kl=0.5)
     explained = {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
     assert {"one", "two", "none", "rejected step", "max_kl = 0.5"} < explained
-    assert {f"CG ended by {report.cg_stop.replace('_', ' ')}" for report in reports} < explained
+    assert {f"solve ended: {report.cg_stop.replace('_', ' ')}" for report in reports} < explained
     (bound,) = [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
     np.testing.assert_array_equal(bound.get_ydata(), 0.5)
 

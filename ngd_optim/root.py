@@ -1,0 +1,107 @@
+"""A root of the curvature: the matrix ``A`` with ``F = AᵀA``, for metrics that live at the model's outputs."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ngd_optim.curvature import OutputMetric
+from ngd_optim.jacobian import jacobian
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.products import Map
+
+_LARGEST_BLOCK = 256
+
+
+class Root(NamedTuple):
+    """``F = AᵀA`` and what the gradient is in these terms, ``g = Aᵀs + …``.
+
+    Attributes:
+        rows: ``A``, shape (m, n), a row for each element of the model's outputs.
+        slope: ``s``, shape (m,).
+    """
+
+    rows: Tensor
+    slope: Tensor
+
+
+class NotSemidefiniteError(ValueError):
+    """The metric at the outputs has negative curvature, and hence no root."""
+
+
+def root_of(metric: OutputMetric, loss: Tensor, parameters: FlatParameters) -> Root:
+    """``A = H_z^½ J``, and ``s = H_z^-½ ∂loss/∂z``.
+
+    Raises:
+        NotSemidefiniteError: ``H_z`` is not positive semidefinite.
+    """
+    slopes = torch.autograd.grad(loss, metric.outputs, retain_graph=True, materialize_grads=True)
+    rows = jacobian(metric.outputs, parameters)
+    slope = torch.cat([part.reshape(-1) for part in slopes]).to(rows)
+    first = 0
+    for blocks in _blocks(metric.weigh, metric.outputs):
+        count, size, _ = blocks.shape
+        half, inverse = (part.to(rows) for part in _roots(blocks))
+        end = first + count * size
+        if size == 1:
+            rows[first:end] *= half.view(-1, 1)
+        else:
+            rows[first:end] = (half @ rows[first:end].view(count, size, -1)).flatten(0, 1)
+        slope[first:end] = (inverse @ slope[first:end].view(count, size, 1)).reshape(-1)
+        first = end
+    return Root(rows, slope)
+
+
+def _blocks(weigh: Map, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """``H_z`` as diagonal blocks, shape (count, size, size), that cover the flattened outputs one after another.
+
+    Tried are single elements, then the elements of one sample, then everything as one block.
+    """
+    sizes = [z.numel() for z in outputs]
+
+    def product(flat: Tensor) -> Tensor:
+        pieces = [part.view(z.shape).to(z.dtype) for part, z in zip(flat.split(sizes), outputs, strict=True)]
+        return torch.cat([part.reshape(-1).to(flat) for part in weigh(pieces)])
+
+    per_sample = [z.numel() // z.shape[0] if z.ndim else 1 for z in outputs]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(sum(sizes), generator=generator, dtype=torch.float64).to(outputs[0])
+    truth = product(probe)
+    eps = max(torch.finfo(z.dtype).eps for z in outputs)
+    for shape in ([1] * len(outputs), per_sample):
+        if max(shape) <= _LARGEST_BLOCK:
+            blocks = _block_columns(product, sizes, shape, probe)
+            parts = zip(blocks, probe.split(sizes), strict=True)
+            found = torch.cat([(b @ part.view(len(b), -1, 1)).reshape(-1) for b, part in parts])
+            if (found - truth).norm() <= eps**0.75 * truth.norm():
+                return blocks
+    everything = torch.stack([product(row) for row in torch.eye(sum(sizes)).to(probe)])
+    return [everything.unsqueeze(0)]
+
+
+def _block_columns(
+    product: Callable[[Tensor], Tensor], sizes: list[int], shape: list[int], like: Tensor
+) -> list[Tensor]:
+    columns: list[list[Tensor]] = [[] for _ in sizes]
+    for column in range(max(shape)):
+        units = [torch.zeros(size // block, block).to(like) for size, block in zip(sizes, shape, strict=True)]
+        for unit in units:
+            unit[:, column : column + 1] = 1
+        images = product(torch.cat([unit.reshape(-1) for unit in units])).split(sizes)
+        for i, (image, block) in enumerate(zip(images, shape, strict=True)):
+            if column < block:
+                columns[i].append(image.view(-1, block))
+    return [torch.stack(part, 2) for part in columns]
+
+
+def _roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of each block and its pseudo-inverse."""
+    one = blocks.shape[-1] == 1
+    values, vectors = (blocks[..., 0], torch.ones_like(blocks)) if one else torch.linalg.eigh((blocks + blocks.mT) / 2)
+    floor = torch.finfo(values.dtype).eps * values.shape[-1] * values.abs().amax(-1, keepdim=True)
+    if (values < -1e3 * floor).any():
+        raise NotSemidefiniteError("the metric at the model's outputs is not positive semidefinite")
+    roots = values.clamp(min=0).sqrt()
+    inverse = torch.where(values > floor, 1 / roots, 0.0)
+    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
