@@ -39,6 +39,13 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert all(f'id="{path.stem}"' in examples or f"id={path.stem}" in examples for path in ROOT.glob("examples/*.py"))
 
 
+def test_the_pictures_can_be_drawn_again(tmp_path: Path):
+    command = [sys.executable, "-c", f"import pictures, pathlib; pictures.main(pathlib.Path({str(tmp_path)!r}))"]
+    subprocess.run(command, cwd=ROOT / "docs", check=True)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
+
+
 def test_the_api_page_has_every_public_name():
     assert re.findall(r"^::: (.+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE) == PUBLIC
 
