@@ -1,4 +1,4 @@
-"""The pictures of the page "How it works", computed by the library itself.
+"""The pictures of the site's own pages, computed by the library itself.
 
 python docs/pictures.py
 """
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import Categorical
 
-from ngd_optim import conjugate_gradient, linearize
+from ngd_optim import NaturalCG, conjugate_gradient, linearize, plot_history
 from ngd_optim.trust_region import SUFFICIENT_DECREASE, line_search
 
 FOLDER = Path(__file__).with_name("images")
@@ -20,10 +21,11 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # O
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Write both pictures."""
+    """Write all pictures."""
     folder.mkdir(exist_ok=True)
     draw_directions().savefig(folder / "directions.png", dpi=130)
     draw_step().savefig(folder / "step.png", dpi=130)
+    draw_history().savefig(folder / "history.png", dpi=110)
 
 
 def draw_directions() -> Figure:
@@ -149,6 +151,24 @@ def _draw_plane(
     axes.set(xlabel="θ₁", ylabel="θ₂", xlim=ranges[0], ylim=ranges[1])
     axes.set_title("The trust region limits the step", loc="left", fontsize=10)
     axes.legend(frameon=True, framealpha=0.9, fontsize=8, loc="upper right")
+
+
+def draw_history() -> Figure:
+    """Thirty steps of a classifier with a bound on the KL."""
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 10), torch.randint(0, 4, (300,))
+    model = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4))
+    optimizer, reports = NaturalCG(model.parameters(), max_kl=0.05), []
+
+    def closure() -> tuple[Tensor, Categorical]:
+        logits = model(x)
+        return F.cross_entropy(logits, y), Categorical(logits=logits)
+
+    for _ in range(30):
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        reports.append(optimizer.last_step)
+    return plot_history(reports, max_kl=0.05)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The documentation: its code runs, it builds without a warning, and it shows everything that it should."""
 
+import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -11,10 +13,25 @@ from typing import Any
 
 import pytest
 
+from ngd_optim import NaturalCG, StepReport
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PACKAGES = ("ngd_optim", "ngd_lightning", "ngd_rl")
 PUBLIC = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
+
+
+def load(path: Path) -> Any:
+    """A file of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = load(ROOT / "docs" / "hooks.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -40,10 +57,23 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 
 
 def test_the_pictures_can_be_drawn_again(tmp_path: Path):
-    command = [sys.executable, "-c", f"import pictures, pathlib; pictures.main(pathlib.Path({str(tmp_path)!r}))"]
-    subprocess.run(command, cwd=ROOT / "docs", check=True)
+    load(ROOT / "docs" / "pictures.py").main(tmp_path)
     drawn = sorted(path.name for path in tmp_path.iterdir())
     assert drawn == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
+
+
+def test_every_option_and_every_field_of_a_report_is_explained():
+    options = {name: p.default for name, p in inspect.signature(NaturalCG).parameters.items() if name != "params"}
+    cells = re.findall(r"^\| (`.+?) \| (.+?) \|", hooks.readme_section("Options"), re.MULTILINE)
+    explained = {
+        name: default
+        for names, defaults in cells
+        for name, default in zip(re.findall(r"`(\w+)`", names), re.split(", ", defaults.replace("`", "")), strict=True)
+    }
+    assert {name: ast.literal_eval(default) for name, default in explained.items()} == options
+    page = (ROOT / "docs" / "settings.md").read_text()
+    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
+    assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
 
 
 def test_the_api_page_has_every_public_name():
