@@ -51,6 +51,14 @@ class Linearization:
         measure: runs the closure at the parameters as they are then, and gives the loss (infinite where the closure
             raises a ``ValueError`` or ``LinAlgError``: outside its domain) and the KL from the prediction here, in nats
             per sample; None where the metric has only its second-order model.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import linearize
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> point = linearize(lambda: (x**3).sum(), [x])
+        >>> point.loss, point.gradient
+        (tensor(9.), tensor([ 3., 12.]))
     """
 
     loss: Tensor
@@ -151,8 +159,12 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
         NotImplementedError: torch knows no KL divergence for the distribution.
 
     Example:
-        >>> point = linearize(lambda: F.mse_loss(model(x), y), model.parameters())
-        >>> point.curvature(point.gradient)
+        >>> import torch
+        >>> from ngd_optim import linearize
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> point = linearize(lambda: (x**3).sum(), [x])  # its Hessian is diag(6 x)
+        >>> point.curvature(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
     """
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {get_args(Curvature)}, got {curvature!r}")

@@ -58,6 +58,12 @@ class TRPO(sb3_contrib.TRPO):
 
     Raises:
         ValueError: a setting is out of range, or the environment returned something that is not finite.
+
+    Example:
+        >>> from ngd_rl import TRPO
+        >>> agent = TRPO("MlpPolicy", "CartPole-v1", n_steps=64, target_kl=0.01).learn(64)
+        >>> agent.policy_optimizer.last_step.kl <= 0.01
+        True
     """
 
     def __init__(
@@ -255,7 +261,17 @@ class TRPO(sb3_contrib.TRPO):
 
 
 class NPG(TRPO):
-    """Natural policy gradient (Kakade 2001): :class:`TRPO` that takes the scaled step without a line search."""
+    """Natural policy gradient (Kakade 2001): :class:`~ngd_rl.TRPO` that takes the scaled step without a line search.
+
+    Raises:
+        ValueError: as for :class:`~ngd_rl.TRPO`.
+
+    Example:
+        >>> from ngd_rl import NPG
+        >>> agent = NPG("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
+        >>> agent.policy_optimizer.last_step.backtracks
+        0
+    """
 
     def __init__(self, *args: Any, line_search_max_iter: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, line_search_max_iter=line_search_max_iter, **kwargs)
