@@ -38,11 +38,10 @@ class Samples(NamedTuple):
 class TRPO(sb3_contrib.TRPO):
     """Trust Region Policy Optimization (Schulman et al. 2015) for Stable-Baselines3.
 
-    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. Two
-    things differ from sb3-contrib. The KL is that of the whole action in nats per sample, where sb3-contrib averages
-    over the dimensions of ``Box`` and ``MultiBinary`` actions: multiply ``target_kl`` and ``cg_damping`` by their
-    number for the same region. And the step goes to the boundary of that region, where sb3-contrib counts the damping
-    as KL and stays inside.
+    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. On
+    the same rollout the step is that of sb3-contrib, with one difference: the KL is that of the whole action in nats
+    per sample, where sb3-contrib averages over the dimensions of ``Box`` and ``MultiBinary`` actions. Multiply
+    ``target_kl`` and ``cg_damping`` by their number for the same region.
 
     Args:
         *args: as for ``sb3_contrib.TRPO``.
@@ -115,7 +114,7 @@ class TRPO(sb3_contrib.TRPO):
         """What NaturalCG calls the settings, which may change while training."""
         settings = {
             "max_kl": self.target_kl,
-            "trust_region": "boundary",
+            "trust_region": "damped",
             "adapt_damping": self.adapt_damping,
             "max_cg_iters": self.cg_max_steps,
             "cg_tol": self.cg_tol,
