@@ -15,7 +15,6 @@ CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "no
 _STOPS: tuple[CGStop, ...] = get_args(CGStop)
 _TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE, _INDEFINITE_PRECONDITIONER = range(1, 6)
 
-
 _START = 5
 """What comes before the first iteration of an optimizer's solve costs about as much as this many iterations."""
 
@@ -36,6 +35,13 @@ class CGResult:
             ``"exact"`` and ``"indefinite"`` are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import conjugate_gradient
+        >>> result = conjugate_gradient(lambda v: 2 * v, torch.ones(3))
+        >>> result.stop, result.iterations, result.x_dot_ax
+        ('tolerance', 1, 1.5)
     """
 
     solution: Tensor
@@ -89,21 +95,32 @@ def conjugate_gradient(
     Raises:
         ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the preconditioner is not
             positive definite.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import conjugate_gradient
+        >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: A @ v, torch.tensor([1.0, 2.0])).solution
+        tensor([0.0909, 0.6364])
     """
     _check(b, x0, max_iters, tol, progress_tol)
     on = scalars_of(b.device)
     norm = b.norm().item()
     target = tol * norm
-    x, r, model = torch.zeros_like(b), b.clone(), 0.0
-    start_products = 0
+    x = r = None
+    model, start_products = 0.0, 0
     if x0 is not None and x0.any() and math.isfinite(target):
         a_x0 = matvec(x0)
         start_products = 1
         slope, bend = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
         if slope > 0 and math.isfinite(bend):
             share = min(1.0, slope / bend) if bend > 0 else 1.0
-            x, r = share * x0, b - share * a_x0
+            x, r = share * x0, torch.sub(b, a_x0, alpha=share)
             model = share * (0.5 * share * bend - slope)
+        del a_x0
+    x0 = None  # of long vectors there is none to spare
+    if x is None or r is None:
+        x, r = torch.zeros_like(b), b.clone()
 
     def first(stop: Scalar, condition: Scalar, reason: int) -> Scalar:
         return on.choose((stop == 0) & condition, reason, stop)
@@ -127,6 +144,7 @@ def conjugate_gradient(
         iterations = iterations + going
         beta = on.choose(going, r_dot_z, 1.0) / on.choose(going, previous, 1.0)
         on.add(p.mul_(beta), z, 1.0 * going)
+        del a_p
         a_p = matvec(p)
         p_dot_ap = on.dot(p, a_p)
         stop = first(stop, _not_finite(p_dot_ap), _NOT_FINITE)

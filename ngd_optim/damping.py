@@ -4,8 +4,9 @@ import math
 from typing import Literal
 
 _GROW_REJECTED = 4.0
-_GROW = 3 / 2
-_SHRINK = 2 / 3
+_GROW = 2.0
+_SHRINK = 1 / 2
+_LITTLE, _MUCH = 0.2, 0.6
 
 
 DampingLimit = float | Literal["auto"]
@@ -41,7 +42,10 @@ def retry_factor(attempt: int) -> float:
 
 
 def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) -> float:
-    """Factor for the damping after a step: the Levenberg-Marquardt rule of Martens (2010, section 4.1).
+    """Factor for the damping after a step: a Levenberg-Marquardt rule (Martens 2010, section 4.1).
+
+    Its factors and thresholds are quicker to lower the damping than the paper's: on rectified networks the reduction
+    ratio stays near 0.4 while every step is accepted, and there less damping is what gets further.
 
     Args:
         reduction_ratio: decrease of the objective that was found ÷ decrease that the model predicted; NaN if that is
@@ -53,6 +57,6 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) ->
         return _GROW_REJECTED
     if math.isnan(reduction_ratio):
         return 1.0
-    if overshot or reduction_ratio < 0.25:
+    if overshot or reduction_ratio < _LITTLE:
         return _GROW
-    return _SHRINK if reduction_ratio > 0.75 else 1.0
+    return _SHRINK if reduction_ratio > _MUCH else 1.0

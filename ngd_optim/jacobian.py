@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import pull_back
 from ngd_optim.program import Operation
@@ -138,12 +139,14 @@ class _Samples:
         u = torch.cat([torch.ones_like(z).reshape(-1) for z in outputs])
         self._outputs = outputs
         self._parameters = parameters
-        recorder = Recorder(u)
+        recall = Recall(Memory())
+        recorder = Recorder(u, recall)
         with torch.no_grad(), recorder:
             pieces = [
                 piece.view(z.shape) for z, piece in zip(outputs, u.split([z.numel() for z in outputs]), strict=True)
             ]
             gradients = pull_back(outputs, parameters.tensors)(pieces)
+        recall.fulfil_all()
         self._metas = recorder.metas
         self._slots = [recorder.slot_of(gradient) for gradient in gradients]
         self._program = _needed(recorder.program, self._slots)

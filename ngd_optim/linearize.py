@@ -13,6 +13,7 @@ from torch import Tensor
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
 from ngd_optim.distributed import ALONE, Ranks
+from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
@@ -50,6 +51,14 @@ class Linearization:
         measure: runs the closure at the parameters as they are then, and gives the loss (infinite where the closure
             raises a ``ValueError`` or ``LinAlgError``: outside its domain) and the KL from the prediction here, in nats
             per sample; None where the metric has only its second-order model.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import linearize
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> point = linearize(lambda: (x**3).sum(), [x])
+        >>> point.loss, point.gradient
+        (tensor(9.), tensor([ 3., 12.]))
     """
 
     loss: Tensor
@@ -150,8 +159,12 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
         NotImplementedError: torch knows no KL divergence for the distribution.
 
     Example:
-        >>> point = linearize(lambda: F.mse_loss(model(x), y), model.parameters())
-        >>> point.curvature(point.gradient)
+        >>> import torch
+        >>> from ngd_optim import linearize
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> point = linearize(lambda: (x**3).sum(), [x])  # its Hessian is diag(6 x)
+        >>> point.curvature(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
     """
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {get_args(Curvature)}, got {curvature!r}")
@@ -175,9 +188,11 @@ def linearize_closure(
     What is learnt is common to all ranks; what is returned is this rank's.
     """
     params = parameters.tensors
+    memory = Memory()
 
     def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
-        traced = _traced(run)
+        with memory:
+            traced = _traced(run)
         experience = known(run, traced)
         if not experience.complete:
             refuse_unsupported(traced)
@@ -189,7 +204,7 @@ def linearize_closure(
     traced, experience, metric, reached, gradient = ranks.together(differentiated)
     if not ranks.all(experience.complete):
         count = run.count
-        verify(experience, run, traced, metric, gradient, parameters, ranks)
+        verify(experience, run, traced, metric, gradient, parameters, memory, ranks)
         run.count = count
     ranks.together(lambda: observe(metric))
     kl = kl_of(traced)
@@ -210,7 +225,7 @@ def linearize_closure(
         is_least_squares=traced.is_least_squares and isinstance(metric, OutputMetric),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience, ranks, loss=traced.loss),
+        product=_Product(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
         measure=measure,
     )
 
@@ -292,12 +307,14 @@ class _Product:
         metric: OutputMetric | ScalarMetric,
         parameters: FlatParameters,
         experience: Experience,
+        memory: Memory,
         ranks: Ranks,
         *,
         record: bool = True,
         loss: Tensor | None = None,
     ) -> None:
         self._loss = loss
+        self._memory = memory
         self._ranks = ranks
         self._record = record
         self._run = run
@@ -346,9 +363,10 @@ class _Product:
         try:
             direct = self._direct()
             if not (self._record and self._experience.replays):
-                return direct(v), direct, None, None
-            recording = Recording(direct, v)
-            return recording.result, recording, None, None
+                with Recall(self._memory):
+                    return direct(v), direct, None, None
+            recording = Recording(direct, v, self._memory)
+            return recording.take_result(), recording, None, None
         except CannotReplayError as error:
             return None, None, None, str(error)
         except RuntimeError as error:  # the closure now does what forward mode cannot follow
@@ -369,8 +387,10 @@ def _retracing_product(
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
-        metric = ranks.together(lambda: metric_of(_traced(run), curvature))
-        return _Product(run, metric, parameters, experience, ranks, record=False)(v)
+        with Memory() as memory:
+            traced = ranks.together(lambda: _traced(run))
+        metric = ranks.together(lambda: metric_of(traced, curvature))
+        return _Product(run, metric, parameters, experience, memory, ranks, record=False)(v)
 
     return product
 

@@ -1,8 +1,8 @@
 """The preconditioner of one step's conjugate gradients: what it is, and when its ingredients are renewed."""
 
 import zlib
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, MutableMapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ngd_optim.kronecker import (
     KroneckerFactors,
     Layer,
     factors_of,
+    fit,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
@@ -33,13 +34,6 @@ RENEWED_AFTER = 10
 _NAMES = ("left", "right", "diagonal")
 
 
-class Formed(NamedTuple):
-    """A preconditioner, or none, and what it is called in the step's report."""
-
-    name: str
-    solve: Solve | None
-
-
 class Preconditioning:
     """Gathers what a step's preconditioner is made of while closures are linearised, forms it, and keeps it.
 
@@ -55,6 +49,7 @@ class Preconditioning:
 
     Attributes:
         layers: those of this step.
+        name: what it formed: ``"kfac"``, ``"callable"`` or ``"none"``.
     """
 
     def __init__(
@@ -66,6 +61,7 @@ class Preconditioning:
         generator: torch.Generator | None,
     ) -> None:
         self.layers = layers
+        self.name = "none"
         self._kind = kind
         self._parameters = parameters
         self._state = state
@@ -96,21 +92,24 @@ class Preconditioning:
         layers = tuple(dict.fromkeys(use.layer for use in uses))
         if self._kind == "auto" and not is_worthwhile(uses, self._parameters.tensors):
             self._estimates.append(None)
-        elif self._is_due or any((layer.weight, "left") not in self._values for layer in layers):
+        elif self._is_due or not fit(self._values, layers, self._parameters.tensors):
             self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
         else:
             self.layers = layers
 
-    def formed(self, shift: Sequence[float], ranks: Ranks) -> Formed:
-        """The preconditioner for a system that adds ``shift``, one number per parameter, to the curvature."""
+    def formed(self, shift: Tensor, ranks: Ranks) -> Solve | None:
+        """The preconditioner for a system that adds a flat ``shift`` to the curvature; None where there is none."""
         if callable(self._kind):
-            return Formed("callable", self._kind)
+            self.name = "callable"
+            return _checked(self._kind)
         if self._estimates:
             self._renew(ranks)
         if not self.layers:
-            return Formed("none", None)
+            return None
+        self.name = "kfac"
         values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
-        return Formed("kfac", kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, shift))
+        means = torch.stack([part.sum() / max(1, part.numel()) for part in self._parameters.views(shift)]).tolist()
+        return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
 
     def keep(self, products: int) -> None:
         """Write what the next step needs to the state, with how many products this one took."""
@@ -140,3 +139,19 @@ class Preconditioning:
 
 def _mixed(value: Tensor, older: Tensor | None) -> Tensor:
     return value if older is None or older.shape != value.shape else value.lerp(older.to(value), MEMORY)
+
+
+def _checked(function: Solve) -> Solve:
+    """A preconditioner of the user's, with errors that name it."""
+
+    def solve(r: Tensor) -> Tensor:
+        version = r._version
+        z = function(r)
+        if not isinstance(z, Tensor) or z.shape != r.shape:
+            got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"the preconditioner must return a vector of shape {tuple(r.shape)}, got {got}")
+        if r._version != version:
+            raise ValueError("the preconditioner must return a new vector, and it changed its argument in place")
+        return z.to(r)
+
+    return solve

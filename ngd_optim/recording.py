@@ -5,23 +5,17 @@ vector: the rest, the primal pass above all, is the same for every product at a 
 operations that depend on the vector, with everything else as constants.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngd_optim.aten import Mode, facts, tensors_of, written
+from ngd_optim.memory import Memory, Recall
 from ngd_optim.program import Meta, Operation, optimised
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
-_NOT_REPLAYABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
-
-
-# The shape of the result depends on values, but of the index or mask, not of what is indexed.
-_BY_CONSTANTS = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}
 
 
 class CannotReplayError(RuntimeError):
@@ -34,83 +28,114 @@ class Recording:
     Args:
         function: linear; everything that it uses beside the vector must stay as it is while the recording is used.
         v: the vector that it is recorded on.
-
-    Attributes:
-        result: ``function(v)``, computed on the way.
+        memory: of an earlier run of what the function does beside the vector, or None.
 
     Raises:
         CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor) -> None:
-        recorder = Recorder(v)
+    def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor, memory: Memory | None = None) -> None:
+        v = v.detach()
+        recall = Recall(memory or Memory())
+        recorder = Recorder(v, recall)
         with torch.no_grad(), recorder:
-            self.result = function(v)
-        self._slots = len(recorder.metas)
-        self._output = recorder.slot_of(self.result)
-        self._program = [] if self._output is None else optimised(recorder.program, recorder.metas, self._output)
+            result = function(v)
+        recall.fulfil_all()
+        self._result: Tensor | None = result
+        self._output = recorder.slot_of(result)
+        self._views, self._program = [], []
+        if self._output is not None:
+            self._views, self._program = optimised(recorder.program, recorder.metas, self._output)
+        self._values: list[Any] = [None] * len(recorder.metas)
+        self._seen: tuple[Tensor | None, int] = (None, 0)
+        self._zero = torch.zeros_like(result) if self._output is None else None
+
+    def take_result(self) -> Tensor:
+        """``function(v)``, computed on the way; it is handed over once."""
+        result, self._result = self._result, None
+        assert result is not None
+        return result
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
-        """The function's value at another vector."""
+        """The function's value at another vector.
+
+        A vector that comes again, with other values in it, is looked at in the same ways.
+        """
         if self._output is None:
-            return torch.zeros_like(self.result)  # linear, and the same for every vector
-        values: list[Any] = [None] * self._slots
-        values[0] = v
-        for operation in self._program:
-            for place, key, slot in operation.inputs:
-                place[key] = values[slot]
-            result = operation.function(*operation.args, **operation.kwargs)
-            for place, key, _ in operation.inputs:
-                place[key] = None
-            for index, slot in operation.outputs:
-                values[slot] = result if index is None else result[index]
-            for slot in operation.last_uses:
-                values[slot] = None
+            assert self._zero is not None
+            return self._zero.clone()  # linear, and the same for every vector
+        if self._seen[0] is not v or self._seen[1] != v.data_ptr():
+            self._seen = v, v.data_ptr()
+            self._values[0] = v
+            _run(self._views, self._values)
+        values = self._values.copy()
+        _run(self._program, values)
         return values[self._output]
 
 
-class Recorder(TorchDispatchMode):
+def _run(program: list[Operation], values: list[Any]) -> None:
+    for operation in program:
+        for place, key, slot in operation.inputs:
+            place[key] = values[slot]
+        result = operation.function(*operation.args, **operation.kwargs)
+        for place, key, _ in operation.inputs:
+            place[key] = None
+        for index, slot in operation.outputs:
+            values[slot] = result if index is None else result[index]
+        for slot in operation.last_uses:
+            values[slot] = None
+
+
+class Recorder(Mode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
 
-    It holds none of them: they are freed as they would be without a recording.
+    It holds none of them: they are freed as they would be without a recording. What it notes of tensors and storages
+    are attributes of theirs, because dictionaries of weak references take longer than the operations.
     """
 
-    def __init__(self, v: Tensor) -> None:
+    def __init__(self, v: Tensor, recall: Recall) -> None:
         super().__init__()
-        self._slot = WeakTensorKeyDictionary()
-        self._memory = _MemoryNumbers()
+        self._recall = recall
+        self._mark = object()
+        self._memories = 0
         self.program: list[Operation] = []
         self.metas: list[Meta] = []
         self._new_slot(v)
 
     def slot_of(self, tensor: Tensor) -> int | None:
         """The slot of a tensor, None if it does not depend on the vector."""
-        return self._slot.get(tensor)
+        return self._noted(tensor, "_slot")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        fact = facts(func)
+        if fact.asks_about_shapes:
+            return func(*args, **kwargs)
         inputs: list[tuple[Any, Any, int]] = []
         own_args = self._own(list(args), inputs)
         own_kwargs = self._own(dict(kwargs), inputs)
         if not inputs:
-            return func(*args, **kwargs)
-        if not (func in _BY_CONSTANTS and all(place is own_args and key == 0 for place, key, _ in inputs)):
-            self._check(func, args, kwargs)
-        result = func(*args, **kwargs)
+            return self._recall.compute(func, args, kwargs)
         if func in _ALIASES:
-            self._slot[result] = self._slot[args[0]]
+            result = func(*args, **kwargs)
+            self._note(result, "_slot", inputs[0][2])
             return result
-        outputs = [(None, result)] if isinstance(result, Tensor) else list(_tensors(result))
-        slots = [(index, self._new_slot(tensor)) for index, tensor in outputs]
+        if not fact.replayable and not (fact.by_constants and all(p is own_args and key == 0 for p, key, _ in inputs)):
+            raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
+        if fact.in_place and any(self._memory(t) is None for t in written(func, args, kwargs)):
+            raise CannotReplayError(f"{func} writes what depends on the vector to memory from elsewhere")
+        self._recall.fulfil(own_args, own_kwargs)
+        result = func(*args, **kwargs)
+        slots = [(index, self._new_slot(tensor)) for index, tensor in tensors_of(result)]
         self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
         return result
 
     def _own(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
         """A copy of nested arguments with the tensors that depend on the vector taken out, and their places noted."""
-        for key, value in list(place.items() if isinstance(place, dict) else enumerate(place)):
+        for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
             if isinstance(value, Tensor):
-                slot = self._slot.get(value)
+                slot = self.slot_of(value)
                 if slot is not None:
                     inputs.append((place, key, slot))
                     place[key] = None
@@ -118,49 +143,28 @@ class Recorder(TorchDispatchMode):
                 place[key] = self._own(list(value), inputs)
         return place
 
-    def _check(self, func: Any, args: Any, kwargs: Any) -> None:
-        if not _NOT_REPLAYABLE.isdisjoint(func.tags):
-            raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
-        if func._schema.is_mutable:
-            for index, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written = args[index] if index < len(args) else kwargs.get(argument.name)
-                    for tensor in [written] if isinstance(written, Tensor) else written or []:
-                        if not self._memory.known(tensor):
-                            raise CannotReplayError(
-                                f"{func} writes what depends on the vector to memory from elsewhere"
-                            )
-
     def _new_slot(self, tensor: Tensor) -> int:
-        if tensor not in self._slot:
-            self._slot[tensor] = len(self.metas)
-            flags = (tensor.is_conj(), tensor.is_neg())
-            self.metas.append(Meta(tensor.shape, tensor.stride(), tensor.dtype, flags, self._memory.number(tensor)))
-        return self._slot[tensor]
+        slot = self.slot_of(tensor)
+        if slot is not None:
+            return slot
+        memory = self._memory(tensor)
+        if memory is None:
+            memory = self._memories
+            self._memories += 1
+            self._note(tensor.untyped_storage(), "_memory", memory)
+        flags = (tensor.is_conj(), tensor.is_neg())
+        offset = int(tensor.storage_offset())
+        self.metas.append(Meta(tensor.shape, tensor.stride(), tensor.dtype, flags, offset, memory))
+        self._note(tensor, "_slot", len(self.metas) - 1)
+        return len(self.metas) - 1
 
+    def _memory(self, tensor: Tensor) -> int | None:
+        """A number for each piece of memory that depends on the vector, None for others."""
+        return self._noted(tensor.untyped_storage(), "_memory")
 
-class _MemoryNumbers:
-    """A number for each piece of memory that depends on the vector; never the same for two, unlike an address."""
+    def _note(self, thing: Tensor | torch.UntypedStorage, name: str, number: int) -> None:
+        setattr(thing, name, (self._mark, number))
 
-    def __init__(self) -> None:
-        self._numbers: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._count = 0
-
-    def known(self, tensor: Tensor) -> bool:
-        """Whether it has a number."""
-        reference, _ = self._numbers.get(tensor.untyped_storage()._cdata, (None, 0))
-        return reference is not None and not reference.expired()
-
-    def number(self, tensor: Tensor) -> int:
-        """The number of a tensor's memory, a new one if it has none."""
-        storage = tensor.untyped_storage()
-        if not self.known(tensor):
-            self._numbers[storage._cdata] = (StorageWeakRef(storage), self._count)
-            self._count += 1
-        return self._numbers[storage._cdata][1]
-
-
-def _tensors(result: Any) -> Iterator[tuple[int, Tensor]]:
-    for index, value in enumerate(result if isinstance(result, list | tuple) else ()):
-        if isinstance(value, Tensor):
-            yield index, value
+    def _noted(self, thing: Tensor | torch.UntypedStorage, name: str) -> int | None:
+        mark, number = getattr(thing, name, (None, None))
+        return number if mark is self._mark else None

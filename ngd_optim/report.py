@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from ngd_optim.cg import CGResult
 from ngd_optim.linearize import Linearization
 from ngd_optim.model import QuadraticModel, Step
-from ngd_optim.solvers import Solver
 from ngd_optim.trust_region import Trial
 
 
@@ -41,6 +40,16 @@ class StepReport:
         n_forward: how often the closure ran.
         n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
             nor what a direct solver needs.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import NaturalCG
+        >>> x = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = NaturalCG([x], damping=0.0)
+        >>> loss = optimizer.step(lambda: (x**2).sum())
+        >>> report = optimizer.last_step
+        >>> report.loss, report.new_loss, report.accepted, report.reason
+        (2.0, 0.0, True, 'accepted')
     """
 
     loss: float
@@ -72,12 +81,14 @@ class StepReport:
 def report_of(
     point: Linearization,
     model: QuadraticModel,
-    solver: Solver,
     solution: CGResult,
     step: Step,
     trial: Trial,
     damping: float,
     n_forward: int,
+    *,
+    solver: str,
+    preconditioner: str,
 ) -> StepReport:
     """The report of a step, from what its parts found."""
     moved = trial.fraction if trial.accepted else 0.0
@@ -100,9 +111,9 @@ def report_of(
         backtracks=trial.backtracks,
         accepted=trial.accepted,
         reason=trial.reason,
-        solver=solver.name,
+        solver=solver,
         backend=point.backend,
-        preconditioner=solver.preconditioner.name,
+        preconditioner=preconditioner,
         n_forward=n_forward,
         n_product=solution.products + step.products,
     )

@@ -15,13 +15,10 @@ from torch import Tensor
 from ngd_optim.cg import CGResult, conjugate_gradient
 from ngd_optim.linearize import Linearization
 from ngd_optim.model import QuadraticModel
-from ngd_optim.preconditioners import Formed
 from ngd_optim.root import NotSemidefiniteError, Root
 
 DampingScale = Literal["auto", "identity", "diagonal"]
 SolverName = Literal["auto", "cg", "dense", "sample"]
-
-NONE = Formed("none", None)
 
 
 class Solver(Protocol):
@@ -30,7 +27,6 @@ class Solver(Protocol):
     Attributes:
         name: ``"cg"``, ``"dense"`` or ``"sample"``.
         diagonal: that of ``F``, where the solver knows it.
-        preconditioner: what it needs to be told beside the matrix, or none.
     """
 
     @property
@@ -39,9 +35,6 @@ class Solver(Protocol):
     @property
     def diagonal(self) -> Tensor | None: ...  # noqa: D102
 
-    @property
-    def preconditioner(self) -> Formed: ...  # noqa: D102
-
     def solve(self, model: QuadraticModel) -> CGResult:
         """The solution for a model with this point's curvature."""
         ...
@@ -49,14 +42,17 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class ConjugateGradients:
-    """Truncated, preconditioned conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments."""
+    """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
 
-    preconditioner: Formed
+    ``precondition`` forms the preconditioner for a model.
+    """
+
     x0: Tensor
     max_iters: int
     tol: float
     progress_tol: float
     boundary: float | None
+    precondition: Callable[[QuadraticModel], Callable[[Tensor], Tensor] | None]
     diagonal: Tensor | None = None
     name: SolverName = "cg"
 
@@ -70,7 +66,7 @@ class ConjugateGradients:
             tol=self.tol,
             progress_tol=self.progress_tol,
             boundary=self.boundary,
-            preconditioner=self.preconditioner.solve,
+            preconditioner=self.precondition(model),
         )
 
 
@@ -129,7 +125,6 @@ class LeastSquares:
     """
 
     name: SolverName = "dense"
-    preconditioner = NONE
 
     def __init__(self, root: Root) -> None:
         n = root.rows.shape[1]
@@ -167,7 +162,6 @@ class SampleSpace:
     """
 
     name: SolverName = "sample"
-    preconditioner = NONE
 
     def __init__(self, root: Root) -> None:
         self.root = root
@@ -201,7 +195,6 @@ class Matrix:
     """The n×n matrix from products, for any curvature with few parameters."""
 
     name: SolverName = "dense"
-    preconditioner = NONE
 
     def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
         columns = torch.stack([product(unit) for unit in torch.eye(len(like)).to(like)])

@@ -17,6 +17,7 @@ from ngd_optim.closure import Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, OutputMetric, ScalarMetric, penalty_of
 from ngd_optim.distributed import Ranks
 from ngd_optim.graph import leaves, nodes
+from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product, pull_back
 from ngd_optim.recording import Recording
@@ -89,6 +90,7 @@ def verify(
     metric: OutputMetric | ScalarMetric,
     gradient: Tensor,
     parameters: FlatParameters,
+    memory: Memory,
     ranks: Ranks,
 ) -> None:
     """Learn what the products of a closure need, and check them and the gradient.
@@ -118,7 +120,7 @@ def verify(
     def problem_of_replay() -> str | None:
         direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
         try:
-            return None if _replays(direct, v, eps) else "the replay disagrees with the product"
+            return None if _replays(direct, v, memory, eps) else "the replay disagrees with the product"
         except RuntimeError as error:
             return str(error).splitlines()[0]
 
@@ -218,10 +220,10 @@ def _refuse_nonlinear_hooks(metric: OutputMetric | ScalarMetric, parameters: Fla
         )
 
 
-def _replays(direct: Callable[[Tensor], Tensor], v: Tensor, eps: float) -> bool:
+def _replays(direct: Callable[[Tensor], Tensor], v: Tensor, memory: Memory, eps: float) -> bool:
     """Whether what is recorded on one vector gives the product of another."""
     other = v.flip(0)
-    return _close(Recording(direct, v)(other), direct(other), eps, eps)
+    return _close(Recording(direct, v, memory)(other), direct(other), eps, eps)
 
 
 def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatParameters) -> bool:

@@ -1,0 +1,83 @@
+"""What is known of aten operations, and a mode that sees them."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_TAGS = torch.Tag
+# The shape of the result depends on values, but of the index or mask, not of what is indexed.
+_BY_CONSTANTS = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default}
+
+_UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}
+
+
+class Facts(NamedTuple):
+    """What is known of an operation.
+
+    Attributes:
+        in_place: it writes to an argument.
+        pointwise: each element of the result depends on the same element of the arguments only.
+        random: it draws random numbers.
+        shares_memory: what it gives lies in an argument's memory.
+        asks_about_shapes: it gives no tensor, and nothing that depends on values.
+        replayable: it does the same for other values of its arguments (of the first, if ``by_constants``).
+        by_constants: the shape of its result depends on the values of all arguments but the first.
+    """
+
+    in_place: bool
+    pointwise: bool
+    random: bool
+    shares_memory: bool
+    asks_about_shapes: bool
+    replayable: bool
+    by_constants: bool
+
+
+@cache
+def facts(func: Any) -> Facts:
+    """What is known of an aten overload."""
+    reads_values, random = _TAGS.data_dependent_output in func.tags, _TAGS.nondeterministic_seeded in func.tags
+    in_place, gives_tensors = func._schema.is_mutable, any("Tensor" in str(r.type) for r in func._schema.returns)
+    return Facts(
+        in_place=in_place,
+        pointwise=_TAGS.pointwise in func.tags,
+        random=random,
+        shares_memory=func.is_view or _TAGS.inplace_view in func.tags or func in _UNMARKED_VIEWS,
+        asks_about_shapes=not (gives_tensors or reads_values or in_place),
+        replayable=not (reads_values or random or _TAGS.dynamic_output_shape in func.tags),
+        by_constants=func in _BY_CONSTANTS,
+    )
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that a call writes to."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, Tensor):
+                    yield tensor
+
+
+def tensors_of(result: Any) -> list[tuple[int | None, Tensor]]:
+    """The tensors that an operation gave, each with its index in the result, or None where that is one tensor."""
+    if isinstance(result, Tensor):
+        return [(None, result)]
+    if isinstance(result, list | tuple):
+        return [(index, value) for index, value in enumerate(result) if isinstance(value, Tensor)]
+    return []
+
+
+class Mode(TorchDispatchMode):
+    """A dispatch mode without the guard against torch's compiler, which would be imported and cost time at each call.
+
+    Closures run without the compiler.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
