@@ -321,7 +321,8 @@ def test_the_step_of_two_ranks_is_that_of_the_joined_batch(ranks: Any, make_clos
     assert_identical(results)
     theta, reports = results[0]
     expected, expected_reports = train(make_model(dtype), make_closure, *data(dtype))
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    # Each of the four steps through negative curvature makes ten of one rounding error.
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3 if make_closure is hessian else 1e-6
     assert (theta - expected).norm() <= tolerance * expected.norm()
     for report, other in zip(reports, expected_reports, strict=True):
         assert report.accepted == other.accepted
