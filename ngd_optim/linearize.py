@@ -210,10 +210,8 @@ def linearize_closure(
     kl = kl_of(traced)
 
     def measure() -> tuple[float, float | None]:
-        try:
-            there = run(graph=False)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-            logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+        there = _evaluated(run)
+        if there is None:
             return math.inf, None
         divergence = kl(there)
         return there.loss.item(), None if divergence is None else divergence.item()
@@ -266,6 +264,15 @@ def linearize_mean(
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
         measure=measure,
     )
+
+
+def _evaluated(run: ReplayedClosure) -> Evaluation | None:
+    """The closure at the parameters as they are now; None outside of its domain."""
+    try:
+        return run(graph=False)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+        return None
 
 
 def _traced(run: ReplayedClosure) -> Evaluation:
@@ -325,7 +332,13 @@ class _Product:
         """See :meth:`Linearization.root`."""
         assert isinstance(self._metric, OutputMetric)
         assert self._loss is not None
-        return root_of(self._metric, self._loss, self._parameters)
+        run, select = self._run, self._metric.select
+
+        def outputs_now() -> Sequence[Tensor] | None:
+            there = _evaluated(run)
+            return None if there is None else select(there)
+
+        return root_of(self._metric, self._loss, self._parameters, outputs_now)
 
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience

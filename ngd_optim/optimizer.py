@@ -17,6 +17,7 @@ from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_e
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import DampingLimit, damping_factor, damping_range, retry_factor, trust_factor
 from ngd_optim.distributed import Ranks
+from ngd_optim.geodesic import bent
 from ngd_optim.kronecker import Layer
 from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.model import QuadraticModel, Step, scaled_step
@@ -24,7 +25,16 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
-from ngd_optim.solvers import ConjugateGradients, DampingScale, Solver, SolverName, choose_solver, direct_solver
+from ngd_optim.solvers import (
+    ConjugateGradients,
+    DampingScale,
+    LeastSquares,
+    SampleSpace,
+    Solver,
+    SolverName,
+    choose_solver,
+    direct_solver,
+)
 from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
 from ngd_optim.verify import Experience, signature
 
@@ -74,6 +84,8 @@ class NaturalCG(Optimizer):
             independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
             Abrahamsen & Lin 2024).
+        geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the residuals' second
+            derivative along them (geodesic acceleration: Transtrum & Sethna 2012), at one more run of the closure.
         generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
             own, so that the same steps give the same numbers; torch's global one is left alone.
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
@@ -130,6 +142,7 @@ class NaturalCG(Optimizer):
         solver: SolverName = "auto",
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
+        geodesic: bool = True,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -155,6 +168,7 @@ class NaturalCG(Optimizer):
             "solver": solver,
             "damping_scale": damping_scale,
             "momentum": momentum,
+            "geodesic": geodesic,
         }
         check_settings(defaults)
         super().__init__(params, defaults)
@@ -247,6 +261,8 @@ class NaturalCG(Optimizer):
                 model = self._quadratic_model(point, scale, parameters, settings["momentum"] if attempt == 1 else 0.0)
                 solution = solver.solve(model)
                 step = self._scale(solution, model, parameters, settings)
+                if settings["geodesic"] and point.is_least_squares:
+                    step = self._bent(step, solution, solver, model, parameters)
                 ranks.check()
                 trial = self._search(step, solution, point, parameters, settings, once=solves_again)
                 if trial.accepted or not (solves_again and self._raise_damping(step, point, attempt, settings)):
@@ -367,6 +383,15 @@ class NaturalCG(Optimizer):
         """The solution, cut to the trust region and multiplied by ``lr``."""
         lr = parameters.spread(self._per_group("lr"))
         return scaled_step(model, solution, parameters.theta, lr, settings["max_kl"], settings["trust_region"])
+
+    def _bent(
+        self, step: Step, solution: CGResult, solver: Solver, model: QuadraticModel, parameters: FlatParameters
+    ) -> Step:
+        """Geodesic acceleration of a full step, where the solver has the means for it."""
+        full = step.scale == 1.0 and all(lr == 1.0 for lr in self._per_group("lr"))
+        if not (full and solution.stop == "exact" and isinstance(solver, LeastSquares | SampleSpace)):
+            return step
+        return bent(step, solver, model, parameters.theta, partial(parameters.move, step.direction))
 
     def _search(
         self,

@@ -57,6 +57,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "curvature": _one_of(Curvature),
     "solver": _one_of(SolverName),
     "damping_scale": _one_of(DampingScale),
+    "geodesic": (lambda v: isinstance(v, bool), "True or False"),
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
 }
 
