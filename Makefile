@@ -31,6 +31,7 @@ lint: $(READY)  ## lint and types only
 bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,bench]'
 	$(BIN)/python benchmarks/products.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/rl.py
 

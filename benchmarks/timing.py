@@ -3,22 +3,25 @@
 import platform
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn, after one call each that is not counted."""
+    """CPU seconds of each function, called in turn, after one call each that is not counted.
+
+    The CPU time of one thread is what other processes on the machine disturb least.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(repeats):
         for name, function in functions.items():
-            start = perf_counter()
+            start = process_time()
             function()
-            seconds[name].append(perf_counter() - start)
+            seconds[name].append(process_time() - start)
     return seconds
 
 

@@ -107,16 +107,20 @@ def conjugate_gradient(
     on = scalars_of(b.device)
     norm = b.norm().item()
     target = tol * norm
-    x, r, model = torch.zeros_like(b), b.clone(), 0.0
-    start_products = 0
+    x = r = None
+    model, start_products = 0.0, 0
     if x0 is not None and x0.any() and math.isfinite(target):
         a_x0 = matvec(x0)
         start_products = 1
         slope, bend = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
         if slope > 0 and math.isfinite(bend):
             share = min(1.0, slope / bend) if bend > 0 else 1.0
-            x, r = share * x0, b - share * a_x0
+            x, r = share * x0, torch.sub(b, a_x0, alpha=share)
             model = share * (0.5 * share * bend - slope)
+        del a_x0
+    x0 = None  # of long vectors there is none to spare
+    if x is None or r is None:
+        x, r = torch.zeros_like(b), b.clone()
 
     def first(stop: Scalar, condition: Scalar, reason: int) -> Scalar:
         return on.choose((stop == 0) & condition, reason, stop)
@@ -140,6 +144,7 @@ def conjugate_gradient(
         iterations = iterations + going
         beta = on.choose(going, r_dot_z, 1.0) / on.choose(going, previous, 1.0)
         on.add(p.mul_(beta), z, 1.0 * going)
+        del a_p
         a_p = matvec(p)
         p_dot_ap = on.dot(p, a_p)
         stop = first(stop, _not_finite(p_dot_ap), _NOT_FINITE)

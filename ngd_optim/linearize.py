@@ -353,7 +353,7 @@ class _Product:
                 with Recall(self._memory):
                     return direct(v), direct, None, None
             recording = Recording(direct, v, self._memory)
-            return recording.result, recording, None, None
+            return recording.take_result(), recording, None, None
         except CannotReplayError as error:
             return None, None, None, str(error)
         except RuntimeError as error:  # the closure now does what forward mode cannot follow

@@ -43,7 +43,8 @@ class NaturalCG(Optimizer):
         max_kl: trust region δ: bound on the KL, in nats per sample, or on ``½ dᵀF d`` where the loss itself defines the
             metric, in the loss's unit. None: no bound. ``"auto"``: 0.01 where the closure returns a distribution or a
             KL, else None.
-        trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO).
+        trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO),
+            ``"damped"`` to that of ``½ dᵀ(F + λI) d ≤ δ`` inside it (TRPO as it is commonly implemented).
         damping: ``λ``.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for direct solvers.

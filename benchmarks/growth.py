@@ -1,0 +1,158 @@
+"""How a step grows with the number of parameters and with the batch: its time and its peak memory, beside a gradient's.
+
+    python benchmarks/growth.py
+
+A step is a trace, a gradient, ten products and one trial point. Its CPU time is measured in turns with the gradient's.
+Peak memory is the most that tensors occupy at one time, beyond what there was before: parameters, data and, for a step,
+the last solution. Slopes are those of straight lines through the logarithms: 1 is proportional growth. Writes
+results/growth.json, .md and .png.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import linear_regression, median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from models import mlp
+from timing import interleaved, machine, ratios
+from torch.profiler import ProfilerActivity, profile
+
+from ngd_optim import NaturalCG
+
+RESULTS = Path(__file__).parent / "results"
+PRODUCTS = 10
+# Widths of five equal hidden layers for about 1e4, 1e5, 1e6 and 1e7 parameters.
+WIDTHS = {10**4: 43, 10**5: 150, 10**6: 493, 10**7: 1574}
+BATCHES = [10**2, 10**3, 10**4, 10**5]
+SWEEPS = {
+    "parameters": [(width, 256) for width in WIDTHS.values()],
+    "batch": [(WIDTHS[10**5], batch) for batch in BATCHES],
+}
+
+
+def problem(width: int, batch: int) -> tuple[dict[str, Callable[[], Any]], int]:
+    """A gradient and a step on a six-layer network, and its number of parameters."""
+    torch.manual_seed(0)
+    model = mlp(64, *[width] * 5, 10)
+    x, y = torch.randn(batch, 64), torch.randint(0, 10, (batch,))
+    params = list(model.parameters())
+    optimizer = NaturalCG(params, max_cg_iters=PRODUCTS, cg_tol=0.0, cg_progress_tol=0.0, max_backtracks=0)
+
+    def closure() -> torch.Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def step() -> None:
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.cg_iters == PRODUCTS
+
+    ways = {"gradient": lambda: torch.autograd.grad(closure(), params), "step": step}
+    return ways, sum(p.numel() for p in params)
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """The most bytes that tensors allocated by a call occupy at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def measure(repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Both sweeps: seconds of every repeat, and bytes."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for sweep, sizes in SWEEPS.items():
+        results[sweep] = []
+        for width, batch in sizes:
+            ways, n = problem(width, batch)
+            seconds = interleaved(ways, repeats)
+            memory = {way: peak_memory(function) for way, function in ways.items()}
+            results[sweep].append({"parameters": n, "batch": batch, "seconds": seconds, "bytes": memory})
+            print(sweep, n, batch, {way: round(median(s), 4) for way, s in seconds.items()}, memory)
+    return results
+
+
+def slopes(points: list[dict[str, Any]], sweep: str, way: str) -> dict[str, float]:
+    """Of the time, a line for each repeat: median and quartiles; and of the memory."""
+    sizes = [math.log(point[sweep]) for point in points]
+    repeats = zip(*(point["seconds"][way] for point in points), strict=True)
+    times = [linear_regression(sizes, [math.log(t) for t in times]).slope for times in repeats]
+    low, _, high = quantiles(times, n=4)
+    memory = linear_regression(sizes, [math.log(point["bytes"][way]) for point in points]).slope
+    return {"median": median(times), "low": low, "high": high, "memory": memory}
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a size per row, then the slopes."""
+    lines = [
+        f"A step of {PRODUCTS} products beside one gradient; five hidden layers, float32, one thread.",
+        "",
+        "| parameters | batch | gradient, ms | step, ms | ratio | gradient, MiB | step, MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for point in [point for points in results.values() for point in points]:
+        time = ratios(point["seconds"], "gradient")["step"]
+        ms = {way: f"{1e3 * median(seconds):.3g}" for way, seconds in point["seconds"].items()}
+        mib = {way: f"{size / 2**20:.3g}" for way, size in point["bytes"].items()}
+        memory = point["bytes"]["step"] / point["bytes"]["gradient"]
+        lines.append(
+            f"| {point['parameters']:,} | {point['batch']:,} | {ms['gradient']} | {ms['step']} | "
+            f"{time['median']:.1f} ({time['low']:.1f}–{time['high']:.1f}) | "
+            f"{mib['gradient']} | {mib['step']} | {memory:.2f} |"
+        )
+    lines += ["", "| slope with | of | time | memory |", "|---|---|---|---|"]
+    for sweep, points in results.items():
+        for way in ("gradient", "step"):
+            s = slopes(points, sweep, way)
+            time = f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})"
+            lines.append(f"| {sweep} | {way} | {time} | {s['memory']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Time above, memory below; against parameters and against the batch."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for column, (sweep, points) in enumerate(results.items()):
+        sizes = [point[sweep] for point in points]
+        for way, colour in (("gradient", "#999999"), ("step", "#0072B2")):
+            seconds = [median(point["seconds"][way]) for point in points]
+            mib = [point["bytes"][way] / 2**20 for point in points]
+            slope = slopes(points, sweep, way)
+            axes[0, column].loglog(sizes, seconds, "o-", color=colour, label=f"{way}, slope {slope['median']:.2f}")
+            axes[1, column].loglog(sizes, mib, "o-", color=colour, label=f"{way}, slope {slope['memory']:.2f}")
+        axes[1, column].set_xlabel(sweep)
+        for row in (0, 1):
+            axes[row, column].legend(frameon=False)
+            axes[row, column].spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("CPU seconds")
+    axes[1, 0].set_ylabel("peak memory, MiB")
+    return figure
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = measure(arguments.repeats)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "growth.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    (RESULTS / "growth.md").write_text(table(results))
+    draw(results).savefig(RESULTS / "growth.png", dpi=150)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
