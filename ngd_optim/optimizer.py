@@ -64,8 +64,6 @@ class NaturalCG(Optimizer):
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
-        generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
-            own, so that the same steps give the same numbers; torch's global one is left alone.
         solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters; ``"sample"``, exactly, in
             the space of the model's outputs, for fewer outputs than parameters. ``"auto"``: one of the direct solvers
             where the loss is :func:`~ngd_optim.least_squares` and the problem small enough for it, else ``"cg"``. With
@@ -76,6 +74,8 @@ class NaturalCG(Optimizer):
             independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
             Abrahamsen & Lin 2024).
+        generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
+            own, so that the same steps give the same numbers; torch's global one is left alone.
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
             gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
             and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
@@ -127,10 +127,10 @@ class NaturalCG(Optimizer):
         backtrack_ratio: float = 0.8,
         weight_decay: float = 0.0,
         curvature: Curvature = "auto",
-        generator: torch.Generator | None = None,
         solver: SolverName = "auto",
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
+        generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
         self.generator = generator

@@ -49,6 +49,7 @@ class TRPO(sb3_contrib.TRPO):
         cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``. At the
             default the step is the one that they converge to (cosine above 0.99999), with fewer products.
         warm_start: they start from this multiple of the last solution.
+        preconditioner: as for ``ngd_optim.NaturalCG``.
         curvature_fraction: share of the rollout that the Fisher products are formed on; the gradient and the line
             search always use all of it.
         **kwargs: as for ``sb3_contrib.TRPO``; ``line_search_max_iter=0`` means no line search (:class:`NPG`).
@@ -72,11 +73,13 @@ class TRPO(sb3_contrib.TRPO):
         adapt_damping: bool = False,
         cg_tol: float = 1e-3,
         warm_start: float = 0.0,
+        preconditioner: Any = None,
         curvature_fraction: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.adapt_damping = adapt_damping
         self.cg_tol = cg_tol
+        self.preconditioner = preconditioner
         self.warm_start = warm_start
         self.curvature_fraction = curvature_fraction
         super().__init__(*args, **kwargs)
@@ -125,6 +128,7 @@ class TRPO(sb3_contrib.TRPO):
             "max_cg_iters": self.cg_max_steps,
             "cg_tol": self.cg_tol,
             "cg_progress_tol": 0.0,
+            "preconditioner": self.preconditioner,
             "warm_start": self.warm_start,
             "max_backtracks": max(0, self.line_search_max_iter - 1),
             "backtrack_ratio": self.line_search_shrinking_factor,
