@@ -40,7 +40,7 @@ docs: $(READY)  ## build the site in site/, to read offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
-readme: $(READY)  ## write the table of what works into the README
+readme: $(READY)  ## write the tables of what works into README and docs
 	$(BIN)/python tests/what_works.py
 
 clean:  ## remove the environment and caches
