@@ -106,7 +106,7 @@ class Preconditioning:
         """The preconditioner for a system that adds ``shift``, one number per parameter, to the curvature."""
         if callable(self._kind):
             return Formed("callable", _checked(self._kind))
-        if self._estimates:
+        if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)
         if not self.layers:
             return Formed("none", None)
