@@ -102,7 +102,7 @@ class Preconditioning:
         if callable(self._kind):
             self.name = "callable"
             return _checked(self._kind)
-        if self._estimates:
+        if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)
         if not self.layers:
             return None

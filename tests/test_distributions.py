@@ -115,22 +115,21 @@ def test_learned_transforms_are_refused_however_deep(wrap):
 
 
 CONFIDENT = [
-    (lambda z: D.Categorical(logits=z), torch.float32),
-    (lambda z: D.OneHotCategorical(logits=z), torch.float32),
-    (lambda z: D.Bernoulli(logits=z), torch.float32),
-    (lambda z: D.Independent(D.Bernoulli(logits=z), 1), torch.float32),
+    lambda z: D.Categorical(logits=z),
+    lambda z: D.OneHotCategorical(logits=z),
+    lambda z: D.Bernoulli(logits=z),
+    lambda z: D.Independent(D.Bernoulli(logits=z), 1),
 ]
 
 
-@pytest.mark.parametrize(("make", "dtype"), CONFIDENT)
-def test_the_kl_of_confident_predictions_is_that_of_float64(make, dtype):
+@pytest.mark.parametrize("make", CONFIDENT)
+def test_the_kl_of_confident_predictions_is_that_of_float64(make):
     """A probability that underflows is not a prediction of the impossible."""
     z = torch.tensor([[0.0, -110.0, 3.0], [2.0, -80.0, -120.0]], dtype=torch.float64)
     other = z + torch.tensor([[0.1, -5.0, 0.0], [0.0, -40.0, 9.0]], dtype=torch.float64)
     expected = D.kl_divergence(make(z), make(other)).mean()
-    assert distributions.mean_kl(make(z.to(dtype)), make(other.to(dtype))).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
+    single = distributions.mean_kl(make(z.float()), make(other.float()))
+    assert single.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
     assert distributions.mean_kl(make(z), make(other)).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
