@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Laplace, Pareto, TransformedDistribution, Uniform
+from torch.distributions import Distribution, Independent, Laplace, Normal, Pareto, TransformedDistribution, Uniform
 from torch.distributions.kl import kl_divergence
 from torch.distributions.transforms import Transform
 
@@ -104,6 +104,10 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
         # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink, although the
         # divergence itself is twice differentiable there. Its Fisher information is 1/scale² in loc and in scale.
         distance = ((new.loc - old.loc).square() + (new.scale - old.scale).square()) / old.scale.square()
+        return 0.5 * distance.mean()
+    if isinstance(old, Normal) and isinstance(new, Normal):
+        # A quadratic, so that each product takes six pointwise operations in place of sixty.
+        distance = ((new.loc - old.loc).square() + 2 * (new.scale - old.scale).square()) / old.scale.square()
         return 0.5 * distance.mean()
     return mean_kl(old, new)
 
