@@ -12,6 +12,7 @@ from torch.distributions import (
     Distribution,
     Independent,
     Laplace,
+    Normal,
     OneHotCategorical,
     Pareto,
     TransformedDistribution,
@@ -111,7 +112,7 @@ def _kl(old: Distribution, new: Distribution) -> Tensor:
     if isinstance(old, Independent) and isinstance(new, Independent):
         inner = _kl(old.base_dist, new.base_dist)
         return inner.sum(list(range(inner.ndim - old.reinterpreted_batch_ndims, inner.ndim)))
-    if isinstance(old, Categorical | OneHotCategorical) and type(old) is type(new):
+    if isinstance(old, Categorical | OneHotCategorical) and isinstance(new, Categorical | OneHotCategorical):
         return _expected(old.probs, old.logits - new.logits).sum(-1)
     if isinstance(old, Bernoulli) and isinstance(new, Bernoulli):
         yes = _expected(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))
@@ -133,6 +134,10 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
         # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink, although the
         # divergence itself is twice differentiable there. Its Fisher information is 1/scale² in loc and in scale.
         distance = ((new.loc - old.loc).square() + (new.scale - old.scale).square()) / old.scale.square()
+        return 0.5 * distance.mean()
+    if isinstance(old, Normal) and isinstance(new, Normal):
+        # A quadratic, so that each product takes six pointwise operations in place of sixty.
+        distance = ((new.loc - old.loc).square() + 2 * (new.scale - old.scale).square()) / old.scale.square()
         return 0.5 * distance.mean()
     return mean_kl(old, new)
 

@@ -464,7 +464,9 @@ def test_functions_that_are_no_preconditioner(function, error, message):
 
 
 @pytest.mark.parametrize(
-    "function", [lambda r: r, lambda r: r.view_as(r), lambda r: r.double(), nn.Identity()], ids=str
+    "function",
+    [lambda r: r, lambda r: r.view_as(r), lambda r: r.double(), nn.Identity()],
+    ids=["itself", "a view", "double", "module"],
 )
 def test_functions_that_do_nothing(function):
     thetas = []
