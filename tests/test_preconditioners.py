@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from problems import assert_near, flatten
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
+from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG, preconditioners
 
@@ -35,6 +36,19 @@ def conv() -> nn.Module:
 
 def labels() -> Tensor:
     return torch.arange(N) % OUT
+
+
+class TwoDtypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
+
+    def to(self, dtype: torch.dtype) -> "TwoDtypes":
+        self.first.to(dtype)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh().float())
 
 
 class Task:
@@ -136,6 +150,76 @@ def test_the_solution_is_the_same_by_any_preconditioner(name):
             assert_near(found, expected, 1e-8)
 
 
+class Product(torch.autograd.Function):
+    """``x Wᵀ``, hidden from the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, W = ctx.saved_tensors
+        return grads[0] @ W, grads[0].T @ x
+
+
+def into_a_buffer(model: nn.Module, x: Tensor) -> Tensor:
+    hidden = torch.zeros(N, HIDDEN, dtype=x.dtype)
+    hidden[: N // 2] = model[0](x[: N // 2])
+    hidden[N // 2 :] = model[0](x[N // 2 :])
+    return model[3](hidden.tanh())
+
+
+def with_linear_hooks(model: nn.Module, x: Tensor) -> Tensor:
+    if not model[0].weight._backward_hooks:
+        model[0].weight.register_hook(lambda gradient: 2 * gradient)
+        model[0].bias.register_hook(lambda gradient: 0 * gradient)
+    return model(x)
+
+
+ODD: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "operations in place": lambda m, x: m[3](F.relu_(m[0](x).add_(0.5))),
+    "a buffer written in place": into_a_buffer,
+    "non-reentrant checkpoint": lambda m, x: checkpoint(m, x, use_reentrant=False),
+    "a custom function": lambda m, x: m[3](Product.apply(x, m[0].weight).tanh()),
+    "hooks on parameters": with_linear_hooks,
+    "a weight used elsewhere": lambda m, x: m(x) + m[3].weight.sum(1) * F.linear(x, m[0].weight.flip(0)).mean(),
+    "a cut in the graph": lambda m, x: m[3](m[0](x).detach().tanh()) + m[0].bias.sum(),
+    "a part without rows": lambda m, x: torch.cat([m(x), m[3](m[0](x[:0]))]),
+    "one sample counts": lambda m, x: torch.cat([m(x[:1]), m(x[1:]).detach()]),
+    "saturated": lambda m, x: 300 * m(x),
+    "huge inputs": lambda m, x: m(1e15 * x),
+    "tiny inputs": lambda m, x: m(1e-15 * x),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_solution_of_odd_models_is_the_same(name):
+    thetas = []
+    for preconditioner in (None, "kfac"):
+        task = Task()
+        optimizer = NaturalCG(task.params, preconditioner=preconditioner, **SOLVED)
+        x = torch.randn(N, IN, dtype=DTYPE, generator=torch.Generator().manual_seed(1))
+        optimizer.step(lambda task=task, x=x: F.cross_entropy(ODD[name](task.model, x), labels()))
+        assert optimizer.last_step.cg_stop == "tolerance"
+        thetas.append(task.theta)
+    assert optimizer.last_step.preconditioner == "kfac"
+    assert_near(thetas[1], thetas[0], 1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e20])
+@pytest.mark.parametrize("of", ["inputs", "loss"])
+def test_scales_of_float32_raise_nothing(of, scale):
+    task = Task(dtype=torch.float32)
+    x = torch.randn(N, IN) * (scale if of == "inputs" else 1.0)
+    optimizer, start = NaturalCG(task.params, preconditioner="kfac"), task.theta
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(task.model(x), labels()) * (scale if of == "loss" else 1.0))
+        assert task.theta.isfinite().all()
+    assert of == "loss" or not torch.equal(task.theta, start)
+
+
 def autoencoder() -> nn.Module:
     sizes = (20, 16, 6, 16, 20)
     layers = [part for n, m in itertools.pairwise(sizes) for part in (nn.Linear(n, m), nn.Tanh())]
@@ -183,8 +267,12 @@ def same_state(a: NaturalCG, b: NaturalCG) -> bool:
 
 @pytest.mark.parametrize(
     ("make", "kind", "dtype", "preconditioner"),
-    [(mlp, "ggn", torch.float64, "auto"), (conv, "two heads", torch.float32, "kfac")],
-    ids=["mlp", "conv"],
+    [
+        (mlp, "ggn", torch.float64, "auto"),
+        (conv, "two heads", torch.float32, "kfac"),
+        (TwoDtypes, "ggn", torch.float64, "auto"),
+    ],
+    ids=["mlp", "conv", "two dtypes"],
 )
 def test_a_resumed_run_is_bit_for_bit_the_same(make, kind, dtype, preconditioner):
     steps = 8
@@ -211,6 +299,22 @@ def test_a_resumed_run_is_bit_for_bit_the_same(make, kind, dtype, preconditioner
         train(twin, resumed, steps - start)
         assert torch.equal(twin.theta, task.theta)
         assert same_state(resumed, optimizer)
+
+
+def test_factors_that_a_save_has_rounded_still_serve():
+    """``load_state_dict`` rounds to the parameters' dtype, and rounded factors are indefinite."""
+    task = Task(dtype=torch.bfloat16)
+    settings = {"preconditioner": "kfac", "damping": 1e-8, "adapt_damping": False}
+    optimizer = NaturalCG(task.params, **settings)
+    optimizer.step(task.whole)
+    resumed = NaturalCG(task.params, **settings)
+    resumed.load_state_dict(optimizer.state_dict())
+    factors = [entry[name] for entry in resumed.state.values() for name in ("left", "right") if name in entry]
+    assert min(torch.linalg.eigvalsh(factor.double()).min() for factor in factors) < 0
+    resumed.step(task.whole)
+    assert resumed.last_step.preconditioner == "kfac"
+    assert resumed.last_step.cg_stop != "not_finite"
+    assert task.theta.isfinite().all()
 
 
 def test_factors_serve_some_products_and_then_are_mixed_with_new_ones():
