@@ -34,6 +34,7 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/rl.py
+	$(BIN)/python benchmarks/goals.py
 
 readme: $(READY)  ## write the table of what works into the README
 	$(BIN)/python tests/what_works.py
