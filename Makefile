@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench readme clean
+.PHONY: help demo test test-slow lint bench docs readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,10 +34,15 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/rl.py
+	$(BIN)/python benchmarks/pinn.py
 	$(BIN)/python benchmarks/goals.py
 
-readme: $(READY)  ## write the table of what works into the README
+docs: $(READY)  ## build the site in site/, to read offline
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
+
+readme: $(READY)  ## write the tables of what works into README and docs
 	$(BIN)/python tests/what_works.py
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site

@@ -36,7 +36,7 @@ ALGORITHMS = {"ngd_rl": TRPO, "sb3-contrib": sb3_contrib.TRPO}
 COLORS = {"ngd_rl": "tab:blue", "sb3-contrib": "tab:orange"}
 N_ENVS = 2
 REPEATS = 15
-EVALUATION_EPISODES = LAST_EPISODES = 20
+EVALUATION_EPISODES = SMOOTHED_EPISODES = 20
 _MUJOCO = {
     "steps": 300_000,
     "normalize": True,
@@ -157,9 +157,9 @@ def write(results: dict[str, Any]) -> None:
         lines.append(f"| {task} | {samples} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
     lines += [
         "",
-        f"Return of the last {LAST_EPISODES} training episodes, and of the final policy's most likely actions over "
-        f"{EVALUATION_EPISODES} episodes (mean ± standard deviation over seeds); CPU seconds in updates (policy and "
-        "critic) and in all:",
+        f"Mean return of the training episodes in the last tenth of the steps, and of the final policy's most likely "
+        f"actions over {EVALUATION_EPISODES} episodes (mean ± standard deviation over seeds); CPU seconds in updates "
+        "(policy and critic) and in all:",
         "",
         "| task | steps | seeds | | training | most likely actions | updates, s | total, s |",
         "|---|---|---|---|---|---|---|---|",
@@ -172,7 +172,7 @@ def write(results: dict[str, Any]) -> None:
             ]
             if not runs:
                 continue
-            training = spread([fmean(value for _, value in run["curve"][-LAST_EPISODES:]) for run in runs])
+            training = spread([fmean(value for step, value in run["curve"] if step > 0.9 * steps) for run in runs])
             evaluated = spread([run["return"] for run in runs])
             seconds = " | ".join(
                 f"{fmean(run[what] for run in runs):.0f}" for what in ("train_seconds", "total_seconds")
@@ -209,7 +209,7 @@ def smoothed(curve: list[tuple[int, float]], grid: np.ndarray) -> list[float]:
     """Mean return of the last episodes at some numbers of steps."""
     steps, returns = np.array(curve).T
     ends = np.searchsorted(steps, grid, side="right").clip(min=1)
-    return [returns[max(0, end - LAST_EPISODES) : end].mean() for end in ends]
+    return [returns[max(0, end - SMOOTHED_EPISODES) : end].mean() for end in ends]
 
 
 def main() -> None:

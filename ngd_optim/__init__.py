@@ -1,10 +1,20 @@
 """Natural-gradient and Gauss-Newton optimization by truncated conjugate gradients."""
 
 from ngd_optim.cg import CGResult, conjugate_gradient
+from ngd_optim.history import plot_history
 from ngd_optim.least_squares import least_squares
 from ngd_optim.linearize import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
 from ngd_optim.report import StepReport
 
-__all__ = ["CGResult", "Linearization", "NaturalCG", "StepReport", "conjugate_gradient", "least_squares", "linearize"]
+__all__ = [
+    "CGResult",
+    "Linearization",
+    "NaturalCG",
+    "StepReport",
+    "conjugate_gradient",
+    "least_squares",
+    "linearize",
+    "plot_history",
+]
 __version__ = "0.1.0"

@@ -35,6 +35,13 @@ class CGResult:
             ``"exact"`` and ``"indefinite"`` are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import conjugate_gradient
+        >>> result = conjugate_gradient(lambda v: 2 * v, torch.ones(3))
+        >>> result.stop, result.iterations, result.x_dot_ax
+        ('tolerance', 1, 1.5)
     """
 
     solution: Tensor
@@ -88,6 +95,13 @@ def conjugate_gradient(
     Raises:
         ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the preconditioner is not
             positive definite.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import conjugate_gradient
+        >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: A @ v, torch.tensor([1.0, 2.0])).solution
+        tensor([0.0909, 0.6364])
     """
     _check(b, x0, max_iters, tol, progress_tol)
     on = scalars_of(b.device)

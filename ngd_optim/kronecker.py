@@ -25,8 +25,10 @@ from ngd_optim.sampling import draw
 LARGEST_FACTOR = 4096
 """A longer side of a weight has only the diagonal of its factor."""
 
-_TRANSPOSES = {"TBackward0", "TransposeBackward0"}
+_TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 _SAME_VALUES = {*_TRANSPOSES, "AliasBackward0", "ToCopyBackward0"}
+_ROUNDING = 10
+"""Factors are singular up to this multiple of their rounding errors."""
 
 
 class Layer(NamedTuple):
@@ -42,6 +44,13 @@ class Layer(NamedTuple):
     bias: int | None
     flipped: bool
     groups: int
+
+    def shape(self, params: Sequence[Tensor]) -> tuple[int, int, int]:
+        """That of :meth:`join`: (groups, rows, columns)."""
+        n_out, *rest = params[self.weight].shape
+        rows, columns = n_out // self.groups, math.prod(rest)
+        rows, columns = (columns, rows) if self.flipped else (rows, columns)
+        return self.groups, rows, columns + (self.bias is not None)
 
     def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Tensors shaped like the parameters → (groups, rows, columns), with the bias as last column."""
@@ -73,6 +82,11 @@ class Use(NamedTuple):
     length: int
     rows: Callable[[Tensor], tuple[Tensor, Tensor]]
 
+    def zeros(self) -> Tensor:
+        """The gradient at the node where nothing comes back."""
+        out = self.node._input_metadata[0]  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.zeros(out.shape, dtype=out.dtype, device=out.device)
+
 
 Values = Mapping[tuple[int, str], Tensor]
 """By index of a parameter and name.
@@ -100,9 +114,9 @@ def factors_of(
     inside = {i for layer in by_layer for i in (layer.weight, layer.bias)}
     outside = [i for i in range(len(params)) if i not in inside]
     inputs: Any = [*(GradientEdge(use.node, 0) for use in uses), *(params[i] for i in outside)]
-    gradients = torch.autograd.grad(
-        metric.outputs, inputs, draw(metric, generator), retain_graph=True, materialize_grads=True
-    )
+    empty = [*(use.zeros() for use in uses), *(torch.zeros_like(params[i]) for i in outside)]
+    pulled = torch.autograd.grad(metric.outputs, inputs, draw(metric, generator), retain_graph=True, allow_unused=True)
+    gradients = [zeros if gradient is None else gradient for gradient, zeros in zip(pulled, empty, strict=True)]
     for use, gradient in zip(uses, gradients, strict=False):
         by_layer[use.layer].append((use, gradient))
     values: dict[tuple[int, str], Tensor] = {}
@@ -111,6 +125,19 @@ def factors_of(
     for i, gradient in zip(outside, gradients[len(uses) :], strict=True):
         values[i, "diagonal"] = gradient.to(parameters.dtype).square()
     return KroneckerFactors(tuple(by_layer), values)
+
+
+def fit(values: Values, layers: Sequence[Layer], params: Sequence[Tensor]) -> bool:
+    """Whether values are those of these layers, and of all parameters that are in none of them."""
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+    for layer in layers:
+        groups, rows, columns = layer.shape(params)
+        shapes |= {(layer.weight, "left"): (groups, rows), (layer.weight, "right"): (groups, columns)}
+    inside = {i for layer in layers for i in (layer.weight, layer.bias)}
+    shapes |= {(i, "diagonal"): p.shape for i, p in enumerate(params) if i not in inside}
+    return shapes.keys() == values.keys() and all(
+        values[key].shape[: len(shapes[key])] == shapes[key] for key in shapes
+    )
 
 
 def mean_of(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors | None:
@@ -128,10 +155,10 @@ def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
 
     Both costs are counted in multiplications: four by the weight for each use in a product, and one by each factor.
     """
-    sizes = {use.layer: params[use.layer.weight].numel() for use in uses}
-    sides = {layer: params[layer.weight].shape[0] // layer.groups for layer in sizes}
+    shapes = {use.layer: use.layer.shape(params) for use in uses}
+    sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     product = sum(4 * use.length * sizes[use.layer] for use in uses)
-    solve = sum(size * (sides[layer] + size // (sides[layer] * layer.groups)) for layer, size in sizes.items())
+    solve = sum(sizes[layer] * (rows + columns) for layer, (_, rows, columns) in shapes.items())
     return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
 
 
@@ -175,12 +202,15 @@ def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
         layer = use.layer if use.layer.bias not in taken else use.layer._replace(bias=None)
         taken.add(layers.setdefault(layer.weight, layer).bias)
     return [
-        use._replace(layer=layers[use.layer.weight], adds_bias=use.layer.bias == layers[use.layer.weight].bias)
+        use._replace(layer=layer, adds_bias=use.layer == layer)
         for use in found
+        if (layer := layers[use.layer.weight]).groups == use.layer.groups
     ]
 
 
 def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    if node._input_metadata and node._input_metadata[0].dtype.is_complex:
+        return None
     if node.name() in ("AddmmBackward0", "MmBackward0"):
         return _matrix_product(node, index, params)
     if node.name() == "ConvolutionBackward0" and not node._saved_transposed:
@@ -192,13 +222,13 @@ def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor
     """``a b`` or ``bias + a b``, with a parameter or its transpose as one of ``a`` and ``b``."""
     *bias_node, a_node, b_node = (parent for parent, _ in node.next_functions)
     (a, a_transposed), (b, b_transposed) = _parameter(a_node, index), _parameter(b_node, index)
-    if (a is None) == (b is None):
+    if (a is None) == (b is None) or (bias_node and not node._saved_alpha == node._saved_beta == 1):
         return None
     shape = node._input_metadata[0].shape
     if a is not None:
 
         def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-            pair = gradient.mT, node._saved_mat2.mT
+            pair = gradient.mT, node._saved_mat2.to_dense().mT
             return pair[a_transposed][None], pair[not a_transposed][None]
 
         layer = Layer(a, None, flipped=False, groups=1)
@@ -206,7 +236,7 @@ def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor
     assert b is not None
 
     def rows_of_second(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        pair = gradient, node._saved_mat1 if bias_node else node._saved_self
+        pair = gradient, (node._saved_mat1 if bias_node else node._saved_self).to_dense()
         return pair[not b_transposed][None], pair[b_transposed][None]
 
     bias, _ = _parameter(bias_node[0], index) if bias_node else (None, False)
@@ -217,8 +247,8 @@ def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor
 
 
 def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
-    (weight, _), (bias, _) = (_parameter(parent, index) for parent, _ in node.next_functions[1:])
-    if weight is None:
+    (weight, transposed), (bias, _) = (_parameter(parent, index) for parent, _ in node.next_functions[1:])
+    if weight is None or transposed:
         return None
     groups = node._saved_groups
 
@@ -239,10 +269,13 @@ def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) 
 
 
 def _parameter(node: Any, index: Mapping[int, int]) -> tuple[int | None, bool]:
-    """The parameter behind an argument of an operation, and whether it is transposed on the way."""
+    """The parameter behind an argument of an operation, and whether it, a matrix, is transposed on the way."""
     transposed = False
     while node is not None and node.name() in _SAME_VALUES:
-        transposed ^= node.name() in _TRANSPOSES
+        if node.name() in _TRANSPOSES:
+            if len(node._input_metadata[0].shape) != 2:
+                return None, False
+            transposed ^= node.name() != "PermuteBackward0" or node._saved_dims[0] % 2 == 1  # −1 is saved unsigned
         node = node.next_functions[0][0]
     return index.get(id(leaf(node))), transposed
 
@@ -260,7 +293,7 @@ def kronecker_preconditioner(
         shift: for each parameter the ``λ`` that the system adds to the curvature.
     """
     blocks = [_Block(layer, factors.values, shift[layer.weight]) for layer in factors.layers]
-    diagonals = {i: value + shift[i] for (i, name), value in factors.values.items() if name == "diagonal"}
+    diagonals = {i: _invertible(value + shift[i]) for (i, name), value in factors.values.items() if name == "diagonal"}
 
     def precondition(r: Tensor) -> Tensor:
         result = torch.empty_like(r)
@@ -298,14 +331,20 @@ class _Block:
 
 
 def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
-    """The inverse of ``factor + shift I``, in float64 where float32 is too coarse for it."""
-    floor = torch.finfo(factor.dtype).eps * _trace(factor)
-    shift = torch.maximum(shift, floor).clamp(min=torch.finfo(factor.dtype).tiny)
+    """The inverse of ``factor + shift I``, with a larger shift where rounding errors are as large."""
+    shift = torch.maximum(shift, _ROUNDING * torch.finfo(factor.dtype).eps * _trace(factor))
+    shift = _invertible(shift)
     if factor.ndim == 2:
         return 1 / (factor + shift[:, None])
-    damped = factor.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
-    cholesky, info = torch.linalg.cholesky_ex(damped)
-    if info.any():
-        cholesky = torch.linalg.cholesky(damped.double())
-    return torch.cholesky_inverse(cholesky).to(factor)
+    while True:
+        damped = factor.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+        cholesky, info = torch.linalg.cholesky_ex(damped)
+        if not (info.any() and shift.isfinite().all()):
+            return torch.cholesky_inverse(cholesky)
+        shift = 10 * shift
+
+
+def _invertible(diagonal: Tensor) -> Tensor:
+    """With 1 in place of zeros."""
+    return torch.where(diagonal < torch.finfo(diagonal.dtype).tiny, 1, diagonal)

@@ -23,8 +23,17 @@ def least_squares(*residuals: Tensor, weights: Sequence[float | Tensor] | None =
         ValueError: there is no residual, one is empty, or the weights do not fit.
 
     Example:
-        >>> def closure():
-        ...     return least_squares(pde_residual(), boundary_residual(), weights=(1.0, 10.0))
+        >>> import torch
+        >>> from ngd_optim import NaturalCG, least_squares
+        >>> t = torch.linspace(0, 2, 20, dtype=torch.float64)
+        >>> rate = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        >>> optimizer = NaturalCG([rate])
+        >>> for _ in range(5):  # fits exp(−rate · t) to data, and holds the rate near 0.6
+        ...     loss = optimizer.step(
+        ...         lambda: least_squares((-rate * t).exp() - (-0.5 * t).exp(), rate - 0.6, weights=(1.0, 1e-6))
+        ...     )
+        >>> round(rate.item(), 4)
+        0.5
     """
     if has_torch_function(residuals):
         return handle_torch_function(least_squares, residuals, *residuals, weights=weights)

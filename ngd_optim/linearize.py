@@ -51,6 +51,14 @@ class Linearization:
         measure: runs the closure at the parameters as they are then, and gives the loss (infinite where the closure
             raises a ``ValueError`` or ``LinAlgError``: outside its domain) and the KL from the prediction here, in nats
             per sample; None where the metric has only its second-order model.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import linearize
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> point = linearize(lambda: (x**3).sum(), [x])
+        >>> point.loss, point.gradient
+        (tensor(9.), tensor([ 3., 12.]))
     """
 
     loss: Tensor
@@ -151,8 +159,12 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
         NotImplementedError: torch knows no KL divergence for the distribution.
 
     Example:
-        >>> point = linearize(lambda: F.mse_loss(model(x), y), model.parameters())
-        >>> point.curvature(point.gradient)
+        >>> import torch
+        >>> from ngd_optim import linearize
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> point = linearize(lambda: (x**3).sum(), [x])  # its Hessian is diag(6 x)
+        >>> point.curvature(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
     """
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature must be one of {get_args(Curvature)}, got {curvature!r}")
@@ -198,10 +210,8 @@ def linearize_closure(
     kl = kl_of(traced)
 
     def measure() -> tuple[float, float | None]:
-        try:
-            there = run(graph=False)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-            logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+        there = _evaluated(run)
+        if there is None:
             return math.inf, None
         divergence = kl(there)
         return there.loss.item(), None if divergence is None else divergence.item()
@@ -254,6 +264,15 @@ def linearize_mean(
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
         measure=measure,
     )
+
+
+def _evaluated(run: ReplayedClosure) -> Evaluation | None:
+    """The closure at the parameters as they are now; None outside of its domain."""
+    try:
+        return run(graph=False)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+        return None
 
 
 def _traced(run: ReplayedClosure) -> Evaluation:
@@ -313,7 +332,13 @@ class _Product:
         """See :meth:`Linearization.root`."""
         assert isinstance(self._metric, OutputMetric)
         assert self._loss is not None
-        return root_of(self._metric, self._loss, self._parameters)
+        run, select = self._run, self._metric.select
+
+        def outputs_now() -> Sequence[Tensor] | None:
+            there = _evaluated(run)
+            return None if there is None else select(there)
+
+        return root_of(self._metric, self._loss, self._parameters, outputs_now)
 
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience

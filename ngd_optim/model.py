@@ -97,7 +97,8 @@ def scaled_step(
     # A difference of two numbers is known to their rounding only, and a boundary step could be huge. Where F has
     # negative curvature the region is that of |F|, as for the solve, which has gone to the boundary by itself.
     size = max(abs(metric), 16 * torch.finfo(x.dtype).eps * abs(share))
-    scale = trust_region_scale(size, max_kl, "clip" if solution.stop == "negative_curvature" else trust_region)
+    kind = "clip" if solution.stop == "negative_curvature" else trust_region
+    scale = trust_region_scale(solution.x_dot_ax if kind == "damped" else size, max_kl, kind)
     direction = (scale * lr) * x
     return Step(
         direction=direction,

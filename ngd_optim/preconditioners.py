@@ -13,6 +13,7 @@ from ngd_optim.kronecker import (
     KroneckerFactors,
     Layer,
     factors_of,
+    fit,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
@@ -91,7 +92,7 @@ class Preconditioning:
         layers = tuple(dict.fromkeys(use.layer for use in uses))
         if self._kind == "auto" and not is_worthwhile(uses, self._parameters.tensors):
             self._estimates.append(None)
-        elif self._is_due or any((layer.weight, "left") not in self._values for layer in layers):
+        elif self._is_due or not fit(self._values, layers, self._parameters.tensors):
             self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
         else:
             self.layers = layers
@@ -100,8 +101,8 @@ class Preconditioning:
         """The preconditioner for a system that adds a flat ``shift`` to the curvature; None where there is none."""
         if callable(self._kind):
             self.name = "callable"
-            return self._kind
-        if self._estimates:
+            return _checked(self._kind)
+        if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)
         if not self.layers:
             return None
@@ -138,3 +139,19 @@ class Preconditioning:
 
 def _mixed(value: Tensor, older: Tensor | None) -> Tensor:
     return value if older is None or older.shape != value.shape else value.lerp(older.to(value), MEMORY)
+
+
+def _checked(function: Solve) -> Solve:
+    """A preconditioner of the user's, with errors that name it."""
+
+    def solve(r: Tensor) -> Tensor:
+        version = r._version
+        z = function(r)
+        if not isinstance(z, Tensor) or z.shape != r.shape:
+            got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"the preconditioner must return a vector of shape {tuple(r.shape)}, got {got}")
+        if r._version != version:
+            raise ValueError("the preconditioner must return a new vector, and it changed its argument in place")
+        return z.to(r)
+
+    return solve

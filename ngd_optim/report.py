@@ -40,6 +40,16 @@ class StepReport:
         n_forward: how often the closure ran.
         n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
             nor what a direct solver needs.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import NaturalCG
+        >>> x = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = NaturalCG([x], damping=0.0)
+        >>> loss = optimizer.step(lambda: (x**2).sum())
+        >>> report = optimizer.last_step
+        >>> report.loss, report.new_loss, report.accepted, report.reason
+        (2.0, 0.0, True, 'accepted')
     """
 
     loss: float

@@ -20,37 +20,68 @@ class Root(NamedTuple):
     Attributes:
         rows: ``A``, shape (m, n), a row for each element of the model's outputs.
         slope: ``s``, shape (m,).
+        displaced: runs the closure at the parameters as they are then, and gives ``H_z^½ (z − z₀)``, by how much the
+            outputs are other than here; None where the closure is not defined there.
     """
 
     rows: Tensor
     slope: Tensor
+    displaced: Callable[[], Tensor | None]
 
 
 class NotSemidefiniteError(ValueError):
     """The metric at the outputs has negative curvature, and hence no root."""
 
 
-def root_of(metric: OutputMetric, loss: Tensor, parameters: FlatParameters) -> Root:
+def root_of(
+    metric: OutputMetric, loss: Tensor, parameters: FlatParameters, outputs_now: Callable[[], Sequence[Tensor] | None]
+) -> Root:
     """``A = H_z^½ J``, and ``s = H_z^-½ ∂loss/∂z``.
+
+    Args:
+        metric: of the closure, with its graph.
+        loss: likewise.
+        parameters: what the Jacobian is taken in.
+        outputs_now: the outputs at the parameters as they are then; None where there are none.
 
     Raises:
         NotSemidefiniteError: ``H_z`` is not positive semidefinite.
     """
     slopes = torch.autograd.grad(loss, metric.outputs, retain_graph=True, materialize_grads=True)
     rows = jacobian(metric.outputs, parameters)
-    slope = torch.cat([part.reshape(-1) for part in slopes]).to(rows)
+    slope = _flat(slopes, rows)
+    here = _flat(metric.outputs, rows)
+    roots = [_roots(blocks) for blocks in _blocks(metric.weigh, metric.outputs)]
+    halves, inverses = ([part.to(rows) for part in parts] for parts in zip(*roots, strict=True))
+    _multiply(halves, rows)
+    _multiply(inverses, slope.unsqueeze(1))
+
+    def displaced() -> Tensor | None:
+        outputs = outputs_now()
+        if outputs is None:
+            return None
+        change = _flat(outputs, rows).sub_(here)
+        _multiply(halves, change.unsqueeze(1))
+        return change
+
+    return Root(rows, slope, displaced)
+
+
+def _flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([t.detach().reshape(-1).to(like) for t in tensors])
+
+
+def _multiply(blocks: Sequence[Tensor], rows: Tensor) -> None:
+    """Multiply rows by a matrix with these diagonal blocks, in place."""
     first = 0
-    for blocks in _blocks(metric.weigh, metric.outputs):
-        count, size, _ = blocks.shape
-        half, inverse = (part.to(rows) for part in _roots(blocks))
-        end = first + count * size
+    for block in blocks:
+        count, size, _ = block.shape
+        part = rows[first : first + count * size]
         if size == 1:
-            rows[first:end] *= half.view(-1, 1)
+            part.mul_(block.view(-1, 1))
         else:
-            rows[first:end] = (half @ rows[first:end].view(count, size, -1)).flatten(0, 1)
-        slope[first:end] = (inverse @ slope[first:end].view(count, size, 1)).reshape(-1)
-        first = end
-    return Root(rows, slope)
+            part.copy_((block @ part.reshape(count, size, -1)).flatten(0, 1))
+        first += count * size
 
 
 def _blocks(weigh: Map, outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -57,6 +57,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "curvature": _one_of(Curvature),
     "solver": _one_of(SolverName),
     "damping_scale": _one_of(DampingScale),
+    "geodesic": (lambda v: isinstance(v, bool), "True or False"),
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
 }
 
@@ -73,8 +74,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     lowest, highest = damping_range(settings["min_damping"], settings["max_damping"], exact=False)
     if lowest > highest:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
-    if settings["trust_region"] == "boundary" and settings["max_kl"] is None:
-        raise ValueError("trust_region='boundary' needs a max_kl whose boundary to go to, got max_kl=None")
+    if settings["trust_region"] != "clip" and settings["max_kl"] is None:
+        kind = settings["trust_region"]
+        raise ValueError(f"trust_region={kind!r} needs a max_kl whose boundary to go to, got max_kl=None")
 
 
 def shared_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

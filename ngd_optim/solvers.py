@@ -1,6 +1,6 @@
 """How the linear system of a step is solved: by conjugate gradients, or exactly.
 
-A solver takes a :class:`~ngd_optim.model.QuadraticModel` and gives a :class:`~ngd_optim.cg.CGResult`. One that is exact
+A solver takes a :class:`~ngd_optim.model.QuadraticModel` and gives a :class:`~ngd_optim.CGResult`. One that is exact
 keeps all that does not depend on the damping, so that another damping at the same point costs no new Jacobian.
 """
 
@@ -128,22 +128,30 @@ class LeastSquares:
 
     def __init__(self, root: Root) -> None:
         n = root.rows.shape[1]
-        self._root = root
+        self.root = root
+        self._factor = root.rows
         self.diagonal = root.rows.square().sum(0)
         triangle = torch.linalg.qr(torch.cat([root.rows, root.slope.unsqueeze(1)], 1), mode="r").R
         self._triangle = triangle[:n]
 
     def solve(self, model: QuadraticModel) -> CGResult:
         """By orthogonal transformations."""
-        n = self._root.rows.shape[1]
+        n = self.root.rows.shape[1]
         shift = model.shift
         damped = torch.cat([shift.sqrt().diag(), torch.zeros_like(shift).unsqueeze(1)], 1)
         R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
         R, c = R[:n, :n], R[:n, n:]
-        rest = _beside(self._root, model)
+        self._factor = R
+        rest = _beside(self.root, model)
         if rest is not None:
             c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
-        return _result(-torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self._root.rows, model)
+        return _result(-torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.root.rows, model)
+
+    def pulled_back(self, u: Tensor) -> Tensor:
+        """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
+        right = (self.root.rows.T @ u).unsqueeze(1)
+        half = torch.linalg.solve_triangular(self._factor.mT, right, upper=False)
+        return torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
 
 
 class SampleSpace:
@@ -156,27 +164,31 @@ class SampleSpace:
     name: SolverName = "sample"
 
     def __init__(self, root: Root) -> None:
-        self._root = root
+        self.root = root
         self._unit: Tensor | None = None
-        self._gram = root.rows
+        self._factor = self._gram = root.rows
         self.diagonal = root.rows.square().sum(0)
 
     def solve(self, model: QuadraticModel) -> CGResult:
         """By the Cholesky factor of a matrix with a row for each output."""
-        A, s = self._root
+        A, s, _ = self.root
         size = model.shift.mean()
         unit = model.shift / size
         if self._unit is None or not torch.allclose(unit, self._unit, rtol=1e-12, atol=0):
             self._unit, self._gram = unit, _gram(A * unit.rsqrt())
-        rest = _beside(self._root, model)
+        rest = _beside(self.root, model)
         pulled = None if rest is None else rest / model.shift
         L, info = torch.linalg.cholesky_ex(self._gram + size * torch.eye(len(s)).to(s))
         if info:
             return _failed(model)
-        right = s if pulled is None else s - A @ pulled
-        y = torch.cholesky_solve(right.unsqueeze(1), L).squeeze(1)
-        x = A.T @ y / unit
+        self._factor = L
+        x = self.pulled_back(s if pulled is None else s - A @ pulled)
         return _result(-(x if pulled is None else x + pulled), A, model)
+
+    def pulled_back(self, u: Tensor) -> Tensor:
+        """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
+        assert self._unit is not None
+        return self.root.rows.T @ torch.cholesky_solve(u.unsqueeze(1), self._factor).squeeze(1) / self._unit
 
 
 class Matrix:

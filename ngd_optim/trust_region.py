@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-TrustRegion = Literal["clip", "boundary"]
+TrustRegion = Literal["clip", "boundary", "damped"]
 MaxKL = float | None | Literal["auto"]
 
 DEFAULT_MAX_KL = 0.01
@@ -23,9 +23,9 @@ def chosen_max_kl(max_kl: MaxKL, kind: TrustRegion, has_kl: bool) -> float | Non
     """
     if max_kl != "auto":
         return max_kl
-    if kind == "boundary" and not has_kl:
+    if kind != "clip" and not has_kl:
         raise ValueError(
-            "trust_region='boundary' needs a number for max_kl: the closure returns neither a distribution nor a KL, "
+            f"trust_region='{kind}' needs a number for max_kl: the closure returns neither a distribution nor a KL, "
             "and a bound in the unit of its loss has no default"
         )
     return DEFAULT_MAX_KL if has_kl else None
@@ -35,15 +35,15 @@ def trust_region_scale(quadratic: float, max_kl: float | None, kind: TrustRegion
     """Factor ``s`` for a direction ``x`` so that ``½ (s x)ᵀF (s x) ≤ max_kl``.
 
     Args:
-        quadratic: ``xᵀF x``.
+        quadratic: ``xᵀF x``; for ``"damped"`` ``xᵀ(F + λI) x``.
         max_kl: the trust region's size δ, in nats per sample; None for no trust region.
         kind: ``"clip"`` shrinks only a direction that leaves the region; ``"boundary"`` always goes to its edge
-            (TRPO: Schulman et al. 2015, appendix C).
+            (TRPO: Schulman et al. 2015, appendix C), as does ``"damped"``.
     """
     if max_kl is None or quadratic <= 0:
         return 1.0
     to_boundary = math.sqrt(2 * max_kl / quadratic)
-    return to_boundary if kind == "boundary" else min(1.0, to_boundary)
+    return min(1.0, to_boundary) if kind == "clip" else to_boundary
 
 
 @dataclass(frozen=True)

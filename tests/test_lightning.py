@@ -523,6 +523,12 @@ def test_several_batches_in_one_step_under_manual_optimization() -> None:
 # The callback
 
 
+def test_a_picture_without_matplotlib_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ngd_lightning.callback.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        NaturalCGCallback(picture="run.png")
+
+
 def test_the_callback_logs_every_field_and_draws_the_run(tmp_path: Path) -> None:
     callback = NaturalCGCallback(picture=tmp_path / "pictures" / "run.png")
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
@@ -641,8 +647,8 @@ def test_the_plugin_resumes(tmp_path: Path) -> None:
 def test_the_plugin_checks_its_arguments() -> None:
     with pytest.raises(ValueError, match="precision must be '32-true', 'bf16-mixed' or '64-true', got '16-mixed'"):
         NaturalCGPlugin("16-mixed")
-    with pytest.raises(TypeError, match="NaturalCG has no option momentum"):
-        NaturalCGPlugin(momentum=0.9)
+    with pytest.raises(TypeError, match="NaturalCG has no option nesterov"):
+        NaturalCGPlugin(nesterov=True)
     with pytest.raises(ValueError, match="max_kl must be a number above 0"):
         NaturalCGPlugin(max_kl=-1.0)
 

@@ -95,9 +95,11 @@ def test_jacobian_of_a_few_formulas():
 class Problem:
     """A closure, with its gradient and its curvature as a dense matrix."""
 
-    def __init__(self, form):
+    def __init__(self, form, theta=None):
         torch.manual_seed(1)
         self.model, x = make_model("mlp", 3 if form != "normal" else 4)
+        if theta is not None:
+            nn.utils.vector_to_parameters(theta, self.model.parameters())
         self.output = flat_function(self.model, x)
         self.theta = flatten(self.model.parameters())
         y = torch.randn(BATCH, 3, dtype=torch.float64)
@@ -261,7 +263,70 @@ def test_a_rejected_solution_is_solved_again_at_the_same_jacobian():
     assert report.backtracks > 0
     assert report.damping > 1e-6
     assert report.new_loss < before
-    assert report.n_forward <= report.backtracks + 3
+    assert report.n_forward == 1 + 2 * (report.backtracks + 1)  # for each solution a look along it and a trial
+
+
+@pytest.mark.parametrize("solver", ["dense", "sample"])
+def test_geodesic_acceleration_is_the_second_order_path(solver):
+    """The correction is −½ (F + λ)⁻¹ Jᵀ r″ with r″ the residuals' second derivative along the step."""
+    steps = {}
+    for geodesic in (False, True):
+        theta = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
+        x = torch.linspace(0, 1, 2 if solver == "sample" else 7, dtype=torch.float64)
+
+        def residuals(b, x=x):
+            return b[0] * (b[1] * x).exp() + b[2] * x - 0.5
+
+        optimizer = NaturalCG(
+            [theta], solver=solver, damping=1.0, adapt_damping=False, damping_scale="identity", geodesic=geodesic
+        )
+        before = theta.detach().clone()
+        optimizer.step(lambda theta=theta, residuals=residuals: least_squares(residuals(theta)))
+        assert optimizer.last_step.step_scale == 1.0
+        steps[geodesic] = theta.detach() - before
+    J, d = jacrev(residuals)(before), steps[False]
+    second = torch.func.jvp(lambda b: torch.func.jvp(residuals, (b,), (d,))[1], (before,), (d,))[1]
+    correction = torch.linalg.solve(J.T @ J / len(x) + identity(J.T), -0.5 * J.T @ second / len(x))
+    assert_near(steps[True] - d, correction, 1e-2)  # a finite difference over a tenth of the step
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense", "sample"])
+def test_momentum_is_spring(solver):
+    """``x = argmin ½ ‖A x + s‖² + ½ λ ‖x − μ x_before‖²`` (Goldshlager, Abrahamsen & Lin 2024, equation 23)."""
+    problem = Problem("least_squares")
+    optimizer = NaturalCG(
+        problem.model.parameters(),
+        solver=solver,
+        momentum=0.9,
+        damping=0.3,
+        adapt_damping=False,
+        damping_scale="identity",
+        max_backtracks=0,
+        geodesic=False,
+        cg_tol=1e-14,
+        cg_progress_tol=0.0,
+    )
+    last = torch.zeros_like(problem.theta)
+    for _ in range(3):
+        theta = flatten(problem.model.parameters())
+        twin = Problem("least_squares", theta)
+        system = twin.curvature + 0.3 * identity(twin.curvature)
+        last = torch.linalg.solve(system, 0.3 * 0.9 * last - twin.gradient)
+        optimizer.step(problem.closure)
+        assert_near(flatten(problem.model.parameters()) - theta, last, 1e-8)
+
+
+def test_momentum_that_leads_uphill_is_left_out():
+    problem = Problem("least_squares")
+    optimizer = NaturalCG(problem.model.parameters(), solver="dense", momentum=0.99, damping=10.0)
+    optimizer.step(problem.closure)
+    point = linearize(problem.closure, problem.model.parameters())
+    uphill = FlatParameters(optimizer.param_groups).unflatten(10 * point.gradient / point.gradient.norm())
+    for p, wrong in zip(problem.model.parameters(), uphill, strict=True):
+        optimizer.state[p]["solution"] = wrong
+    optimizer.step(problem.closure)
+    assert optimizer.last_step.accepted
+    assert optimizer.last_step.new_loss < optimizer.last_step.loss
 
 
 def test_sample_solver_refuses_what_has_no_outputs():

@@ -43,8 +43,9 @@ class DenseStep:
         self.g = problem.gradient + self.decay * problem.theta
         A = self.F + (self.decay + damping * torch.ones_like(self.g)).diag()
         x = -torch.linalg.solve(A, self.g)
-        to_boundary = math.inf if max_kl is None else (2 * max_kl / (x @ self.F @ x)).sqrt().item()
-        self.scale = to_boundary if trust_region == "boundary" else min(1.0, to_boundary)
+        metric = A if trust_region == "damped" else self.F
+        to_boundary = math.inf if max_kl is None else (2 * max_kl / (x @ metric @ x)).sqrt().item()
+        self.scale = min(1.0, to_boundary) if trust_region == "clip" else to_boundary
         self.d = lr * self.scale * x
 
     def objective(self, fraction):
@@ -92,6 +93,8 @@ SETTINGS = {
     "boundary": {"trust_region": "boundary", "max_kl": 1e-3},
     "boundary_lr": {"trust_region": "boundary", "max_kl": 1e-3, "lr": 0.5},
     "boundary_outside": {"trust_region": "boundary", "max_kl": 0.5},
+    "damped": {"trust_region": "damped", "max_kl": 1e-3},
+    "damped_weight_decay": {"trust_region": "damped", "max_kl": 0.5, "weight_decay": 0.2, "lr": 0.5},
     "clip_scaled": {"max_kl": 1e-4},
     "clip_scaled_lr": {"max_kl": 1e-4, "lr": 0.3},
     "clip_inside": {"max_kl": 100.0},
@@ -125,7 +128,7 @@ def test_scaled_step_is_the_dense_one(form, name, products):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("trust_region", ["clip", "boundary"])
+@pytest.mark.parametrize("trust_region", ["clip", "boundary", "damped"])
 @pytest.mark.parametrize(
     "per_group",
     [
@@ -417,7 +420,8 @@ class TestDefaultTrustRegion:
         NaturalCG(problem.model.parameters(), max_backtracks=0, **(EXACT | {"max_kl": "auto"})).step(problem.closure)
         assert_near(problem.moved - problem.theta, DenseStep(problem, max_kl=None).d)
 
-    def test_has_no_boundary_in_the_unit_of_a_loss(self):
+    @pytest.mark.parametrize("trust_region", ["boundary", "damped"])
+    def test_has_no_boundary_in_the_unit_of_a_loss(self, trust_region):
         problem = StepProblem("ggn")
-        with pytest.raises(ValueError, match="needs a number for max_kl"):
-            NaturalCG(problem.model.parameters(), trust_region="boundary").step(problem.closure)
+        with pytest.raises(ValueError, match=f"trust_region='{trust_region}' needs a number for max_kl"):
+            NaturalCG(problem.model.parameters(), trust_region=trust_region).step(problem.closure)

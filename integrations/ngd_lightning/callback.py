@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ngd_lightning.checks import check_trainer, warn_of_optimizers
 from ngd_lightning.step import attach
-from ngd_optim import NaturalCG, StepReport
+from ngd_optim import NaturalCG, StepReport, plot_history
 
 PROGRESS_BAR = ("kl", "cg_iters", "damping", "reduction_ratio", "accepted")
 
@@ -48,11 +48,17 @@ class NaturalCGCallback(LightningBridge):
     Args:
         progress_bar: the fields that the progress bar shows.
         warn_after: warn once when so many steps in a row were rejected.
-        picture: where to write a picture of the run at its end, as PNG; it also goes to TensorBoard. None: no picture.
+        picture: where to write a picture of the run at its end, as PNG, by :func:`~ngd_optim.plot_history`; it also
+            goes to TensorBoard. None: no picture.
 
     Raises:
         ValueError: ``progress_bar`` names something that is not a field of StepReport, or ``warn_after`` is below 1.
         ImportError: a picture is asked for, and matplotlib is not installed.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from ngd_lightning import NaturalCGCallback
+        >>> trainer = Trainer(callbacks=[NaturalCGCallback(["kl", "damping"], picture="run.png")], logger=False)
     """
 
     def __init__(
@@ -109,9 +115,9 @@ class NaturalCGCallback(LightningBridge):
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer) -> None:
         if self._picture is not None and any(self.runs.values()):
-            from ngd_lightning.picture import draw
-
-            figure = draw(self.runs)
+            bounds = {o.param_groups[0]["max_kl"] for o in trainer.optimizers if isinstance(o, NaturalCG)}
+            bound = bounds.pop() if len(bounds) == 1 else None
+            figure = plot_history(self.runs, max_kl=None if bound == "auto" else bound)
             Path(self._picture).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(self._picture, dpi=150)
             for logger in trainer.loggers:

@@ -31,6 +31,11 @@ class NaturalCGPlugin(Precision):
     Raises:
         ValueError: another precision, or an option that is out of range.
         TypeError: NaturalCG has no such option.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from ngd_lightning import NaturalCGPlugin
+        >>> trainer = Trainer(plugins=[NaturalCGPlugin("bf16-mixed", max_kl=0.1)], logger=False)
     """
 
     def __init__(self, precision: str = "32-true", **options: Any) -> None:

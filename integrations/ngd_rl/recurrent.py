@@ -31,6 +31,10 @@ class RecurrentTRPO(TRPO):
 
     Raises:
         ValueError: as for :class:`~ngd_rl.TRPO`, or the policy is not recurrent.
+
+    Example:
+        >>> from ngd_rl import RecurrentTRPO
+        >>> agent = RecurrentTRPO("MlpLstmPolicy", "CartPole-v1", n_steps=64).learn(64)
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = RecurrentPPO.policy_aliases

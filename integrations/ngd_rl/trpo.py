@@ -38,17 +38,18 @@ class Samples(NamedTuple):
 class TRPO(sb3_contrib.TRPO):
     """Trust Region Policy Optimization (Schulman et al. 2015) for Stable-Baselines3.
 
-    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. Two
-    things differ from sb3-contrib. The KL is that of the whole action in nats per sample, where sb3-contrib averages
-    over the dimensions of ``Box`` and ``MultiBinary`` actions: multiply ``target_kl`` and ``cg_damping`` by their
-    number for the same region. And the step goes to the boundary of that region, where sb3-contrib counts the damping
-    as KL and stays inside.
+    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. On
+    the same rollout the step is that of sb3-contrib, with one difference: the KL is that of the whole action in nats
+    per sample, where sb3-contrib averages over the dimensions of ``Box`` and ``MultiBinary`` actions. Multiply
+    ``target_kl`` and ``cg_damping`` by their number for the same region.
 
     Args:
         *args: as for ``sb3_contrib.TRPO``.
         adapt_damping: let ``cg_damping`` follow how well the quadratic model predicts (Levenberg-Marquardt).
-        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``.
+        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``. At the
+            default the step is the one that they converge to (cosine above 0.99999), with fewer products.
         warm_start: they start from this multiple of the last solution.
+        preconditioner: as for ``ngd_optim.NaturalCG``.
         curvature_fraction: share of the rollout that the Fisher products are formed on; the gradient and the line
             search always use all of it.
         **kwargs: as for ``sb3_contrib.TRPO``; ``line_search_max_iter=0`` means no line search (:class:`NPG`).
@@ -58,19 +59,27 @@ class TRPO(sb3_contrib.TRPO):
 
     Raises:
         ValueError: a setting is out of range, or the environment returned something that is not finite.
+
+    Example:
+        >>> from ngd_rl import TRPO
+        >>> agent = TRPO("MlpPolicy", "CartPole-v1", n_steps=64, target_kl=0.01).learn(64)
+        >>> agent.policy_optimizer.last_step.kl <= 0.01
+        True
     """
 
     def __init__(
         self,
         *args: Any,
         adapt_damping: bool = False,
-        cg_tol: float = 1e-6,
+        cg_tol: float = 1e-3,
         warm_start: float = 0.0,
+        preconditioner: Any = None,
         curvature_fraction: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.adapt_damping = adapt_damping
         self.cg_tol = cg_tol
+        self.preconditioner = preconditioner
         self.warm_start = warm_start
         self.curvature_fraction = curvature_fraction
         super().__init__(*args, **kwargs)
@@ -114,11 +123,12 @@ class TRPO(sb3_contrib.TRPO):
         """What NaturalCG calls the settings, which may change while training."""
         settings = {
             "max_kl": self.target_kl,
-            "trust_region": "boundary",
+            "trust_region": "damped",
             "adapt_damping": self.adapt_damping,
             "max_cg_iters": self.cg_max_steps,
             "cg_tol": self.cg_tol,
             "cg_progress_tol": 0.0,
+            "preconditioner": self.preconditioner,
             "warm_start": self.warm_start,
             "max_backtracks": max(0, self.line_search_max_iter - 1),
             "backtrack_ratio": self.line_search_shrinking_factor,
@@ -255,7 +265,17 @@ class TRPO(sb3_contrib.TRPO):
 
 
 class NPG(TRPO):
-    """Natural policy gradient (Kakade 2001): :class:`TRPO` that takes the scaled step without a line search."""
+    """Natural policy gradient (Kakade 2001): :class:`~ngd_rl.TRPO` that takes the scaled step without a line search.
+
+    Raises:
+        ValueError: as for :class:`~ngd_rl.TRPO`.
+
+    Example:
+        >>> from ngd_rl import NPG
+        >>> agent = NPG("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
+        >>> agent.policy_optimizer.last_step.backtracks
+        0
+    """
 
     def __init__(self, *args: Any, line_search_max_iter: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, line_search_max_iter=line_search_max_iter, **kwargs)

@@ -1,0 +1,80 @@
+"""What the site takes from the rest of the repository, so that nothing is copied by hand.
+
+A page may have these lines:
+
+    <!-- README -->                 the README's beginning, up to its first section
+    <!-- README: name -->           a section of the README, without its heading
+    <!-- examples -->               all examples: what they do, their pictures and their code
+    <!-- benchmarks -->             all results of the benchmarks: tables and figures
+"""
+
+import ast
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES, BENCHMARKS, RESULTS = ROOT / "examples", ROOT / "benchmarks", ROOT / "benchmarks" / "results"
+SHOWN = (*EXAMPLES.glob("*.p[ny]*"), *RESULTS.glob("*.png"))
+PLACE = re.compile(r"^<!-- (README|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Pictures and example files lie in the site where they lie in the repository."""
+    for path in SHOWN:
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Fill in the places of a page."""
+    return PLACE.sub(lambda place: _filled(*place.groups()), markdown)
+
+
+def _filled(what: str, name: str | None) -> str:
+    if what == "README":
+        return _linked_within_the_site(readme_section(name))
+    if what == "examples":
+        return "\n".join(map(_example, sorted(EXAMPLES.glob("*.py"))))
+    return "\n".join(map(_benchmark, sorted(RESULTS.glob("*.md"))))
+
+
+def readme_section(name: str | None) -> str:
+    """The README's section of that name; None: what comes before the first section.
+
+    Raises:
+        ValueError: there is no such section.
+    """
+    beginning, *sections = re.split(r"^## (.+)\n", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    texts = dict(zip(sections[::2], sections[1::2], strict=True))
+    if name is None:
+        return beginning
+    if name not in texts:
+        raise ValueError(f"the README has no section {name!r}; it has {', '.join(texts)}")
+    return texts[name].strip()
+
+
+def _linked_within_the_site(markdown: str) -> str:
+    return re.sub(r"\]\(benchmarks/results/(\w+)\.md\)", r"](benchmarks.md#\1)", markdown)
+
+
+def _docstring(path: Path) -> tuple[str, str]:
+    """Its first line, and the rest as markdown."""
+    first, _, rest = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")
+    return first, rest.strip()
+
+
+def _example(path: Path) -> str:
+    title, text = _docstring(path)
+    picture = f"![what {path.name} draws](examples/{path.stem}.png)\n" if path.with_suffix(".png").exists() else ""
+    code = "\n".join(f"    {line}".rstrip() for line in ["```python", *path.read_text().splitlines(), "```"])
+    heading = f"## {path.stem} {{ #{path.stem} }}"
+    return f'{heading}\n\n**{title}**\n\n{text}\n\n{picture}\n??? example "examples/{path.name}"\n\n{code}\n'
+
+
+def _benchmark(table: Path) -> str:
+    script = BENCHMARKS / f"{table.stem}.py"
+    title, text = _docstring(script) if script.exists() else (table.stem, "")
+    picture = f"![figure](benchmarks/results/{table.stem}.png)\n" if table.with_suffix(".png").exists() else ""
+    return f"## {table.stem} {{ #{table.stem} }}\n\n**{title}**\n\n{text}\n\n{table.read_text()}\n{picture}"

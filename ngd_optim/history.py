@@ -1,0 +1,140 @@
+"""A picture of a run: what its steps did."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ngd_optim.report import StepReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANELS = {
+    "loss": "Loss before the step",
+    "kl": "KL of the step, nats per sample (or ½ dᵀF d)",
+    "reduction_ratio": "Reduction ratio: decrease found ÷ predicted",
+    "damping": "Damping λ",
+    "cg_iters": "CG iterations",
+}
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""For runs: told apart by colour-blind readers too (Okabe & Ito 2008)."""
+
+_BOUND = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+_RIGHT = {"color": "0.45", "linestyle": ":", "linewidth": 1.2}
+_REJECTED = {"color": "black", "marker": "x", "markersize": 7, "linestyle": "none", "zorder": 3}
+_STOP_MARKERS = "o^sDvP*"
+_FEW = 60
+
+
+def plot_history(
+    reports: Sequence[StepReport] | Mapping[str, Sequence[StepReport]], *, max_kl: float | None = None
+) -> "Figure":
+    """Draw a run, step by step: loss, KL, reduction ratio, damping and CG iterations.
+
+    A cross marks a rejected step; the markers of the CG iterations tell why each solve ended. Steps count from 1.
+
+    Args:
+        reports: the values of ``optimizer.last_step`` after each step; or some such lists by name, to compare runs.
+        max_kl: the trust region δ, in the unit of the KL, to be drawn as a line. None: no line.
+
+    Returns:
+        A matplotlib figure, which pyplot does not know of: ``figure.savefig("run.png")`` writes it, and a notebook
+        shows it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no reports, or ``max_kl`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import NaturalCG, plot_history
+        >>> x = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer, reports = NaturalCG([x], max_kl=0.5), []
+        >>> for _ in range(5):
+        ...     loss = optimizer.step(lambda: (x**4).sum())
+        ...     reports.append(optimizer.last_step)
+        >>> plot_history(reports, max_kl=0.5).savefig("run.png")
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_history needs matplotlib: pip install matplotlib") from error
+    runs = dict(reports) if isinstance(reports, Mapping) else {"steps": reports}
+    if not any(runs.values()):
+        raise ValueError("plot_history needs at least one report, got none")
+    if max_kl is not None and not max_kl > 0:
+        raise ValueError(f"max_kl must be above 0 or None, got {max_kl}")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    *panels, key = figure.subplots(2, 3, sharex=True).flat
+    for axes, (field, title) in zip(panels, PANELS.items(), strict=True):
+        for colour, run in zip(_colours(runs), runs.values(), strict=True):
+            _draw_field(axes, run, field, colour)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes = dict(zip(PANELS, panels, strict=True))
+    if max_kl is not None:
+        axes["kl"].axhline(max_kl, **_BOUND)
+    axes["reduction_ratio"].axhline(1.0, **_RIGHT)
+    stops = _stops(runs)
+    for colour, run in zip(_colours(runs), runs.values(), strict=True):
+        _draw_stops(axes["cg_iters"], run, colour, stops)
+    _draw_key(key, runs, stops, max_kl)
+    return figure
+
+
+def _colours(runs: Mapping[str, Any]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+
+
+def _stops(runs: Mapping[str, Sequence[StepReport]]) -> dict[str, str]:
+    """The marker of each reason why a solve ended."""
+    found: Iterable[str] = dict.fromkeys(report.cg_stop for run in runs.values() for report in run)
+    return dict(zip(found, _STOP_MARKERS, strict=False))
+
+
+def _draw_field(axes: Any, run: Sequence[StepReport], field: str, colour: str) -> None:
+    values = [getattr(report, field) for report in run]
+    dots = "." if len(run) <= _FEW and field != "cg_iters" else None
+    axes.plot(range(1, len(run) + 1), values, color=colour, linewidth=1.3, marker=dots)
+    rejected = [i for i, report in enumerate(run) if not report.accepted]
+    axes.plot([i + 1 for i in rejected], [values[i] for i in rejected], **_REJECTED)
+    if field == "reduction_ratio":
+        if any(not -2 < value < 4 for value in values if value == value):
+            axes.set_yscale("symlog", linthresh=1)
+    elif field == "cg_iters":
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], 1.08 * max(values, default=0)))
+    elif _spans_decades(values, may_round_below_zero=field == "kl"):
+        axes.set_yscale("log", nonpositive="mask")
+
+
+def _spans_decades(values: Sequence[float], *, may_round_below_zero: bool) -> bool:
+    positive = [value for value in values if value > 0]
+    if not positive or (min(values) < 0 and not may_round_below_zero):
+        return False
+    return max(positive) > 20 * min(positive)
+
+
+def _draw_stops(axes: Any, run: Sequence[StepReport], colour: str, stops: Mapping[str, str]) -> None:
+    for stop, marker in stops.items():
+        steps = [i for i, report in enumerate(run, 1) if report.cg_stop == stop]
+        values = [run[i - 1].cg_iters for i in steps]
+        axes.plot(steps, values, marker, color=colour, markersize=5 if len(run) <= _FEW else 2.5)
+
+
+def _draw_key(axes: Any, runs: Mapping[str, Any], stops: Mapping[str, str], max_kl: float | None) -> None:
+    """What lines and markers mean, in a place of its own."""
+    axes.axis("off")
+    if len(runs) > 1:
+        for colour, name in zip(_colours(runs), runs, strict=True):
+            axes.plot([], [], color=colour, linewidth=2, label=name)
+    axes.plot([], [], **_REJECTED, label="rejected step")
+    if max_kl is not None:
+        axes.plot([], [], **_BOUND, label=f"max_kl = {max_kl:g}")
+    axes.plot([], [], **_RIGHT, label="the decrease was as predicted")
+    for stop, marker in stops.items():
+        axes.plot([], [], marker, color="0.45", label=f"solve ended: {stop.replace('_', ' ')}")
+    axes.legend(loc="center left", frameon=False)
