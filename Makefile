@@ -35,6 +35,7 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/pinn.py
+	$(BIN)/python benchmarks/goals.py
 
 docs: $(READY)  ## build the site in site/, to read offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
