@@ -6,11 +6,14 @@ from ngd_optim.least_squares import least_squares
 from ngd_optim.linearize import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
 from ngd_optim.report import StepReport
+from ngd_optim.sketches import Diagonal, Nystrom
 
 __all__ = [
     "CGResult",
+    "Diagonal",
     "Linearization",
     "NaturalCG",
+    "Nystrom",
     "StepReport",
     "conjugate_gradient",
     "least_squares",

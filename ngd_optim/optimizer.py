@@ -68,7 +68,8 @@ class NaturalCG(Optimizer):
             solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
             closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
             stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
-            Or a function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
+            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`: from products alone. Or a function
+            ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
         max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
             unless it is not finite.
         backtrack_ratio: factor of each shrinking.
@@ -275,6 +276,7 @@ class NaturalCG(Optimizer):
         damping = max(self._per_group("damping"))
         trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
         names = {"solver": solver.name, "preconditioner": preconditioning.name}
+        solution = replace(solution, products=solution.products + preconditioning.products)
         self.last_step = report_of(point, model, solution, step, trial, damping, n_forward, **names)
         self._adapt_damping(self.last_step, trial, settings)
         self._remember(solution, parameters)
@@ -374,7 +376,7 @@ class NaturalCG(Optimizer):
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
             boundary=None if settings["max_kl"] is None else 2 * settings["max_kl"],
-            precondition=lambda model: preconditioning.formed(model.shift, ranks),
+            precondition=lambda model: preconditioning.formed(model, ranks),
         )
 
     def _scale(

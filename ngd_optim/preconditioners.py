@@ -1,7 +1,7 @@
 """The preconditioner of one step's conjugate gradients: what it is, and when its ingredients are renewed."""
 
 import zlib
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,11 +19,13 @@ from ngd_optim.kronecker import (
     mean_of,
     uses_of,
 )
+from ngd_optim.model import QuadraticModel
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.sketches import Diagonal, Nystrom, Sketch
 
 PreconditionerName = Literal["auto", "kfac"]
 Solve = Callable[[Tensor], Tensor]
-Preconditioner = PreconditionerName | None | Solve
+Preconditioner = PreconditionerName | None | Solve | Diagonal | Nystrom
 
 MEMORY = 0.5
 """Share of the older factors in renewed ones."""
@@ -49,7 +51,8 @@ class Preconditioning:
 
     Attributes:
         layers: those of this step.
-        name: what it formed: ``"kfac"``, ``"callable"`` or ``"none"``.
+        name: what it formed: ``"kfac"``, ``"diagonal"``, ``"nystrom"``, ``"callable"`` or ``"none"``.
+        products: how many curvature products that took.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Preconditioning:
     ) -> None:
         self.layers = layers
         self.name = "none"
+        self.products = 0
         self._kind = kind
         self._parameters = parameters
         self._state = state
@@ -70,6 +74,7 @@ class Preconditioning:
         self._values = {(i, name): entry[name] for i, entry in enumerate(own) for name in _NAMES if name in entry}
         self._is_due = self._products >= RENEWED_AFTER
         self._generator = generator or torch.Generator().manual_seed(self._draws)
+        self._sketch = _sketch_of(own)
         self._estimates: list[KroneckerFactors | None] = []
 
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:
@@ -97,8 +102,11 @@ class Preconditioning:
         else:
             self.layers = layers
 
-    def formed(self, shift: Tensor, ranks: Ranks) -> Solve | None:
-        """The preconditioner for a system that adds a flat ``shift`` to the curvature; None where there is none."""
+    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+        """The preconditioner for a model's system; None where there is none."""
+        shift = model.shift
+        if isinstance(self._kind, Diagonal | Nystrom):
+            return self._sketched(self._kind, model.curvature, shift)
         if callable(self._kind):
             self.name = "callable"
             return _checked(self._kind)
@@ -111,8 +119,35 @@ class Preconditioning:
         means = torch.stack([part.sum() / max(1, part.numel()) for part in self._parameters.views(shift)]).tolist()
         return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
 
+    def _sketched(self, kind: Diagonal | Nystrom, curvature: Solve, shift: Tensor) -> Solve | None:
+        """A preconditioner from products, formed anew where what earlier steps left is too old or not of its kind."""
+
+        def counted(v: Tensor) -> Tensor:
+            self.products += 1
+            return curvature(v)
+
+        old = self._sketch
+        if old is None or len(old.basis) != len(shift) or bool(len(old.values)) != isinstance(kind, Nystrom):
+            old = None
+        if old is None or old.age >= kind.refresh:
+            old = kind.drawn(counted, len(shift), shift, old, self._generator)
+            self._draws += 1
+        self._sketch = old._replace(age=old.age + 1)
+        if not (old.basis.isfinite().all() and old.values.isfinite().all()):
+            self._sketch = None
+            return None  # the step will be refused
+        self.name = kind.name
+        return kind.solve(old, shift)
+
     def keep(self, products: int) -> None:
         """Write what the next step needs to the state, with how many products this one took."""
+        if isinstance(self._kind, Diagonal | Nystrom) and self._sketch is not None:
+            basis, values, age = self._sketch
+            tensors = self._parameters.tensors
+            for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
+                self._state[p]["sketch"] = part
+            more = {"sketch_values": values, "sketch_age": age, "draws": self._draws}
+            self._state[self._parameters.tensors[0]] |= more
         if self._kind not in get_args(PreconditionerName):
             return
         for i, p in enumerate(self._parameters.tensors):
@@ -136,6 +171,14 @@ class Preconditioning:
         if all(value.isfinite().all() for value in values.values()):  # else the step will be refused
             self.layers = mean.layers
             self._values = {key: _mixed(value, self._values.get(key)) for key, value in values.items()}
+
+
+def _sketch_of(own: Sequence[Mapping[str, Any]]) -> Sketch | None:
+    """What the state holds of the last sketch."""
+    if not all("sketch" in entry for entry in own):
+        return None
+    basis = torch.cat([entry["sketch"] for entry in own])
+    return Sketch(basis, own[0]["sketch_values"].to(basis), own[0]["sketch_age"])
 
 
 def _mixed(value: Tensor, older: Tensor | None) -> Tensor:

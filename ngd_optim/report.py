@@ -36,7 +36,8 @@ class StepReport:
         reason: one sentence on the outcome.
         solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
         backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
-        preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"callable"`` or ``"none"``.
+        preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
+            ``"nystrom"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.
         n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
             nor what a direct solver needs.

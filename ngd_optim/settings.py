@@ -10,6 +10,7 @@ from torch import Tensor
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import damping_range
 from ngd_optim.preconditioners import PreconditionerName
+from ngd_optim.sketches import Diagonal, Nystrom
 from ngd_optim.solvers import DampingScale, SolverName
 from ngd_optim.trust_region import TrustRegion
 
@@ -48,8 +49,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cg_progress_tol": _FINITE,
     "warm_start": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     "preconditioner": (
-        lambda v: v is None or callable(v) or v in get_args(PreconditionerName),
-        "'auto', 'kfac', None or a function of a flat vector",
+        lambda v: v is None or callable(v) or isinstance(v, Diagonal | Nystrom) or v in get_args(PreconditionerName),
+        "'auto', 'kfac', None, a Diagonal(), a Nystrom() or a function of a flat vector",
     ),
     "max_backtracks": (_count, "an integer, at least 0"),
     "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),

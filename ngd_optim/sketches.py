@@ -1,0 +1,120 @@
+"""Preconditioners from products alone: the curvature's diagonal or largest eigenvalues, as random vectors show them.
+
+They need nothing but ``v ↦ F v``, so they fit every closure; Kronecker factors, where the graph has them, tell more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Sketch(NamedTuple):
+    """What is kept of the curvature.
+
+    Attributes:
+        basis: orthonormal columns, shape (n, r); or the diagonal, shape (n, 1).
+        values: their eigenvalues, largest first, shape (r,); empty for a diagonal.
+        age: steps since it was drawn.
+    """
+
+    basis: Tensor
+    values: Tensor
+    age: int
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """``M = diag(F) + λ``, where the diagonal is estimated by ``z ⊙ F z`` (Hutchinson; Bekas et al. 2007).
+
+    Args:
+        probes: products per estimate, with random signs ``z``.
+        refresh: steps after which it is renewed.
+    """
+
+    probes: int = 10
+    refresh: int = 10
+    name = "diagonal"
+
+    def __post_init__(self) -> None:
+        _at_least_one(probes=self.probes, refresh=self.refresh)
+
+    def drawn(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
+        """A new estimate."""
+        total = torch.zeros_like(shift)
+        for _ in range(self.probes):
+            signs = torch.randint(0, 2, (n,), generator=generator).mul_(2).sub_(1).to(shift)
+            total += signs * product(signs)
+        return Sketch((total / self.probes).unsqueeze(1), shift.new_zeros(0), 0)
+
+    def solve(self, sketch: Sketch, shift: Tensor) -> Product:
+        """``r ↦ M⁻¹ r``."""
+        scale = sketch.basis.squeeze(1).abs() + shift
+        floor = torch.finfo(scale.dtype).eps * scale.amax()
+        inverse = torch.where(scale > floor, 1 / scale, 1.0)
+        return lambda r: inverse * r
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """``M = U Λ Uᵀ + λ`` from a randomised Nyström approximation (Frangella, Tropp & Udell 2023, algorithm 2.1).
+
+    Args:
+        rank: products per approximation at first, and columns of ``U``. It doubles where the smallest eigenvalue found
+            is still ten times the damping, as one further down would help as well (section 5.4.2).
+        largest_rank: where that ends. ``U`` takes as much memory as this many copies of the parameters.
+        refresh: steps after which it is renewed.
+    """
+
+    rank: int = 20
+    largest_rank: int = 160
+    refresh: int = 10
+    name = "nystrom"
+
+    def __post_init__(self) -> None:
+        _at_least_one(rank=self.rank, refresh=self.refresh)
+        if self.largest_rank < self.rank:
+            raise ValueError(f"largest_rank must be at least rank, got {self.largest_rank} < {self.rank}")
+
+    def drawn(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
+        """A new approximation, of the old one's rank at least."""
+        largest = min(self.largest_rank, n)
+        rank = min(largest, self.rank if old is None else len(old.values))
+        basis, images = shift.new_zeros(n, 0), shift.new_zeros(n, 0)
+        while True:
+            more = torch.randn(n, rank - basis.shape[1], generator=generator, dtype=torch.float64).to(shift)
+            more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
+            images = torch.cat([images, torch.stack([product(column) for column in more.T], 1)], 1)
+            basis = torch.cat([basis, more], 1)
+            sketch = _nystrom(basis, images)
+            if rank == largest or sketch.values[-1] <= 10 * shift.mean():
+                return sketch
+            rank = min(2 * rank, largest)
+
+    def solve(self, sketch: Sketch, shift: Tensor) -> Product:
+        """``r ↦ M⁻¹ r``, where the eigenvalues that are not known count as the smallest one that is."""
+        U, values = sketch.basis, sketch.values
+        damping = shift.mean()
+        weights = (values[-1] + damping) / (values + damping) - 1
+        return lambda r: r + U @ (weights * (U.T @ r))
+
+
+def _nystrom(basis: Tensor, images: Tensor) -> Sketch:
+    """Eigenvectors and eigenvalues of ``Y (Ωᵀ Y)⁻¹ Yᵀ`` for ``Y = F Ω``, by a shift that keeps it definite."""
+    nu = torch.finfo(images.dtype).eps * images.norm()
+    shifted = images + nu * basis
+    core = basis.T @ shifted
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    inverse_root = vectors * values.clamp(min=nu).rsqrt()
+    U, roots, _ = torch.linalg.svd(shifted @ inverse_root, full_matrices=False)
+    return Sketch(U, (roots.square() - nu).clamp(min=0), 0)
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"{name} must be an integer, at least 1, got {count!r}")

@@ -1,0 +1,150 @@
+"""Preconditioners from products alone: what they find, what they make of it, and how many iterations they save."""
+
+import copy
+
+import pytest
+import torch
+from problems import assert_near, flatten
+from torch import nn
+
+from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares
+from ngd_optim.sketches import Sketch
+
+N = 60
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def with_spectrum(values):
+    """A symmetric matrix with these eigenvalues."""
+    Q = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64)).Q
+    return Q @ torch.diag(values) @ Q.T
+
+
+def shift_of(value):
+    return torch.full((N,), value, dtype=torch.float64)
+
+
+def test_nystrom_has_the_matrix_itself_where_its_rank_suffices():
+    values = torch.zeros(N, dtype=torch.float64)
+    values[:5] = torch.tensor([9.0, 5.0, 3.0, 1.0, 0.1])
+    F = with_spectrum(values)
+    sketch = Nystrom(rank=8).drawn(lambda v: F @ v, N, shift_of(1e-3), None, seeded())
+    assert_near(sketch.values[:5], values[:5], 1e-10)
+    assert sketch.values[5:].abs().max() < 1e-10
+    assert_near(sketch.basis @ torch.diag(sketch.values) @ sketch.basis.T, F, 1e-10)
+    r = torch.randn(N, dtype=torch.float64)
+    damped = (F + 1e-3 * torch.eye(N, dtype=torch.float64)) / 1e-3  # up to a factor, which changes nothing
+    assert_near(Nystrom().solve(sketch, shift_of(1e-3))(r), torch.linalg.solve(damped, r), 1e-6)
+
+
+def test_nystrom_doubles_its_rank_until_the_damping_hides_the_rest():
+    F = with_spectrum(10.0 ** -torch.arange(N, dtype=torch.float64).div(6))
+    products = []
+
+    def product(v):
+        products.append(v)
+        return F @ v
+
+    kind = Nystrom(rank=3, largest_rank=50)
+    sketch = kind.drawn(product, N, shift_of(1e-4), None, seeded())
+    assert len(sketch.values) == len(products) == 24  # 3, 6, 12, 24: no product is formed twice
+    assert sketch.values[-1] <= 1e-3
+    assert len(kind.drawn(product, N, shift_of(0.0), None, seeded()).values) == 50
+    assert len(kind.drawn(product, N, shift_of(10.0), sketch, seeded()).values) == 24
+
+
+def test_diagonal_is_exact_for_a_diagonal_matrix_and_close_for_others():
+    entries = torch.logspace(-3, 2, N, dtype=torch.float64)
+    sketch = Diagonal(probes=1).drawn(lambda v: entries * v, N, shift_of(0.1), None, seeded())
+    assert_near(sketch.basis.squeeze(1), entries, 1e-12)
+    r = torch.randn(N, dtype=torch.float64)
+    assert_near(Diagonal().solve(sketch, shift_of(0.1))(r), r / (entries + 0.1), 1e-12)
+    F = with_spectrum(torch.linspace(1, 2, N, dtype=torch.float64))
+    sketch = Diagonal(probes=2000).drawn(lambda v: F @ v, N, shift_of(0.1), None, seeded())
+    assert (sketch.basis.squeeze(1) - F.diagonal()).abs().max() < 0.1
+
+
+def test_a_negative_diagonal_makes_no_negative_preconditioner():
+    sketch = Sketch(torch.linspace(-1, 1, N, dtype=torch.float64).unsqueeze(1), shift_of(0.0)[:0], 0)
+    assert (Diagonal().solve(sketch, shift_of(0.0))(shift_of(1.0)) > 0).all()
+
+
+def ill_conditioned(scaled):
+    """A linear layer on features of very different sizes, or with a spectrum that decays along other directions."""
+    torch.manual_seed(3)
+    x = torch.randn(200, N, dtype=torch.float64) * torch.logspace(0, -3, N, dtype=torch.float64)
+    if not scaled:
+        x = x @ torch.linalg.qr(torch.randn(N, N, dtype=torch.float64)).Q
+    model = nn.Linear(N, 1).double()
+    y = torch.randn(200, 1, dtype=torch.float64)
+    return model, lambda: least_squares(model(x) - y)
+
+
+EXACT = {
+    "solver": "cg",
+    "damping": 1e-6,
+    "adapt_damping": False,
+    "cg_tol": 1e-9,
+    "max_cg_iters": 3000,
+    "cg_progress_tol": 0.0,
+}
+
+
+def step_with(preconditioner, scaled):
+    model, closure = ill_conditioned(scaled)
+    start = flatten(model.parameters())
+    optimizer = NaturalCG(model.parameters(), preconditioner=preconditioner, **EXACT)
+    optimizer.step(closure)
+    return optimizer.last_step, flatten(model.parameters()) - start
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "scaled", "saved"),
+    [(Nystrom(rank=30), True, 3), (Nystrom(rank=30), False, 3), (Diagonal(), True, 2)],
+)
+def test_fewer_iterations_to_the_same_step(preconditioner, scaled, saved):
+    plain, wanted = step_with(None, scaled)
+    report, found = step_with(preconditioner, scaled)
+    assert plain.cg_stop == report.cg_stop == "tolerance"
+    assert saved * report.cg_iters <= plain.cg_iters
+    assert_near(found, wanted, 1e-3)
+    assert report.preconditioner == preconditioner.name
+    assert report.n_product > report.cg_iters
+    assert plain.n_product == plain.cg_iters
+
+
+@pytest.mark.parametrize("kind", [Nystrom(rank=5, largest_rank=5, refresh=2), Diagonal(probes=5, refresh=2)])
+def test_sketches_are_kept_renewed_and_saved(kind):
+    model, closure = ill_conditioned(True)
+    optimizer = NaturalCG(model.parameters(), preconditioner=kind, solver="cg", warm_start=0.0)
+    drawn = []
+    for _ in range(4):
+        optimizer.step(closure)
+        drawn.append(optimizer.last_step.n_product - optimizer.last_step.cg_iters)
+    assert drawn == [5, 0, 5, 0]
+    twin, same_closure = ill_conditioned(True)
+    twin.load_state_dict(model.state_dict())
+    resumed = NaturalCG(twin.parameters(), preconditioner=kind, solver="cg", warm_start=0.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        optimizer.step(closure)
+        resumed.step(same_closure)
+        assert torch.equal(flatten(model.parameters()), flatten(twin.parameters()))
+        assert optimizer.last_step == resumed.last_step
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Nystrom(rank=0), "rank must be an integer, at least 1, got 0"),
+        (lambda: Nystrom(rank=9, largest_rank=8), "largest_rank must be at least rank, got 8 < 9"),
+        (lambda: Nystrom(refresh=0), "refresh must be"),
+        (lambda: Diagonal(probes=1.5), "probes must be an integer, at least 1, got 1.5"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
