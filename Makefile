@@ -35,12 +35,13 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/pinn.py
+	$(BIN)/python benchmarks/goals.py
 
 docs: $(READY)  ## build the site in site/, to read offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
-readme: $(READY)  ## write the table of what works into the README
+readme: $(READY)  ## write the tables of what works into README and docs
 	$(BIN)/python tests/what_works.py
 
 clean:  ## remove the environment and caches

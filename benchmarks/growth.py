@@ -2,10 +2,11 @@
 
     python benchmarks/growth.py
 
-A step is a trace, a gradient, ten products and one trial point. Its CPU time is measured in turns with the gradient's.
-Peak memory is the most that tensors occupy at one time, beyond what there was before: parameters, data and, for a step,
-the last solution. Slopes are those of straight lines through the logarithms: 1 is proportional growth. Writes
-results/growth.json, .md and .png.
+A step is a trace, a gradient, ten products and one trial point, without a preconditioner and with Kronecker factors,
+which are here renewed at every step. Its CPU time is measured in turns with the gradient's. Peak memory is the most
+that tensors occupy at one time, beyond what there was before: parameters, data and, for a step, the last solution.
+Slopes are those of straight lines through the logarithms: 1 is proportional growth. Writes results/growth.json, .md
+and .png.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from ngd_optim import NaturalCG
 
 RESULTS = Path(__file__).parent / "results"
 PRODUCTS = 10
+COLOURS = {"gradient": "#999999", "step": "#0072B2", "preconditioned": "#E69F00"}
 # Widths of five equal hidden layers for about 1e4, 1e5, 1e6 and 1e7 parameters.
 WIDTHS = {10**4: 43, 10**5: 150, 10**6: 493, 10**7: 1574}
 BATCHES = [10**2, 10**3, 10**4, 10**5]
@@ -37,22 +39,32 @@ SWEEPS = {
 
 
 def problem(width: int, batch: int) -> tuple[dict[str, Callable[[], Any]], int]:
-    """A gradient and a step on a six-layer network, and its number of parameters."""
+    """A gradient, a step and a preconditioned step on a six-layer network, and its number of parameters."""
     torch.manual_seed(0)
     model = mlp(64, *[width] * 5, 10)
     x, y = torch.randn(batch, 64), torch.randint(0, 10, (batch,))
     params = list(model.parameters())
-    optimizer = NaturalCG(params, max_cg_iters=PRODUCTS, cg_tol=0.0, cg_progress_tol=0.0, max_backtracks=0)
 
     def closure() -> torch.Tensor:
         return F.cross_entropy(model(x), y)
 
-    def step() -> None:
-        optimizer.step(closure)
-        assert optimizer.last_step is not None
-        assert optimizer.last_step.cg_iters == PRODUCTS
+    def stepping(preconditioner: Any) -> Callable[[], None]:
+        # A tiny lr, so that all steps are taken at the same point.
+        work = {"max_cg_iters": PRODUCTS, "cg_tol": 0.0, "cg_progress_tol": 0.0, "max_backtracks": 0}
+        optimizer = NaturalCG(params, solver="cg", preconditioner=preconditioner, lr=1e-6, **work)
 
-    ways = {"gradient": lambda: torch.autograd.grad(closure(), params), "step": step}
+        def step() -> None:
+            optimizer.step(closure)
+            assert optimizer.last_step is not None
+            assert optimizer.last_step.cg_iters == PRODUCTS
+
+        return step
+
+    ways = {
+        "gradient": lambda: torch.autograd.grad(closure(), params),
+        "step": stepping(None),
+        "preconditioned": stepping("kfac"),
+    }
     return ways, sum(p.numel() for p in params)
 
 
@@ -95,24 +107,21 @@ def slopes(points: list[dict[str, Any]], sweep: str, way: str) -> dict[str, floa
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: a size per row, then the slopes."""
     lines = [
-        f"A step of {PRODUCTS} products beside one gradient; five hidden layers, float32, one thread.",
+        f"A step of {PRODUCTS} products ÷ one gradient; five hidden layers, float32, one thread.",
         "",
-        "| parameters | batch | gradient, ms | step, ms | ratio | gradient, MiB | step, MiB | ratio |",
+        "| parameters | batch | gradient, ms | step | preconditioned | gradient, MiB | step | preconditioned |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in [point for points in results.values() for point in points]:
-        time = ratios(point["seconds"], "gradient")["step"]
-        ms = {way: f"{1e3 * median(seconds):.3g}" for way, seconds in point["seconds"].items()}
-        mib = {way: f"{size / 2**20:.3g}" for way, size in point["bytes"].items()}
-        memory = point["bytes"]["step"] / point["bytes"]["gradient"]
-        lines.append(
-            f"| {point['parameters']:,} | {point['batch']:,} | {ms['gradient']} | {ms['step']} | "
-            f"{time['median']:.1f} ({time['low']:.1f}–{time['high']:.1f}) | "
-            f"{mib['gradient']} | {mib['step']} | {memory:.2f} |"
-        )
+        times = ratios(point["seconds"], "gradient").values()
+        times = [f"{r['median']:.1f} ({r['low']:.1f}–{r['high']:.1f})" for r in times]
+        memory = [f"{size / point['bytes']['gradient']:.2f}" for size in list(point["bytes"].values())[1:]]
+        ms, mib = 1e3 * median(point["seconds"]["gradient"]), point["bytes"]["gradient"] / 2**20
+        cells = [f"{point['parameters']:,}", f"{point['batch']:,}", f"{ms:.3g}", *times, f"{mib:.3g}", *memory]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| slope with | of | time | memory |", "|---|---|---|---|"]
     for sweep, points in results.items():
-        for way in ("gradient", "step"):
+        for way in COLOURS:
             s = slopes(points, sweep, way)
             time = f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})"
             lines.append(f"| {sweep} | {way} | {time} | {s['memory']:.2f} |")
@@ -125,7 +134,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for column, (sweep, points) in enumerate(results.items()):
         sizes = [point[sweep] for point in points]
-        for way, colour in (("gradient", "#999999"), ("step", "#0072B2")):
+        for way, colour in COLOURS.items():
             seconds = [median(point["seconds"][way]) for point in points]
             mib = [point["bytes"][way] / 2**20 for point in points]
             slope = slopes(points, sweep, way)

@@ -156,8 +156,8 @@ def _draw_plane(
 def draw_history() -> Figure:
     """Thirty steps of a classifier with a bound on the KL."""
     torch.manual_seed(0)
-    x, y = torch.randn(300, 10), torch.randint(0, 4, (300,))
-    model = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4))
+    x, y = torch.randn(300, 10, dtype=torch.float64), torch.randint(0, 4, (300,))
+    model = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)).double()
     optimizer, reports = NaturalCG(model.parameters(), max_kl=0.05), []
 
     def closure() -> tuple[Tensor, Categorical]:

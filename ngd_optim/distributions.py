@@ -3,8 +3,21 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Laplace, Pareto, TransformedDistribution, Uniform
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    Laplace,
+    Normal,
+    OneHotCategorical,
+    Pareto,
+    TransformedDistribution,
+    Uniform,
+)
 from torch.distributions.kl import kl_divergence
 from torch.distributions.transforms import Transform
 
@@ -87,11 +100,28 @@ def mean_kl(old: Distribution, new: Distribution) -> Tensor:
         NotImplementedError: torch knows no closed form.
     """
     try:
-        return kl_divergence(old, new).mean()
+        return _kl(old, new).mean()
     except NotImplementedError as error:
         raise NotImplementedError(
             f"torch knows no closed-form KL divergence between two {type(old).__name__} distributions; {_USE_FORM_C}"
         ) from error
+
+
+def _kl(old: Distribution, new: Distribution) -> Tensor:
+    """``KL(old ‖ new)``; torch's is infinite where a probability of ``new`` is below the smallest number."""
+    if isinstance(old, Independent) and isinstance(new, Independent):
+        inner = _kl(old.base_dist, new.base_dist)
+        return inner.sum(list(range(inner.ndim - old.reinterpreted_batch_ndims, inner.ndim)))
+    if isinstance(old, Categorical | OneHotCategorical) and isinstance(new, Categorical | OneHotCategorical):
+        return _expected(old.probs, old.logits - new.logits).sum(-1)
+    if isinstance(old, Bernoulli) and isinstance(new, Bernoulli):
+        yes = _expected(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))
+        return yes + _expected(1 - old.probs, F.softplus(new.logits) - F.softplus(old.logits))
+    return kl_divergence(old, new)
+
+
+def _expected(probability: Tensor, value: Tensor) -> Tensor:
+    return probability * torch.where(probability > 0, value, 0)
 
 
 def local_divergence(old: Distribution, new: Distribution) -> Tensor:
@@ -104,6 +134,10 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
         # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink, although the
         # divergence itself is twice differentiable there. Its Fisher information is 1/scale² in loc and in scale.
         distance = ((new.loc - old.loc).square() + (new.scale - old.scale).square()) / old.scale.square()
+        return 0.5 * distance.mean()
+    if isinstance(old, Normal) and isinstance(new, Normal):
+        # A quadratic, so that each product takes six pointwise operations in place of sixty.
+        distance = ((new.loc - old.loc).square() + 2 * (new.scale - old.scale).square()) / old.scale.square()
         return 0.5 * distance.mean()
     return mean_kl(old, new)
 

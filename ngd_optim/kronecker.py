@@ -172,7 +172,7 @@ def _factors(layer: Layer, own: list[tuple[Use, Tensor]], dtype: torch.dtype) ->
         if layer.bias is not None:
             into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
         left, right = _moment(back), _moment(into)
-        trace_left, trace_right, n = _trace(left), _trace(right), back.shape[1]
+        trace_left, trace_right, n = _trace(left), _trace(right), max(1, back.shape[1])
         lefts.append(_scaled(left, trace_right / n))
         rights.append(_scaled(right, trace_left / n))
         traces.append(trace_left * trace_right / n)

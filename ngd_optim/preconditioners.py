@@ -110,7 +110,7 @@ class Preconditioning:
         if callable(self._kind):
             self.name = "callable"
             return _checked(self._kind)
-        if self._estimates:
+        if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)
         if not self.layers:
             return None
@@ -151,10 +151,11 @@ class Preconditioning:
         if self._kind not in get_args(PreconditionerName):
             return
         for i, p in enumerate(self._parameters.tensors):
+            dtype = torch.promote_types(p.dtype, torch.float32)  # what load_state_dict leaves alone
             for name in _NAMES:
                 self._state[p].pop(name, None)
                 if (i, name) in self._values:
-                    self._state[p][name] = self._values[i, name]
+                    self._state[p][name] = self._values[i, name].to(dtype)
         self._state[self._parameters.tensors[0]] |= {"products": self._products + products, "draws": self._draws}
 
     def _renew(self, ranks: Ranks) -> None:

@@ -132,7 +132,8 @@ def _views_first(program: list[Operation]) -> tuple[list[Operation], list[Operat
 
 def _rename(operation: Operation, same: dict[int, int]) -> None:
     """Let an operation read other slots in place of some."""
-    operation.inputs = [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
+    if not same.keys().isdisjoint(operation.slots):
+        operation.inputs = [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
 
 
 def _without_added_zeros(

@@ -1,6 +1,6 @@
 """How the linear system of a step is solved: by conjugate gradients, or exactly.
 
-A solver takes a :class:`~ngd_optim.model.QuadraticModel` and gives a :class:`~ngd_optim.cg.CGResult`. One that is exact
+A solver takes a :class:`~ngd_optim.model.QuadraticModel` and gives a :class:`~ngd_optim.CGResult`. One that is exact
 keeps all that does not depend on the damping, so that another damping at the same point costs no new Jacobian.
 """
 

@@ -1,12 +1,14 @@
 """What the closure may return as a metric, and how the KL to it is measured."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from problems import FAMILIES, assert_near, dense_gauss_newton, flat_function, flatten, heads, make_model, mean_kl
 from torch import distributions as D
 
-from ngd_optim import NaturalCG, linearize
+from ngd_optim import NaturalCG, distributions, linearize
 
 FAR = 0.3
 SYMMETRIC = {"normal_fixed_scale", "cauchy"}
@@ -110,3 +112,32 @@ def test_learned_transforms_are_refused_however_deep(wrap):
     base = D.Normal(torch.zeros(2, requires_grad=True), torch.ones(2))
     with pytest.raises(NotImplementedError, match="learned parameters"):
         NaturalCG([loc]).step(lambda: (loc.sum(), D.TransformedDistribution(base, wrapped)))
+
+
+CONFIDENT = [
+    lambda z: D.Categorical(logits=z),
+    lambda z: D.OneHotCategorical(logits=z),
+    lambda z: D.Bernoulli(logits=z),
+    lambda z: D.Independent(D.Bernoulli(logits=z), 1),
+]
+
+
+@pytest.mark.parametrize("make", CONFIDENT)
+def test_the_kl_of_confident_predictions_is_that_of_float64(make):
+    """A probability that underflows is not a prediction of the impossible."""
+    z = torch.tensor([[0.0, -110.0, 3.0], [2.0, -80.0, -120.0]], dtype=torch.float64)
+    other = z + torch.tensor([[0.1, -5.0, 0.0], [0.0, -40.0, 9.0]], dtype=torch.float64)
+    expected = D.kl_divergence(make(z), make(other)).mean()
+    single = distributions.mean_kl(make(z.float()), make(other.float()))
+    assert single.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+    assert distributions.mean_kl(make(z), make(other)).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_what_is_masked_in_both_has_no_part_in_the_kl():
+    z = torch.tensor([[0.0, -math.inf, 1.0]], dtype=torch.float64)
+    other = z.clone().requires_grad_()
+    distributions.mean_kl(D.Categorical(logits=z), D.Categorical(logits=other)).backward()
+    assert other.grad is not None
+    assert other.grad.isfinite().all()
+    impossible = D.Categorical(logits=torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64))
+    assert distributions.mean_kl(D.Categorical(logits=z), impossible).item() == math.inf

@@ -290,10 +290,6 @@ MODELS = {
         of_module(mlp, (N, IN), lambda m, x: checkpoint(m, x, use_reentrant=False)),
         {"0.weight": Found("0.bias"), "2.weight": Found("2.bias")},
     ),
-    "compiled": Case(
-        of_module(lambda: torch.compile(mlp(), backend="eager"), (N, IN)),  # pyright: ignore
-        {"_orig_mod.0.weight": Found("_orig_mod.0.bias"), "_orig_mod.2.weight": Found("_orig_mod.2.bias")},
-    ),
     "weight_norm": Case(of_module(lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), (N, IN))),
     "spectral_norm": Case(of_module(lambda: parametrizations.spectral_norm(nn.Linear(IN, OUT)), (N, IN))),
     "LayerNorm": Case(of_module(lambda: nn.LayerNorm(IN), (N, IN))),
@@ -563,6 +559,21 @@ def test_where_nothing_comes_back_the_factors_are_zero():
     assert not values[0, "left"].any()
     assert not values[4, "diagonal"].any()
     assert values[2, "left"].any()
+
+
+def test_a_use_without_rows_adds_nothing():
+    """As of an expert that no sample is sent to."""
+    model, idle, x, y = mlp().double(), nn.Linear(IN, 2).double(), real(N, IN), real(N, 2)
+
+    def closure(*batches: Tensor) -> Tensor:
+        return F.mse_loss(torch.cat([model(x), *map(idle, batches)]), y)
+
+    params = [*model.parameters(), *idle.parameters()]
+    values = factors(lambda: closure(x[:0]), params).values
+    for key, value in factors(lambda: closure(), list(model.parameters())).values.items():
+        assert_near(values[key], value, 1e-12)
+    assert not values[4, "left"].any()
+    assert not values[4, "right"].any()
 
 
 @pytest.mark.parametrize("module", [nn.Linear(6, 3), nn.Conv1d(6, 3, 1)], ids=["Linear", "Conv1d"])

@@ -647,8 +647,8 @@ def test_the_plugin_resumes(tmp_path: Path) -> None:
 def test_the_plugin_checks_its_arguments() -> None:
     with pytest.raises(ValueError, match="precision must be '32-true', 'bf16-mixed' or '64-true', got '16-mixed'"):
         NaturalCGPlugin("16-mixed")
-    with pytest.raises(TypeError, match="NaturalCG has no option momentum"):
-        NaturalCGPlugin(momentum=0.9)
+    with pytest.raises(TypeError, match="NaturalCG has no option nesterov"):
+        NaturalCGPlugin(nesterov=True)
     with pytest.raises(ValueError, match="max_kl must be a number above 0"):
         NaturalCGPlugin(max_kl=-1.0)
 

@@ -1,13 +1,17 @@
-"""The README's table of what works, from the tables that the tests check. Run it to write it."""
+"""The tables of what works, in the README and in the documentation, from the tables that the tests check.
+
+Run it to write them.
+"""
 
 from pathlib import Path
 
+import test_models
 from test_models import CASES
 
 from ngd_optim.losses import LOSSES
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- what works -->\n", "<!-- end of what works -->\n"
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "what_works.md"
 REFUSED = [
     ("Reentrant checkpointing", "use `use_reentrant=False`"),
     ("`Embedding(sparse=True)`", "use `sparse=False`"),
@@ -16,7 +20,8 @@ REFUSED = [
 ]
 
 
-def table() -> str:
+def summary() -> str:
+    """The README's table: what works how."""
     by_backend = {
         backend: ", ".join(case.label for case in CASES.values() if case.backend == backend)
         for backend in ("torch.func", "double-backward")
@@ -33,10 +38,28 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str) -> str:
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[-1]
+def models_and_losses() -> str:
+    """The documentation's table: model × loss, as `test_gradient_and_product_are_the_dense_ones` goes through them."""
+    losses = list(test_models.LOSSES)
+    lines = [
+        "| model | " + " | ".join(f"`{loss}`" for loss in losses) + " | products by |",
+        "|---|" + "---|" * (len(losses) + 1),
+        *(f"| {case.label} | " + "✓ | " * len(losses) + f"{case.backend} |" for case in CASES.values()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {README: ("what works", summary), PAGE: ("models and losses", models_and_losses)}
+
+
+def with_table(path: Path) -> str:
+    """The file's text, with its table as the tests have it now."""
+    name, table = TABLES[path]
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, rest = path.read_text().split(begin)
+    return before + begin + table() + end + rest.split(end)[-1]
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    for path in TABLES:
+        path.write_text(with_table(path))
