@@ -73,7 +73,7 @@ def growth_goals(results: dict[str, Any]) -> Iterator[Goal]:
     for sweep in ("batch", "parameters"):
         point = results[sweep][-1]
         found = point["bytes"]["step"] / point["bytes"]["gradient"]
-        size = f"{point['parameters']:.0e} parameters, batch {point['batch']:.0e}".replace("e+0", "e")
+        size = f"{point['parameters']:,} parameters, batch {point['batch']:,}"
         why = WHY["few samples"]
         yield Goal(f"peak memory of a step ÷ a gradient's, {size}", "≤ 2", f"{found:.2f}", found <= 2, why)
 
