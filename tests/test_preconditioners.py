@@ -520,7 +520,10 @@ def test_auto_chooses_none(case):
 
 @pytest.mark.parametrize("wrong", ["KFAC", "diagonal", "none", 1, True, ["kfac"]], ids=repr)
 def test_wrong_settings(wrong):
-    with pytest.raises(ValueError, match="preconditioner must be 'auto', 'kfac', None or a function of a flat vector"):
+    with pytest.raises(
+        ValueError,
+        match="preconditioner must be 'auto', 'kfac', None, a Diagonal, a Nystrom or a function of a flat vector",
+    ):
         NaturalCG(mlp().parameters(), preconditioner=wrong)
 
 
