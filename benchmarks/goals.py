@@ -16,6 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 DOUBLE_BACKWARD = "double-backward KL"
 AT_MOST = {"policy MLP": 0.8, "MLP 784": 1.15, "CNN": 1.15, "transformer": 1.4}
 WHY = {
+    "policy MLP": "within the spread; three quarters of a product are matrix products",
+    "small": "the smaller the operations, the more of the time is Python's, for all ways alike",
     "MLP 784": "at the floor: by its operations a product of this network takes 1.22 times the multiplications",
     "recording LSTM": "some 1,200 small operations, each noted in Python",
     "recording": "each operation is noted in Python, which takes as long as the operation",
@@ -47,9 +49,11 @@ def product_goals(results: dict[str, Any]) -> Iterator[Goal]:
         found = ratios[name]["ngd_optim"]["median"]
         yield Goal(f"product ÷ gradient, {name}", f"≤ {limit}", f"{found:.2f}", found <= limit, WHY.get(start, ""))
     for peer, times in (("curvlinops", 2.0), (DOUBLE_BACKWARD, 1.4)):
-        found = [r[peer]["median"] / r["ngd_optim"]["median"] for r in ratios.values()]
-        measured = f"{min(found):.2f} to {max(found):.2f}"
-        yield Goal(f"times as fast a product as {peer}", f"≥ {times}", measured, min(found) >= times, "")
+        found = {name: r[peer]["median"] / r["ngd_optim"]["median"] for name, r in ratios.items()}
+        least = min(found, key=lambda name: found[name])
+        measured = f"{found[least]:.2f} ({least.split()[0].strip(',')}) to {max(found.values()):.2f}"
+        why = WHY["small"]
+        yield Goal(f"times as fast a product as {peer}", f"≥ {times}", measured, found[least] >= times, why)
     for name, r in results["recording"].items():
         found = r["median"]
         why = WHY["recording LSTM" if "LSTM" in name else "recording"]
@@ -59,9 +63,13 @@ def product_goals(results: dict[str, Any]) -> Iterator[Goal]:
 def growth_goals(results: dict[str, Any]) -> Iterator[Goal]:
     """Growth and memory of a step."""
     for sweep in ("parameters", "batch"):
-        s = slopes(results[sweep], sweep, "step")
-        for what, found in (("time", s["median"]), ("memory", s["memory"])):
-            yield Goal(f"slope of a step's {what} with {sweep}", "≤ 1.05", f"{found:.2f}", found <= 1.05, "")
+        for points, where in ((results[sweep], ""), (results[sweep][-2:], ", last decade")):
+            ours, gradient = (slopes(points, sweep, way) for way in ("step", "gradient"))
+            for what, key in (("time", "median"), ("memory", "memory")):
+                found, why = ours[key], f"a gradient's is {gradient[key]:.2f}"
+                yield Goal(
+                    f"slope of a step's {what} with {sweep}{where}", "≤ 1.05", f"{found:.2f}", found <= 1.05, why
+                )
     for sweep in ("batch", "parameters"):
         point = results[sweep][-1]
         found = point["bytes"]["step"] / point["bytes"]["gradient"]

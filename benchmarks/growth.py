@@ -119,12 +119,14 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         ms, mib = 1e3 * median(point["seconds"]["gradient"]), point["bytes"]["gradient"] / 2**20
         cells = [f"{point['parameters']:,}", f"{point['batch']:,}", f"{ms:.3g}", *times, f"{mib:.3g}", *memory]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| slope with | of | time | memory |", "|---|---|---|---|"]
+    lines += ["", "| slope with | of | time | memory | time, last decade | memory |", "|---|---|---|---|---|---|"]
     for sweep, points in results.items():
         for way in COLOURS:
-            s = slopes(points, sweep, way)
-            time = f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})"
-            lines.append(f"| {sweep} | {way} | {time} | {s['memory']:.2f} |")
+            cells = []
+            for part in (points, points[-2:]):
+                s = slopes(part, sweep, way)
+                cells += [f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})", f"{s['memory']:.2f}"]
+            lines.append(f"| {sweep} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
