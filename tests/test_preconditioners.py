@@ -522,7 +522,7 @@ def test_auto_chooses_none(case):
 def test_wrong_settings(wrong):
     with pytest.raises(
         ValueError,
-        match="preconditioner must be 'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function of a flat vector",
+        match="preconditioner must be 'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function",
     ):
         NaturalCG(mlp().parameters(), preconditioner=wrong)
 
