@@ -194,7 +194,7 @@ def table(results: dict[str, dict[str, Curve]]) -> str:
     for task, curves in results.items():
         lines += [f"| {task} | training loss | steps | seconds |", "|---|---|---|---|"]
         for label, points in sorted(curves.items(), key=lambda item: lowest(item[1])):
-            lines.append(f"| {label} | {lowest(points):.4g} | {len(points)} | {points[-1][0]:.0f} |")
+            lines.append(f"| {label} | {lowest(points):.5g} | {len(points)} | {points[-1][0]:.0f} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -211,7 +211,7 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
             axes.plot(seconds, values, label=label, color=colour, lw=2.5 if "NaturalCG" in label else 1.4)
         what = f"training loss − {floor:.2f}, its floor" if floor else "training loss"
         axes.set(title=task, xlabel="CPU seconds, one thread", ylabel=f"{what}; lowest so far", yscale="log")
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

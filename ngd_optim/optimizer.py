@@ -68,8 +68,8 @@ class NaturalCG(Optimizer):
             solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
             closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
             stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
-            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`: from products alone. Or a function
-            ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
+            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`, or ``"diagonal"``: from products alone. Or a
+            function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
         max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
             unless it is not finite.
         backtrack_ratio: factor of each shrinking.

@@ -23,7 +23,7 @@ from ngd_optim.model import QuadraticModel
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.sketches import Diagonal, Nystrom, Sketch
 
-PreconditionerName = Literal["auto", "kfac"]
+PreconditionerName = Literal["auto", "kfac", "diagonal"]
 Solve = Callable[[Tensor], Tensor]
 Preconditioner = PreconditionerName | None | Solve | Diagonal | Nystrom
 
@@ -66,7 +66,7 @@ class Preconditioning:
         self.layers = layers
         self.name = "none"
         self.products = 0
-        self._kind = kind
+        self._kind = Diagonal() if kind == "diagonal" else kind
         self._parameters = parameters
         self._state = state
         own = [state.get(p, {}) for p in parameters.tensors]

@@ -50,7 +50,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warm_start": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     "preconditioner": (
         lambda v: v is None or callable(v) or isinstance(v, Diagonal | Nystrom) or v in get_args(PreconditionerName),
-        "'auto', 'kfac', None, a Diagonal(), a Nystrom() or a function of a flat vector",
+        "'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function of a flat vector",
     ),
     "max_backtracks": (_count, "an integer, at least 0"),
     "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),

@@ -34,6 +34,18 @@ class Diagonal:
     Args:
         probes: products per estimate, with random signs ``z``.
         refresh: steps after which it is renewed.
+
+    Raises:
+        ValueError: one of them is below 1.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import NaturalCG, Diagonal
+        >>> w = torch.nn.Parameter(torch.ones(50))
+        >>> optimizer = NaturalCG([w], preconditioner=Diagonal(probes=20))
+        >>> loss = optimizer.step(lambda: (torch.arange(50) * w.square()).sum())
+        >>> optimizer.last_step.preconditioner
+        'diagonal'
     """
 
     probes: int = 10
@@ -68,6 +80,18 @@ class Nystrom:
             is still ten times the damping, as one further down would help as well (section 5.4.2).
         largest_rank: where that ends. ``U`` takes as much memory as this many copies of the parameters.
         refresh: steps after which it is renewed.
+
+    Raises:
+        ValueError: one of them is below 1, or ``largest_rank`` below ``rank``.
+
+    Example:
+        >>> import torch
+        >>> from ngd_optim import NaturalCG, Nystrom
+        >>> w = torch.nn.Parameter(torch.ones(50))
+        >>> optimizer = NaturalCG([w], preconditioner=Nystrom(rank=10))
+        >>> loss = optimizer.step(lambda: (torch.arange(50) * w.square()).sum())
+        >>> optimizer.last_step.preconditioner
+        'nystrom'
     """
 
     rank: int = 20

@@ -190,7 +190,7 @@ def test_a_trial_point_outside_the_domain_is_turned_down(caplog):
     )
     optimizer = NaturalCG([*model.parameters(), scale])
     for _ in range(30):
-        optimizer.step(lambda: -Normal(model(x), scale).log_prob(0.01 * y).mean())
+        optimizer.step(lambda: -Normal(model(x), scale, validate_args=True).log_prob(0.01 * y).mean())
         assert scale > 0
     assert "not defined at a trial point" in caplog.text
 

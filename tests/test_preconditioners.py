@@ -518,9 +518,12 @@ def test_auto_chooses_none(case):
     assert not any(name in entry for entry in optimizer.state.values() for name in ("left", "right", "diagonal"))
 
 
-@pytest.mark.parametrize("wrong", ["KFAC", "diagonal", "none", 1, True, ["kfac"]], ids=repr)
+@pytest.mark.parametrize("wrong", ["KFAC", "diag", "none", 1, True, ["kfac"]], ids=repr)
 def test_wrong_settings(wrong):
-    with pytest.raises(ValueError, match="preconditioner must be 'auto', 'kfac', None or a function of a flat vector"):
+    with pytest.raises(
+        ValueError,
+        match="preconditioner must be 'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function",
+    ):
         NaturalCG(mlp().parameters(), preconditioner=wrong)
 
 
