@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ngd_optim.aten import Mode, facts, tensors_of, written
 from ngd_optim.memory import Memory, Recall
-from ngd_optim.program import Meta, Operation, optimised
+from ngd_optim.program import Meta, Operation, run
+from ngd_optim.rewrites import optimised
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -68,23 +69,10 @@ class Recording:
         if self._seen[0] is not v or self._seen[1] != v.data_ptr():
             self._seen = v, v.data_ptr()
             self._values[0] = v
-            _run(self._views, self._values)
+            run(self._views, self._values)
         values = self._values.copy()
-        _run(self._program, values)
+        run(self._program, values)
         return values[self._output]
-
-
-def _run(program: list[Operation], values: list[Any]) -> None:
-    for operation in program:
-        for place, key, slot in operation.inputs:
-            place[key] = values[slot]
-        result = operation.function(*operation.args, **operation.kwargs)
-        for place, key, _ in operation.inputs:
-            place[key] = None
-        for index, slot in operation.outputs:
-            values[slot] = result if index is None else result[index]
-        for slot in operation.last_uses:
-            values[slot] = None
 
 
 class Recorder(Mode):
