@@ -1,5 +1,6 @@
 """Run a training closure again and again, as if it ran once."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ from ngd_optim.distributed import quiet_ddp
 from ngd_optim.effects import SideEffects
 from ngd_optim.least_squares import least_squares
 from ngd_optim.tracing import Tracing
+
+logger = logging.getLogger("ngd_optim")
 
 Closure = Callable[[], Any]
 
@@ -94,6 +97,28 @@ class ReplayedClosure:
         if self._left_gradients is None:
             self._left_gradients = [p.grad for p in self._params]
         return Evaluation(loss, tuple(mode.outputs), mode.losses == {least_squares}, metric)
+
+    def traced(self) -> Evaluation:
+        """Run the closure, with a graph that leads to its loss.
+
+        Raises:
+            ValueError: there is none.
+        """
+        traced = self()
+        if not traced.loss.requires_grad:
+            raise ValueError(
+                "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses none of the "
+                "parameters"
+            )
+        return traced
+
+    def tried(self) -> Evaluation | None:
+        """Run the closure without a graph, at the parameters as they are now; None outside of its domain."""
+        try:
+            return self(graph=False)
+        except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+            logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+            return None
 
     def plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradients that the closure gives when nothing is traced; ``.grad`` of all leaves is left alone."""

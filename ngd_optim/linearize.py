@@ -1,6 +1,5 @@
 """A closure at one point: its loss, its gradient and its curvature product."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,13 @@ import torch
 from torch import Tensor
 
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
-from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of, penalty_of
+from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of
 from ngd_optim.distributed import ALONE, Ranks
-from ngd_optim.memory import Memory, Recall
+from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.products import flat_product
-from ngd_optim.recording import CannotReplayError, Recording
-from ngd_optim.root import Root, root_of
-from ngd_optim.verify import ON_ANOTHER_RANK, Experience, cannot_follow, refuse_unsupported, verify
-
-logger = logging.getLogger("ngd_optim")
+from ngd_optim.root import Root
+from ngd_optim.traced_product import TracedProduct
+from ngd_optim.verify import Experience, refuse_unsupported, verify
 
 Known = Callable[[ReplayedClosure, Evaluation], Experience]
 """Finds what earlier steps learnt of a closure, which has just been traced."""
@@ -90,7 +86,7 @@ class Linearization:
         Raises:
             NotSemidefiniteError: there is none.
         """
-        assert isinstance(self.product, _Product)
+        assert isinstance(self.product, TracedProduct)
         return self.product.root()
 
     @property
@@ -192,7 +188,7 @@ def linearize_closure(
 
     def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
         with memory:
-            traced = _traced(run)
+            traced = run.traced()
         experience = known(run, traced)
         if not experience.complete:
             refuse_unsupported(traced)
@@ -210,7 +206,7 @@ def linearize_closure(
     kl = kl_of(traced)
 
     def measure() -> tuple[float, float | None]:
-        there = _evaluated(run)
+        there = run.tried()
         if there is None:
             return math.inf, None
         divergence = kl(there)
@@ -225,7 +221,7 @@ def linearize_closure(
         is_least_squares=traced.is_least_squares and isinstance(metric, OutputMetric),
         has_kl=traced.metric is not None,
         experience=experience,
-        product=_Product(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
+        product=TracedProduct(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
         measure=measure,
     )
 
@@ -266,25 +262,6 @@ def linearize_mean(
     )
 
 
-def _evaluated(run: ReplayedClosure) -> Evaluation | None:
-    """The closure at the parameters as they are now; None outside of its domain."""
-    try:
-        return run(graph=False)
-    except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
-        return None
-
-
-def _traced(run: ReplayedClosure) -> Evaluation:
-    traced = run()
-    if not traced.loss.requires_grad:
-        raise ValueError(
-            "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses none of the "
-            "parameters"
-        )
-    return traced
-
-
 def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     """For each parameter, whether one of the roots depends on it."""
     zeros = [torch.zeros_like(root) for root in roots]
@@ -298,99 +275,15 @@ def _outputs_with_root(metric: OutputMetric | ScalarMetric, experience: Experien
     return sum(z.numel() for z in metric.outputs)
 
 
-class _Product:
-    """The product of a traced closure on flat vectors: recorded when first used, where that works, then replayed."""
-
-    def __init__(
-        self,
-        run: ReplayedClosure,
-        metric: OutputMetric | ScalarMetric,
-        parameters: FlatParameters,
-        experience: Experience,
-        memory: Memory,
-        ranks: Ranks,
-        *,
-        record: bool = True,
-        loss: Tensor | None = None,
-    ) -> None:
-        self._loss = loss
-        self._memory = memory
-        self._ranks = ranks
-        self._record = record
-        self._run = run
-        self._metric: OutputMetric | ScalarMetric | None = metric
-        self._parameters = parameters
-        self._experience = experience
-        self._formed: Recording | Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, v: Tensor) -> Tensor:
-        if self._formed is None:
-            return self._first(v)
-        return self._formed(v)
-
-    def root(self) -> Root:
-        """See :meth:`Linearization.root`."""
-        assert isinstance(self._metric, OutputMetric)
-        assert self._loss is not None
-        run, select = self._run, self._metric.select
-
-        def outputs_now() -> Sequence[Tensor] | None:
-            there = _evaluated(run)
-            return None if there is None else select(there)
-
-        return root_of(self._metric, self._loss, self._parameters, outputs_now)
-
-    def _first(self, v: Tensor) -> Tensor:
-        experience = self._experience
-        result, formed, no_forward, no_replay = self._ranks.together(lambda: self._attempt(v))
-        cannot_forward, cannot_replay = self._ranks.any([no_forward is not None, no_replay is not None])
-        if cannot_forward:
-            experience.fall_back(no_forward or ON_ANOTHER_RANK)
-        elif cannot_replay:
-            experience.form_directly(no_replay or ON_ANOTHER_RANK)
-        else:
-            assert result is not None
-            self._formed = formed
-            if isinstance(formed, Recording):
-                self._metric = self._loss = None  # and with it the graph: the recording holds what it needs of that
-            return result
-        return self._first(v)
-
-    def _attempt(
-        self, v: Tensor
-    ) -> tuple[Tensor | None, Recording | Callable[[Tensor], Tensor] | None, str | None, str | None]:
-        """The product with ``v`` and how to form others, or why not by forward mode, or why not by a recording."""
-        try:
-            direct = self._direct()
-            if not (self._record and self._experience.replays):
-                with Recall(self._memory):
-                    return direct(v), direct, None, None
-            recording = Recording(direct, v, self._memory)
-            return recording.take_result(), recording, None, None
-        except CannotReplayError as error:
-            return None, None, None, str(error)
-        except RuntimeError as error:  # the closure now does what forward mode cannot follow
-            if self._experience.backend == "double-backward":
-                raise
-            return None, None, cannot_follow(error), None
-
-    def _direct(self) -> Callable[[Tensor], Tensor]:
-        assert self._metric is not None
-        params = self._parameters.tensors
-        penalty = penalty_of(self._run, params) if self._experience.penalty else None
-        products = [self._metric.product(self._run, params, self._experience.backend)]
-        return flat_product(products if penalty is None else [*products, penalty], self._parameters)
-
-
 def _retracing_product(
     run: ReplayedClosure, parameters: FlatParameters, curvature: Curvature, experience: Experience, ranks: Ranks
 ) -> Callable[[Tensor], Tensor]:
     @torch.enable_grad()
     def product(v: Tensor) -> Tensor:
         with Memory() as memory:
-            traced = ranks.together(lambda: _traced(run))
+            traced = ranks.together(lambda: run.traced())
         metric = ranks.together(lambda: metric_of(traced, curvature))
-        return _Product(run, metric, parameters, experience, memory, ranks, record=False)(v)
+        return TracedProduct(run, metric, parameters, experience, memory, ranks, record=False)(v)
 
     return product
 
