@@ -22,7 +22,7 @@ from ngd_optim.kronecker import Layer
 from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.model import QuadraticModel, Step, scaled_step
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners import Preconditioner, Preconditioning
+from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
 from ngd_optim.solvers import (
@@ -241,7 +241,7 @@ class NaturalCG(Optimizer):
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
             layers = self._layers.get(parameters.key)
-            preconditioning = Preconditioning(
+            preconditioning = preconditioning_of(
                 settings["preconditioner"], parameters, self.state, layers, self.generator
             )
             point = self._linearize(runs, parameters, settings, ranks, unseen if others else preconditioning.observe)

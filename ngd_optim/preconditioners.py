@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,102 +31,102 @@ MEMORY = 0.5
 """Share of the older factors in renewed ones."""
 
 RENEWED_AFTER = 10
-"""Products that are formed with factors before they are renewed, which costs about as much as one or two."""
+"""Products that are formed with factors before they are renewed.
+
+That takes a pull-back, and the products of what went in and what comes back with themselves: together about as much as
+two products of linear layers, and several of convolutions.
+"""
 
 _NAMES = ("left", "right", "diagonal")
 
 
 class Preconditioning:
-    """Gathers what a step's preconditioner is made of while closures are linearised, forms it, and keeps it.
+    """One step's preconditioner. It sees the closures, is formed for the system, and keeps what the next step needs.
 
-    What must outlive the step is in the optimizer's state: for each parameter its factors, and for the first how many
-    products they have served and how often they were drawn.
+    This one is none.
+
+    Attributes:
+        name: what it formed, for the report.
+        products: how many curvature products that took.
+        layers: the weights with Kronecker factors; None: unknown.
+    """
+
+    name = "none"
+    products = 0
+    layers: tuple[Layer, ...] | None = None
+
+    def observe(self, metric: OutputMetric | ScalarMetric) -> None:
+        """See a closure's metric while its graph is at hand."""
+
+    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+        """The preconditioner for a model's system; None where there is none."""
+        return None
+
+    def keep(self, products: int) -> None:
+        """Write to the optimizer's state, with how many products the step took."""
+
+
+def preconditioning_of(
+    kind: Preconditioner,
+    parameters: FlatParameters,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    layers: tuple[Layer, ...] | None,
+    generator: torch.Generator | None,
+) -> Preconditioning:
+    """What a setting stands for in one step.
 
     Args:
         kind: the setting.
         parameters: of the step.
-        state: the optimizer's; it is written to in :meth:`keep` only.
+        state: the optimizer's; it is written to by ``keep`` only.
         layers: those of the last step; None: unknown.
         generator: draws the random vectors; None: one that starts anew at each renewal, from its number.
-
-    Attributes:
-        layers: those of this step.
-        name: what it formed: ``"kfac"``, ``"diagonal"``, ``"nystrom"``, ``"callable"`` or ``"none"``.
-        products: how many curvature products that took.
     """
+    if kind == "auto" or kind == "kfac":
+        return _Kronecker(kind, parameters, state, layers, generator)
+    sketch = Diagonal() if kind == "diagonal" else kind
+    if isinstance(sketch, Diagonal | Nystrom):
+        return _Sketched(sketch, parameters, state, generator)
+    return Preconditioning() if sketch is None else _Given(sketch)
+
+
+class _Given(Preconditioning):
+    """The user's function."""
+
+    def __init__(self, function: Solve) -> None:
+        self._function = function
+
+    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+        self.name = "callable"
+        return _checked(self._function)
+
+
+class _Sketched(Preconditioning):
+    """From products. The state has each parameter's part of the sketch, and for the first the rest."""
 
     def __init__(
         self,
-        kind: Preconditioner,
+        kind: Diagonal | Nystrom,
         parameters: FlatParameters,
         state: MutableMapping[Tensor, dict[str, Any]],
-        layers: tuple[Layer, ...] | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.layers = layers
-        self.name = "none"
-        self.products = 0
-        self._kind = Diagonal() if kind == "diagonal" else kind
+        self._kind = kind
         self._parameters = parameters
         self._state = state
         own = [state.get(p, {}) for p in parameters.tensors]
-        self._products, self._draws = own[0].get("products", 0), own[0].get("draws", 0)
-        self._values = {(i, name): entry[name] for i, entry in enumerate(own) for name in _NAMES if name in entry}
-        self._is_due = self._products >= RENEWED_AFTER
+        self._draws = own[0].get("draws", 0)
         self._generator = generator or torch.Generator().manual_seed(self._draws)
         self._sketch = _sketch_of(own)
-        self._estimates: list[KroneckerFactors | None] = []
-
-    def observe(self, metric: OutputMetric | ScalarMetric) -> None:
-        """See what a closure's graph tells of the layers, and estimate their factors if they are due.
-
-        Raises:
-            ValueError: ``preconditioner="kfac"`` is asked for where there is no metric at outputs of the model.
-        """
-        if self._kind not in get_args(PreconditionerName) or not (self._is_due or self.layers is None):
-            return
-        if isinstance(metric, ScalarMetric):
-            if self._kind == "kfac":
-                raise ValueError(
-                    "preconditioner='kfac' needs a metric at the model's outputs: a recognised loss function or a "
-                    "returned distribution, and not the Hessian of a scalar; use preconditioner='auto'"
-                )
-            self._estimates.append(None)
-            return
-        uses = uses_of(metric.outputs, self._parameters.tensors)
-        layers = tuple(dict.fromkeys(use.layer for use in uses))
-        if self._kind == "auto" and not is_worthwhile(uses, self._parameters.tensors):
-            self._estimates.append(None)
-        elif self._is_due or not fit(self._values, layers, self._parameters.tensors):
-            self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
-        else:
-            self.layers = layers
 
     def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
-        """The preconditioner for a model's system; None where there is none."""
-        shift = model.shift
-        if isinstance(self._kind, Diagonal | Nystrom):
-            return self._sketched(self._kind, model.curvature, shift)
-        if callable(self._kind):
-            self.name = "callable"
-            return _checked(self._kind)
-        if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
-            self._renew(ranks)
-        if not self.layers:
-            return None
-        self.name = "kfac"
-        values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
-        means = torch.stack([part.sum() / max(1, part.numel()) for part in self._parameters.views(shift)]).tolist()
-        return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
-
-    def _sketched(self, kind: Diagonal | Nystrom, curvature: Solve, shift: Tensor) -> Solve | None:
-        """A preconditioner from products, formed anew where what earlier steps left is too old or not of its kind."""
+        """Drawn anew where what earlier steps left is too old or of another kind."""
 
         def counted(v: Tensor) -> Tensor:
             self.products += 1
-            return curvature(v)
+            return model.curvature(v)
 
-        old = self._sketch
+        kind, shift, old = self._kind, model.shift, self._sketch
         if old is None or len(old.basis) != len(shift) or bool(len(old.values)) != isinstance(kind, Nystrom):
             old = None
         if old is None or old.age >= kind.refresh:
@@ -140,27 +140,89 @@ class Preconditioning:
         return kind.solve(old, shift)
 
     def keep(self, products: int) -> None:
-        """Write what the next step needs to the state, with how many products this one took."""
-        if isinstance(self._kind, Diagonal | Nystrom) and self._sketch is not None:
-            basis, values, age = self._sketch
-            tensors = self._parameters.tensors
-            for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
-                self._state[p]["sketch"] = part
-            more = {"sketch_values": values, "sketch_age": age, "draws": self._draws}
-            self._state[self._parameters.tensors[0]] |= more
-        if self._kind not in get_args(PreconditionerName):
+        if self._sketch is None:
             return
+        basis, values, age = self._sketch
+        tensors = self._parameters.tensors
+        for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
+            self._state[p]["sketch"] = part
+        self._state[tensors[0]] |= {"sketch_values": values, "sketch_age": age, "draws": self._draws}
+
+
+class _Kronecker(Preconditioning):
+    """From Kronecker factors, which are estimated while the closures are linearised.
+
+    The state has each parameter's factors, and for the first how many products they have served and how often they were
+    drawn.
+    """
+
+    def __init__(
+        self,
+        kind: PreconditionerName,
+        parameters: FlatParameters,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        layers: tuple[Layer, ...] | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.layers = layers
+        self._must = kind == "kfac"
+        self._parameters = parameters
+        self._state = state
+        own = [state.get(p, {}) for p in parameters.tensors]
+        self._served, self._draws = own[0].get("products", 0), own[0].get("draws", 0)
+        self._values = {(i, name): entry[name] for i, entry in enumerate(own) for name in _NAMES if name in entry}
+        self._is_due = self._served >= RENEWED_AFTER
+        self._generator = generator or torch.Generator().manual_seed(self._draws)
+        self._estimates: list[KroneckerFactors | None] = []
+
+    def observe(self, metric: OutputMetric | ScalarMetric) -> None:
+        """See what the graph tells of the layers, and estimate their factors if they are due.
+
+        Raises:
+            ValueError: factors are asked for where there is no metric at outputs of the model.
+        """
+        if not (self._is_due or self.layers is None):
+            return
+        if isinstance(metric, ScalarMetric):
+            if self._must:
+                raise ValueError(
+                    "preconditioner='kfac' needs a metric at the model's outputs: a recognised loss function or a "
+                    "returned distribution, and not the Hessian of a scalar; use preconditioner='auto'"
+                )
+            self._estimates.append(None)
+            return
+        uses = uses_of(metric.outputs, self._parameters.tensors)
+        layers = tuple(dict.fromkeys(use.layer for use in uses))
+        if not (self._must or is_worthwhile(uses, self._parameters.tensors)):
+            self._estimates.append(None)
+        elif self._is_due or not fit(self._values, layers, self._parameters.tensors):
+            self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
+        else:
+            self.layers = layers
+
+    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+        if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
+            self._renew(ranks)
+        if not self.layers:
+            return None
+        self.name = "kfac"
+        values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
+        shifts = self._parameters.views(model.shift)
+        means = torch.stack([part.sum() / max(1, part.numel()) for part in shifts]).tolist()
+        return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
+
+    def keep(self, products: int) -> None:
         for i, p in enumerate(self._parameters.tensors):
             dtype = torch.promote_types(p.dtype, torch.float32)  # what load_state_dict leaves alone
             for name in _NAMES:
                 self._state[p].pop(name, None)
                 if (i, name) in self._values:
                     self._state[p][name] = self._values[i, name].to(dtype)
-        self._state[self._parameters.tensors[0]] |= {"products": self._products + products, "draws": self._draws}
+        self._state[self._parameters.tensors[0]] |= {"products": self._served + products, "draws": self._draws}
 
     def _renew(self, ranks: Ranks) -> None:
         """Mix the estimates of all closures and ranks with what was known."""
-        self._products, self._draws = 0, self._draws + 1
+        self._served, self._draws = 0, self._draws + 1
         estimates = [factors for factors in self._estimates if factors is not None]
         mean = mean_of(estimates) if len(estimates) == len(self._estimates) else None
         layers = None if mean is None else (mean.layers, sorted(mean.values))
