@@ -128,17 +128,18 @@ def conjugate_gradient(
     p = a_p = torch.zeros_like(b)
     models, iterations, stop, previous = [model], 0, 0, math.inf
     while True:
-        z = r if preconditioner is None else preconditioner(r)
         r_dot_r = on.dot(r, r)
-        r_dot_z = r_dot_r if z is r else on.dot(r, z)
-        stop = first(stop, _not_finite(r_dot_r) | _not_finite(r_dot_z), _NOT_FINITE)
+        stop = first(stop, _not_finite(r_dot_r), _NOT_FINITE)
         stop = first(stop, r_dot_r**0.5 <= target, _TOLERANCE)
-        stop = first(stop, r_dot_z <= 0, _INDEFINITE_PRECONDITIONER)
         stop = first(stop, _stalled(models, progress_tol), _PROGRESS)
         rounds = len(models) - 1
         if rounds == max_iters or (rounds % on.look_every == 0 and stop):
             break
 
+        z = r if preconditioner is None else preconditioner(r)
+        r_dot_z = r_dot_r if z is r else on.dot(r, z)
+        stop = first(stop, _not_finite(r_dot_z), _NOT_FINITE)
+        stop = first(stop, r_dot_z <= 0, _INDEFINITE_PRECONDITIONER)
         # Where the solve has stopped, beta is 1 and the other factors are 0: nothing moves any more.
         going = stop == 0
         iterations = iterations + going
@@ -160,7 +161,7 @@ def conjugate_gradient(
 
     reason = int(stop)
     if reason == _INDEFINITE_PRECONDITIONER:
-        value = float(r_dot_z)
+        value = float(previous)
         raise ValueError(f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}")
     if reason == _NEGATIVE_CURVATURE:
         length = _length_to_boundary(x, b, r, p, a_p, boundary)

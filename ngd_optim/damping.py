@@ -1,7 +1,8 @@
 """How the damping λ follows the quality of the quadratic model."""
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 _GROW_REJECTED = 4.0
 _GROW = 2.0
@@ -20,6 +21,53 @@ def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -
     """
     auto = (1e-30, 1e16) if exact else (1e-8, 1e6)
     return auto[0] if lowest == "auto" else lowest, auto[1] if highest == "auto" else highest
+
+
+class Damping:
+    """The damping of the parameter groups in one step.
+
+    Args:
+        groups: hold it; they are written to in :meth:`adapt` only.
+        adapts: whether it changes.
+        limits: its least and its largest value.
+        exact: whether the system is solved exactly. It is then solved again with more damping where a step does not
+            lower the loss, at a small part of the cost, in place of a line search.
+
+    Attributes:
+        values: one number per group.
+        can_retry: whether more damping and another solution take the place of a line search.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], *, adapts: bool, limits: tuple[float, float], exact: bool
+    ) -> None:
+        self.values = [float(group["damping"]) for group in groups]
+        self.can_retry = exact and adapts
+        self._groups = groups
+        self._adapts = adapts
+        self._limits = limits
+        self._exact = exact
+
+    def retry(self, attempt: int) -> bool:
+        """After the first, second, … solution that did not lower the loss; False where there is no more to give."""
+        before = self.values
+        self._multiply(retry_factor(attempt))
+        return self.values != before
+
+    def adapt(self, reduction_ratio: float, *, accepted: bool, overshot: bool) -> None:
+        """After a step; see :func:`damping_factor`."""
+        if not self._adapts:
+            return
+        if not self._exact:
+            self._multiply(damping_factor(reduction_ratio, accepted=accepted, overshot=overshot))
+        elif accepted:
+            self._multiply(trust_factor(reduction_ratio))
+        for group, value in zip(self._groups, self.values, strict=True):
+            group["damping"] = value
+
+    def _multiply(self, factor: float) -> None:
+        lowest, highest = self._limits
+        self.values = [min(max(value * factor, lowest), highest) for value in self.values]
 
 
 def trust_factor(reduction_ratio: float) -> float:

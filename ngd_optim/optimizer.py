@@ -1,9 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
-import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,27 +12,19 @@ from torch.utils.hooks import RemovableHandle
 from ngd_optim.cg import CGResult
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
-from ngd_optim.damping import DampingLimit, damping_factor, damping_range, retry_factor, trust_factor
+from ngd_optim.damping import Damping, DampingLimit, damping_range
+from ngd_optim.descent import Descent
 from ngd_optim.distributed import Ranks
-from ngd_optim.geodesic import bent
+from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.kronecker import Layer
 from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
-from ngd_optim.model import QuadraticModel, Step, scaled_step
+from ngd_optim.model import QuadraticModel
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
-from ngd_optim.solvers import (
-    ConjugateGradients,
-    DampingScale,
-    LeastSquares,
-    SampleSpace,
-    Solver,
-    SolverName,
-    choose_solver,
-    direct_solver,
-)
-from ngd_optim.trust_region import MaxKL, Trial, TrustRegion, chosen_max_kl, line_search
+from ngd_optim.solvers import ConjugateGradients, DampingScale, Solver, SolverName, choose_solver, direct_solver
+from ngd_optim.trust_region import MaxKL, TrustRegion, chosen_max_kl
 from ngd_optim.verify import Experience, signature
 
 Closures = Closure | Sequence[Closure]
@@ -44,8 +33,8 @@ Closures = Closure | Sequence[Closure]
 class NaturalCG(Optimizer):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
-    Each step solves ``(F + λI) x = −g`` with products only, scales ``x`` to the trust region ``½ xᵀF x ≤ δ`` and
-    searches along it (Martens 2010; Schulman et al. 2015).
+    Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares problem, scales
+    ``x`` to the trust region ``½ xᵀF x ≤ δ`` and searches along it (Martens 2010; Schulman et al. 2015).
 
     Args:
         params: parameters or parameter groups; ``lr``, ``damping`` and ``weight_decay`` may differ per group.
@@ -182,7 +171,7 @@ class NaturalCG(Optimizer):
 
     def _complete(self) -> None:
         if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
-            self._gradient_hooks: OrderedDict[int, Callable[[NaturalCG], None]] = OrderedDict()
+            self._gradient_hooks = GradientHooks()
         self._experiences: dict[Any, Experience] = {}
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
@@ -203,10 +192,7 @@ class NaturalCG(Optimizer):
         closure that calls ``backward``, ``.grad`` holds them. Changing them makes ``step`` raise ``RuntimeError``.
         ``handle.remove()`` ends it; it is no part of ``state_dict``.
         """
-        hooks = self._gradient_hooks
-        handle = RemovableHandle(hooks)
-        hooks[handle.id] = hook
-        return handle
+        return self._gradient_hooks.register(hook)
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -240,46 +226,42 @@ class NaturalCG(Optimizer):
         )
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
-            layers = self._layers.get(parameters.key)
             preconditioning = preconditioning_of(
-                settings["preconditioner"], parameters, self.state, layers, self.generator
+                settings["preconditioner"], parameters, self.state, self._layers.get(parameters.key), self.generator
             )
             point = self._linearize(runs, parameters, settings, ranks, unseen if others else preconditioning.observe)
-            ranks.together(lambda: self._call_gradient_hooks(runs[0], point, parameters))
+            ranks.together(lambda: self._gradient_hooks(self, runs[0], point.gradient, point.reached, parameters))
             if others:
                 other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
                 point = point.with_curvature_of(other)
-            settings["max_kl"] = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
-            solver = self._solver(point, preconditioning, parameters, settings, ranks)
+            max_kl = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
+            solver = self._solver(point, max_kl, preconditioning, parameters, settings, ranks)
+            damping = self._damping(solver, settings)
             scale = self._damping_scale(solver, point, parameters, settings)
-            settings["damping_range"] = damping_range(
-                settings["min_damping"], settings["max_damping"], exact=solver.name != "cg"
-            )
-            solves_again = solver.name != "cg" and settings["adapt_damping"] and settings["max_backtracks"] > 0
-            attempt = 0
-            while True:
-                attempt += 1
-                model = self._quadratic_model(point, scale, parameters, settings["momentum"] if attempt == 1 else 0.0)
-                solution = solver.solve(model)
-                step = self._scale(solution, model, parameters, settings)
-                if settings["geodesic"] and point.is_least_squares:
-                    step = self._bent(step, solution, solver, model, parameters)
-                ranks.check()
-                trial = self._search(step, solution, point, parameters, settings, once=solves_again)
-                if trial.accepted or not (solves_again and self._raise_damping(step, point, attempt, settings)):
-                    break
+            outcome = Descent(
+                point,
+                parameters,
+                solver,
+                damping,
+                lr=self._per_group("lr"),
+                max_kl=max_kl,
+                **{name: settings[name] for name in ("trust_region", "max_backtracks", "backtrack_ratio", "geodesic")},
+            )(partial(self._quadratic_model, point, scale, parameters, settings["momentum"]), ranks.check)
         for run in [*runs, *others]:
             run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
-        n_forward = sum(run.count for run in [*runs, *others])
-        damping = max(self._per_group("damping"))
-        trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
-        names = {"solver": solver.name, "preconditioner": preconditioning.name}
-        solution = replace(solution, products=solution.products + preconditioning.products)
-        self.last_step = report_of(point, model, solution, step, trial, damping, n_forward, **names)
-        self._adapt_damping(self.last_step, trial, settings)
-        self._remember(solution, parameters)
+        self.last_step = report_of(
+            point,
+            outcome,
+            solver=solver.name,
+            preconditioner=preconditioning.name,
+            n_forward=sum(run.count for run in [*runs, *others]),
+            n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
+        )
+        trial = outcome.trial
+        damping.adapt(self.last_step.reduction_ratio, accepted=trial.accepted, overshot=trial.overshot)
+        self._remember(outcome.solution, parameters)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         preconditioning.keep(self.last_step.n_product)
         return point.loss
@@ -307,26 +289,13 @@ class NaturalCG(Optimizer):
         code = getattr(function, "__code__", type(function))
         return self._experiences.setdefault((code, curvature, signature(traced)), Experience())
 
-    def _call_gradient_hooks(self, run: ReplayedClosure, point: Linearization, parameters: FlatParameters) -> None:
-        if not self._gradient_hooks:
-            return
-        before = [p.grad for p in parameters.tensors]
-        run.leave_gradients(parameters.unflatten(point.gradient.clone()), point.reached)
-        shown = [p.grad for p in parameters.tensors]
-        values = parameters.flatten(shown)
-        for hook in list(self._gradient_hooks.values()):
-            hook(self)
-        same = all(p.grad is gradient for p, gradient in zip(parameters.tensors, shown, strict=True))
-        if not same or not torch.allclose(values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True):
-            raise RuntimeError(
-                "a hook changed the gradients, which NaturalCG does not use again; to limit the step set max_kl, the "
-                "trust region, in place of gradient clipping"
-            )
-        for p, gradient in zip(parameters.tensors, before, strict=True):
-            p.grad = gradient
-
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
+
+    def _damping(self, solver: Solver, settings: dict[str, Any]) -> Damping:
+        exact = solver.name != "cg"
+        limits = damping_range(settings["min_damping"], settings["max_damping"], exact=exact)
+        return Damping(self.param_groups, adapts=settings["adapt_damping"], limits=limits, exact=exact)
 
     def _damping_scale(
         self, solver: Solver, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
@@ -342,15 +311,22 @@ class NaturalCG(Optimizer):
         return torch.where(largest > 0, largest, 1.0)
 
     def _quadratic_model(
-        self, point: Linearization, scale: Tensor | None, parameters: FlatParameters, momentum: float
+        self,
+        point: Linearization,
+        scale: Tensor | None,
+        parameters: FlatParameters,
+        momentum: float,
+        damping: Sequence[float],
+        attempt: int,
     ) -> QuadraticModel:
+        """With the damping towards the momentum at the first attempt, and towards zero when that did not work."""
         decay = parameters.spread(self._per_group("weight_decay"), point.used)
-        damping = parameters.spread(self._per_group("damping"))
         gradient = point.gradient + decay * parameters.theta if any(self._per_group("weight_decay")) else point.gradient
+        spread = parameters.spread(damping)
         if scale is not None:
-            damping = damping * scale
-        centre = self._last_solution(point, parameters).mul_(momentum) if momentum else None
-        return QuadraticModel(gradient, point.curvature, decay, damping, centre)
+            spread = spread * scale
+        centre = self._last_solution(point, parameters).mul_(momentum) if momentum and attempt == 1 else None
+        return QuadraticModel(gradient, point.curvature, decay, spread, centre)
 
     def _last_solution(self, point: Linearization, parameters: FlatParameters) -> Tensor:
         return parameters.flatten(
@@ -361,6 +337,7 @@ class NaturalCG(Optimizer):
     def _solver(
         self,
         point: Linearization,
+        max_kl: float | None,
         preconditioning: Preconditioning,
         parameters: FlatParameters,
         settings: dict[str, Any],
@@ -375,84 +352,9 @@ class NaturalCG(Optimizer):
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
-            boundary=None if settings["max_kl"] is None else 2 * settings["max_kl"],
+            boundary=None if max_kl is None else 2 * max_kl,
             precondition=lambda model: preconditioning.formed(model, ranks),
         )
-
-    def _scale(
-        self, solution: CGResult, model: QuadraticModel, parameters: FlatParameters, settings: dict[str, Any]
-    ) -> Step:
-        """The solution, cut to the trust region and multiplied by ``lr``."""
-        lr = parameters.spread(self._per_group("lr"))
-        return scaled_step(model, solution, parameters.theta, lr, settings["max_kl"], settings["trust_region"])
-
-    def _bent(
-        self, step: Step, solution: CGResult, solver: Solver, model: QuadraticModel, parameters: FlatParameters
-    ) -> Step:
-        """Geodesic acceleration of a full step, where the solver has the means for it."""
-        full = step.scale == 1.0 and all(lr == 1.0 for lr in self._per_group("lr"))
-        if not (full and solution.stop == "exact" and isinstance(solver, LeastSquares | SampleSpace)):
-            return step
-        return bent(step, solver, model, parameters.theta, partial(parameters.move, step.direction))
-
-    def _search(
-        self,
-        step: Step,
-        solution: CGResult,
-        point: Linearization,
-        parameters: FlatParameters,
-        settings: dict[str, Any],
-        *,
-        once: bool,
-    ) -> Trial:
-        """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
-        if solution.stop == "not_finite":
-            return Trial.refused("the gradient or a curvature product is not finite")
-        if solution.stop == "indefinite":
-            return Trial.refused("the damped curvature is not positive definite")
-
-        def evaluate(fraction: float) -> tuple[float, float | None]:
-            parameters.move(step.direction, fraction)
-            loss, kl = point.measure()
-            return loss + step.decay_change(fraction), kl
-
-        trial = line_search(
-            evaluate,
-            point.loss.item(),
-            step.slope,
-            max_kl=settings["max_kl"],
-            max_backtracks=0 if once else settings["max_backtracks"],
-            demanding=settings["max_backtracks"] > 0,
-            backtrack_ratio=settings["backtrack_ratio"],
-        )
-        if not trial.accepted:
-            parameters.restore()
-            promised = step.predicted_decrease(1.0)
-            if trial.backtracks and abs(promised) <= point.rounding:
-                reason = f"rejected: the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
-                return replace(trial, overshot=False, reason=reason)
-        return trial
-
-    def _raise_damping(self, step: Step, point: Linearization, attempt: int, settings: dict[str, Any]) -> bool:
-        """More damping for another solution, if that can be of use."""
-        before = self._per_group("damping")
-        of_use = not step.slope < 0 or step.predicted_decrease(1.0) > point.rounding
-        if of_use and math.isfinite(point.loss.item()):
-            self._multiply_damping(retry_factor(attempt), settings)
-        return self._per_group("damping") != before
-
-    def _adapt_damping(self, report: StepReport, trial: Trial, settings: dict[str, Any]) -> None:
-        if settings["adapt_damping"] and report.solver == "cg":
-            ratio, accepted, overshot = report.reduction_ratio, report.accepted, trial.overshot
-            self._multiply_damping(damping_factor(ratio, accepted=accepted, overshot=overshot), settings)
-        elif settings["adapt_damping"] and report.accepted:
-            self._multiply_damping(trust_factor(report.reduction_ratio), settings)
-
-    def _multiply_damping(self, factor: float, settings: dict[str, Any]) -> None:
-        lowest, highest = settings["damping_range"]
-        for group in self.param_groups:
-            damping = float(group["damping"]) * factor
-            group["damping"] = min(max(damping, lowest), highest)
 
     def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:
         """Keep the solution for the next step's start."""

@@ -82,12 +82,12 @@ def preconditioning_of(
         layers: those of the last step; None: unknown.
         generator: draws the random vectors; None: one that starts anew at each renewal, from its number.
     """
-    if kind == "auto" or kind == "kfac":
-        return _Kronecker(kind, parameters, state, layers, generator)
+    if kind in ("auto", "kfac"):
+        return _Kronecker(parameters, state, layers, generator, must=kind == "kfac")
     sketch = Diagonal() if kind == "diagonal" else kind
     if isinstance(sketch, Diagonal | Nystrom):
         return _Sketched(sketch, parameters, state, generator)
-    return Preconditioning() if sketch is None else _Given(sketch)
+    return _Given(sketch) if callable(sketch) else Preconditioning()
 
 
 class _Given(Preconditioning):
@@ -158,14 +158,15 @@ class _Kronecker(Preconditioning):
 
     def __init__(
         self,
-        kind: PreconditionerName,
         parameters: FlatParameters,
         state: MutableMapping[Tensor, dict[str, Any]],
         layers: tuple[Layer, ...] | None,
         generator: torch.Generator | None,
+        *,
+        must: bool,
     ) -> None:
         self.layers = layers
-        self._must = kind == "kfac"
+        self._must = must
         self._parameters = parameters
         self._state = state
         own = [state.get(p, {}) for p in parameters.tensors]

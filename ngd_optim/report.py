@@ -3,10 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
-from ngd_optim.cg import CGResult
+from ngd_optim.descent import Outcome
 from ngd_optim.linearize import Linearization
-from ngd_optim.model import QuadraticModel, Step
-from ngd_optim.trust_region import Trial
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,15 @@ class StepReport:
 
 def report_of(
     point: Linearization,
-    model: QuadraticModel,
-    solution: CGResult,
-    step: Step,
-    trial: Trial,
-    damping: float,
-    n_forward: int,
+    outcome: Outcome,
     *,
     solver: str,
     preconditioner: str,
+    n_forward: int,
+    n_product: int,
 ) -> StepReport:
     """The report of a step, from what its parts found."""
+    model, solution, step, trial = outcome.model, outcome.solution, outcome.step, outcome.trial
     moved = trial.fraction if trial.accepted else 0.0
     loss = point.loss.item()
     predicted = step.predicted_decrease(trial.fraction)
@@ -104,7 +100,7 @@ def report_of(
         kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
         predicted_decrease=predicted,
         reduction_ratio=(loss - trial.objective) / predicted if telling else math.nan,
-        damping=damping,
+        damping=max(outcome.damping),
         cg_iters=solution.iterations,
         cg_residual=solution.residual,
         cg_stop=solution.stop,
@@ -116,5 +112,5 @@ def report_of(
         backend=point.backend,
         preconditioner=preconditioner,
         n_forward=n_forward,
-        n_product=solution.products + step.products,
+        n_product=n_product,
     )

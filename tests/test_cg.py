@@ -379,6 +379,20 @@ def test_the_progress_rule_sees_the_model_of_a_preconditioned_solve():
     assert (result.stop, result.iterations) == ("progress", worth_no_more(values, 0.5))
 
 
+def test_a_residual_that_is_small_enough_is_not_preconditioned():
+    A, b = spd(8, 100)
+    calls = []
+
+    def preconditioner(r):
+        calls.append(1)
+        return r / A.diagonal()
+
+    result = conjugate_gradient(A.mv, b, preconditioner=preconditioner)
+    assert (result.stop, len(calls)) == ("tolerance", result.iterations)
+    assert conjugate_gradient(A.mv, 0 * b, preconditioner=preconditioner).iterations == 0
+    assert len(calls) == result.iterations
+
+
 @pytest.mark.parametrize(("sign", "starting"), [(-1.0, 0), (0.0, 0), (-1.0, 3)])
 def test_a_preconditioner_that_is_not_positive_definite_is_refused(sign, starting):
     A, b = spd(8, 100)

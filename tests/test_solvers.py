@@ -356,3 +356,25 @@ def test_indefinite_metric_at_the_outputs():
 def test_bad_settings(name, value):
     with pytest.raises(ValueError, match=name):
         NaturalCG([nn.Parameter(torch.ones(1))], **{name: value})
+
+
+@pytest.mark.parametrize("fails", [2, 4])
+def test_an_exception_while_solving_again_leaves_the_damping(fails):
+    x = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    optimizer = NaturalCG([x], geodesic=False)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == fails:
+            raise KeyboardInterrupt
+        too_high = 1e3 if 1 < len(calls) < fails else 0.0  # every trial point is turned down
+        return least_squares(10 * (x[1] - x[0] ** 2) + too_high, 1 - x[0])
+
+    calls += [1] * fails  # the first step learns how to form the products, undisturbed
+    optimizer.step(closure)
+    damping = optimizer.param_groups[0]["damping"]
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert optimizer.param_groups[0]["damping"] == damping

@@ -1,0 +1,55 @@
+"""Hooks that look at a step's gradients, as code between ``backward()`` and ``step()`` would."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ngd_optim.closure import ReplayedClosure
+from ngd_optim.parameters import FlatParameters
+
+
+class GradientHooks:
+    """Functions that are called with the optimizer, in the order in which they were registered."""
+
+    def __init__(self) -> None:
+        self._hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
+
+    def register(self, hook: Callable[[Any], None]) -> RemovableHandle:
+        """Add one; ``handle.remove()`` takes it away."""
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def __call__(
+        self,
+        optimizer: Any,
+        run: ReplayedClosure,
+        gradient: Tensor,
+        reached: list[bool],
+        parameters: FlatParameters,
+    ) -> None:
+        """Show the gradients as one run of the closure leaves them.
+
+        Raises:
+            RuntimeError: a hook changed them.
+        """
+        if not self._hooks:
+            return
+        before = [p.grad for p in parameters.tensors]
+        run.leave_gradients(parameters.unflatten(gradient.clone()), reached)
+        shown = [p.grad for p in parameters.tensors]
+        values = parameters.flatten(shown)
+        for hook in list(self._hooks.values()):
+            hook(optimizer)
+        same = all(p.grad is old for p, old in zip(parameters.tensors, shown, strict=True))
+        if not same or not torch.allclose(values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError(
+                "a hook changed the gradients, which NaturalCG does not use again; to limit the step set max_kl, the "
+                "trust region, in place of gradient clipping"
+            )
+        for p, old in zip(parameters.tensors, before, strict=True):
+            p.grad = old
