@@ -70,7 +70,7 @@ def draw(u: nn.Module, viscosity: float, errors: list[tuple[float, float]], path
     for row, color in ((36, "tab:green"), (74, "tab:orange"), (149, "tab:blue")):
         middle.plot(x[row], truth[row], color=color, linewidth=4, alpha=0.3)
         middle.plot(x[row], found[row], color=color, linewidth=1, label=f"t = {t[row, 0]:.2f}")
-    middle.set(title="network (thin) on the exact solution (wide)", xlabel="x", ylabel="u")
+    middle.set(title="network (thin), exact (wide)", xlabel="x", ylabel="u")
     middle.legend(frameon=False)
     right.semilogy(*zip(*errors, strict=True))
     right.set(title="relative error in L²", xlabel="CPU seconds, one thread")

@@ -16,7 +16,7 @@ from ngd_optim.damping import Damping, DampingLimit, damping_range
 from ngd_optim.descent import Descent
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
-from ngd_optim.kronecker import Layer
+from ngd_optim.layers import Layer
 from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.model import QuadraticModel
 from ngd_optim.parameters import FlatParameters

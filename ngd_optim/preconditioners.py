@@ -11,14 +11,13 @@ from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
 from ngd_optim.kronecker import (
     KroneckerFactors,
-    Layer,
     factors_of,
     fit,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
-    uses_of,
 )
+from ngd_optim.layers import Layer, uses_of
 from ngd_optim.model import QuadraticModel
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.sketches import Diagonal, Nystrom, Sketch

@@ -20,14 +20,13 @@ from ngd_optim.closure import ReplayedClosure
 from ngd_optim.curvature import OutputMetric, metric_of
 from ngd_optim.kronecker import (
     KroneckerFactors,
-    Layer,
     factors_of,
     fit,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
-    uses_of,
 )
+from ngd_optim.layers import Layer, uses_of
 from ngd_optim.parameters import FlatParameters
 
 N, IN, OUT, STEPS = 5, 3, 4, 2
