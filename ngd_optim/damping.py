@@ -7,7 +7,7 @@ from typing import Any, Literal
 _GROW_REJECTED = 4.0
 _GROW = 2.0
 _SHRINK = 1 / 2
-_LITTLE, _MUCH = 0.2, 0.6
+_LITTLE, _MUCH = 0.2, 0.4
 
 
 DampingLimit = float | Literal["auto"]

@@ -15,9 +15,9 @@ RULE = [
     # reduction ratio, accepted, overshot, factor
     (0.9, True, False, 1 / 2),
     (1.7, True, False, 1 / 2),
-    (0.6001, True, False, 1 / 2),
-    (0.6, True, False, 1.0),
-    (0.5, True, False, 1.0),
+    (0.4001, True, False, 1 / 2),
+    (0.4, True, False, 1.0),
+    (0.3, True, False, 1.0),
     (0.2, True, False, 1.0),
     (0.1999, True, False, 2.0),
     (-3.0, True, False, 2.0),
@@ -77,7 +77,8 @@ def bowl(start):
 IN_THE_OPTIMIZER = [
     # start, most backtracks, reduction ratio between, factor
     (0.3, 0, (0.9, 1.1), 1 / 2),
-    (0.85, 0, (0.2, 0.6), 1.0),
+    (0.85, 0, (0.4, 0.9), 1 / 2),
+    (0.95, 0, (0.2, 0.4), 1.0),
     (1.05, 0, (0.0, 0.2), 2.0),
     (1.2, 0, (-9.0, 0.0), 2.0),
     (1.2, 10, (0.0, 0.2), 2.0),
