@@ -33,6 +33,8 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/minibatch.py
+	$(BIN)/python benchmarks/iterations.py
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/pinn.py
 	$(BIN)/python benchmarks/goals.py
