@@ -31,7 +31,7 @@ from ngd_optim import CGResult, NaturalCG, conjugate_gradient
 
 RESULTS = Path(__file__).parent / "results"
 PRECONDITIONERS = {"none": None, "diagonal": "diagonal", "Kronecker factors": "kfac"}
-BEFORE, MOST, SHARE = (1, 5, 10, 20), 1_000, 0.95
+STEPS, MOST, SHARE = (1, 5, 10, 20), 1_000, 0.95
 Matvec = Callable[[Tensor], Tensor]
 TIGHT = {"cg_tol": 1e-4, "cg_progress_tol": 0.0, "warm_start": 0.0, "max_cg_iters": MOST}
 
@@ -126,8 +126,8 @@ def iterations(problem: Problem) -> dict[str, list[int]]:
     model = problem.make()
     optimizer = NaturalCG(model.parameters(), **problem.settings)
     found: dict[str, list[int]] = {name: [] for name in PRECONDITIONERS}
-    for step in range(1, max(BEFORE) + 1):
-        if step in BEFORE:
+    for step in range(1, max(STEPS) + 1):
+        if step in STEPS:
             curves = {name: decreases(problem, model, optimizer, kind) for name, kind in PRECONDITIONERS.items()}
             goal = SHARE * max(curve[-1] for curve in curves.values())
             for name, curve in curves.items():
@@ -138,7 +138,7 @@ def iterations(problem: Problem) -> dict[str, list[int]]:
 
 def table(results: dict[str, dict[str, list[int]]]) -> str:
     """Markdown: a model per row."""
-    lines = [f"| iterations at steps {', '.join(map(str, BEFORE))} | {' | '.join(PRECONDITIONERS)} | times fewer |"]
+    lines = [f"| iterations at steps {', '.join(map(str, STEPS))} | {' | '.join(PRECONDITIONERS)} | times fewer |"]
     lines.append(f"|---|{'---|' * len(PRECONDITIONERS)}---|")
     for name, found in results.items():
         cells = [", ".join(f"> {MOST:,}" if n > MOST else str(n) for n in counts) for counts in found.values()]

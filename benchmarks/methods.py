@@ -37,7 +37,7 @@ def muon(model: nn.Module, lr: float) -> Optimizers:
 
 
 def soap(model: nn.Module, lr: float) -> Optimizers:
-    """SOAP for whatever is no vector, Adam for the rest, as its authors have it."""
+    """SOAP for whatever is no vector, Adam for the vectors, as in its paper."""
     vectors = [p for p in model.parameters() if p.ndim < 2]
     rest = [p for p in model.parameters() if p.ndim >= 2]
     return [SOAP(rest, lr=lr, weight_decay=0.0), torch.optim.Adam(vectors, lr=lr)]
@@ -53,7 +53,7 @@ def singd(model: nn.Module, lr: float) -> Optimizers:
     layers = [m for m in model.modules() if isinstance(m, SINGD.SUPPORTED_MODULES)]
     known = [p for layer in layers for p in layer.parameters()]
     rest = [p for p in model.parameters() if not any(p is q for q in known)]
-    average = "batch+sequence" if rest else "batch"
+    average = "batch+sequence" if any(isinstance(m, nn.Embedding) for m in model.modules()) else "batch"
     own = SINGD(
         model, known, lr=lr, loss_average=average, kfac_like=True, normalize_lr_cov=True, warn_unsupported=False
     )

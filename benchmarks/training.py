@@ -62,7 +62,7 @@ def train(task: str, method: str, seconds: float) -> tuple[str, Curve]:
     rates = rates_of(method)
     if not rates:
         return method, run(math.nan, seconds)
-    trials = {lr: run(lr, seconds / 4)[-1][1] for lr in rates}
+    trials = {lr: [math.inf, *(value for _, value in run(lr, seconds / 4))][-1] for lr in rates}
     best = min(trials, key=lambda lr: trials[lr] if math.isfinite(trials[lr]) else math.inf)
     return f"{method}, lr {best:g}", run(best, seconds)
 
