@@ -19,11 +19,13 @@ _FEW_ROWS = 32
 _ROWS_AT_ONCE = 32
 """So many are pulled back together: each has the memory of a backward pass."""
 
+_FEW_BYTES = 2**27
+"""So large a Jacobian is no burden beside what a step holds anyway."""
+
 
 def jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
     """``∂z/∂θ``, shape (number of output elements, n), rows in the order of the flattened outputs."""
-    rows = torch.zeros(sum(z.numel() for z in outputs), len(parameters.theta), dtype=parameters.dtype)
-    rows = rows.to(parameters.device)
+    rows = _empty(outputs, parameters)
     if len(rows) <= _FEW_ROWS:
         _fill_by_rows(rows, outputs, parameters)
         return rows
@@ -34,6 +36,27 @@ def jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
         logger.info("the Jacobian is pulled back row by row, because %s", error)
         _fill_by_rows(rows, outputs, parameters)
     return rows
+
+
+def quick_jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor | None:
+    """The same where it is small and takes one pull-back, or has a few rows; else None."""
+    count = sum(z.numel() for z in outputs)
+    if count * len(parameters.theta) * parameters.dtype.itemsize > _FEW_BYTES:
+        return None
+    if count <= _FEW_ROWS:
+        return jacobian(outputs, parameters)
+    rows = _empty(outputs, parameters)
+    try:
+        Samples(outputs, parameters).fill(rows, in_one_pass=True)
+        _check(rows, outputs, parameters)
+    except (NotLocalError, CannotReplayError):
+        return None
+    return rows
+
+
+def _empty(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
+    shape = sum(z.numel() for z in outputs), len(parameters.theta)
+    return torch.zeros(shape, dtype=parameters.dtype, device=parameters.device)
 
 
 def _check(rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters) -> None:

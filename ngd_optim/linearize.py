@@ -89,6 +89,10 @@ class Linearization:
         assert isinstance(self.product, TracedProduct)
         return self.product.root()
 
+    def quick_diagonal(self) -> Tensor | None:
+        """The diagonal of ``F``, where it takes as little as some products; else None. To be asked before any."""
+        return self.product.quick_diagonal() if self.shape[0] and isinstance(self.product, TracedProduct) else None
+
     @property
     def rounding(self) -> float:
         """Differences of the loss below this are noise."""

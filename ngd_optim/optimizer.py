@@ -23,7 +23,15 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_settings, shared_settings
-from ngd_optim.solvers import ConjugateGradients, DampingScale, Solver, SolverName, choose_solver, direct_solver
+from ngd_optim.solvers import (
+    ConjugateGradients,
+    DampingScale,
+    Solver,
+    SolverName,
+    choose_solver,
+    curvature_diagonal,
+    direct_solver,
+)
 from ngd_optim.trust_region import MaxKL, TrustRegion, chosen_max_kl
 from ngd_optim.verify import Experience, signature
 
@@ -57,7 +65,7 @@ class NaturalCG(Optimizer):
             solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
             closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
             stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
-            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`, or ``"diagonal"``: from products alone. Or a
+            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`, or ``"diagonal"``: without layers. Or a
             function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
         max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
             unless it is not finite.
@@ -303,9 +311,9 @@ class NaturalCG(Optimizer):
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
             return None
-        diagonal = point.root().rows.square().sum(0) if solver.diagonal is None else solver.diagonal
+        diagonal = curvature_diagonal(solver, point)
         before = parameters.flatten(self.state[p].get("largest_curvature") for p in parameters.tensors)
-        largest = torch.maximum(before, diagonal)
+        largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
         for p, part in zip(parameters.tensors, parameters.unflatten(largest), strict=True):
             self.state[p]["largest_curvature"] = part
         return torch.where(largest > 0, largest, 1.0)
@@ -353,7 +361,7 @@ class NaturalCG(Optimizer):
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
             boundary=None if max_kl is None else 2 * max_kl,
-            precondition=lambda model: preconditioning.formed(model, ranks),
+            precondition=lambda model: preconditioning.formed(point, model, ranks),
         )
 
     def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:

@@ -18,9 +18,10 @@ from ngd_optim.kronecker import (
     mean_of,
 )
 from ngd_optim.layers import Layer, uses_of
+from ngd_optim.linearize import Linearization
 from ngd_optim.model import QuadraticModel
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.sketches import Diagonal, Nystrom, Sketch
+from ngd_optim.sketches import Diagonal, Nystrom, Sketch, known
 
 PreconditionerName = Literal["auto", "kfac", "diagonal"]
 Solve = Callable[[Tensor], Tensor]
@@ -57,7 +58,7 @@ class Preconditioning:
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:
         """See a closure's metric while its graph is at hand."""
 
-    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """The preconditioner for a model's system; None where there is none."""
         return None
 
@@ -95,7 +96,7 @@ class _Given(Preconditioning):
     def __init__(self, function: Solve) -> None:
         self._function = function
 
-    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         self.name = "callable"
         return _checked(self._function)
 
@@ -118,7 +119,7 @@ class _Sketched(Preconditioning):
         self._generator = generator or torch.Generator().manual_seed(self._draws)
         self._sketch = _sketch_of(own)
 
-    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """Drawn anew where what earlier steps left is too old or of another kind."""
 
         def counted(v: Tensor) -> Tensor:
@@ -129,7 +130,8 @@ class _Sketched(Preconditioning):
         if old is None or len(old.basis) != len(shift) or bool(len(old.values)) != isinstance(kind, Nystrom):
             old = None
         if old is None or old.age >= kind.refresh:
-            old = kind.drawn(counted, len(shift), shift, old, self._generator)
+            diagonal = point.quick_diagonal() if isinstance(kind, Diagonal) else None
+            old = kind.drawn(counted, len(shift), shift, old, self._generator) if diagonal is None else known(diagonal)
             self._draws += 1
         self._sketch = old._replace(age=old.age + 1)
         if not (old.basis.isfinite().all() and old.values.isfinite().all()):
@@ -200,7 +202,7 @@ class _Kronecker(Preconditioning):
         else:
             self.layers = layers
 
-    def formed(self, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)
         if not self.layers:

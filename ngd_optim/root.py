@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.curvature import OutputMetric
-from ngd_optim.jacobian import jacobian
+from ngd_optim.jacobian import jacobian, quick_jacobian
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import Map
 
@@ -51,8 +51,7 @@ def root_of(
     rows = jacobian(metric.outputs, parameters)
     slope = _flat(slopes, rows)
     here = _flat(metric.outputs, rows)
-    roots = [_roots(blocks) for blocks in _blocks(metric.weigh, metric.outputs)]
-    halves, inverses = ([part.to(rows) for part in parts] for parts in zip(*roots, strict=True))
+    halves, inverses = _halves(metric, rows)
     _multiply(halves, rows)
     _multiply(inverses, slope.unsqueeze(1))
 
@@ -65,6 +64,26 @@ def root_of(
         return change
 
     return Root(rows, slope, displaced)
+
+
+def quick_diagonal(metric: OutputMetric, parameters: FlatParameters) -> Tensor | None:
+    """The diagonal of ``F``, from the squares of ``A``, where that takes as little as some products; else None."""
+    rows = quick_jacobian(metric.outputs, parameters)
+    if rows is None:
+        return None
+    try:
+        halves, _ = _halves(metric, rows)
+    except NotSemidefiniteError:
+        return None
+    _multiply(halves, rows)
+    return rows.square_().sum(0)
+
+
+def _halves(metric: OutputMetric, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The diagonal blocks of ``H_z^½`` and of ``H_z^-½``."""
+    roots = [_roots(blocks) for blocks in _blocks(metric.weigh, metric.outputs)]
+    halves, inverses = ([part.to(like) for part in parts] for parts in zip(*roots, strict=True))
+    return halves, inverses
 
 
 def _flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

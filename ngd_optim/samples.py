@@ -89,15 +89,15 @@ class Samples:
         self._program = without_dead_code(recorder.program, recorder.metas, wanted, Sharing())
         note_last_uses(self._program, wanted)
 
-    def fill(self, rows: Tensor) -> None:
-        """Write all rows of the Jacobian."""
+    def fill(self, rows: Tensor, *, in_one_pass: bool = False) -> None:
+        """Write all rows of the Jacobian; in one pass for each output, or else in one for each element of a sample."""
         start = 0
         for z in self._outputs:
             block = rows[start : start + z.numel()]
             try:
                 self._fill_samples(block, start, 1)
             except NotLocalError:  # the elements of a row of z have a sample in common
-                if z.ndim < 2 or z.shape[0] in (1, z.numel()):
+                if in_one_pass or z.ndim < 2 or z.shape[0] in (1, z.numel()):
                     raise
                 self._fill_samples(block, start, z.numel() // z.shape[0])
             start += z.numel()

@@ -76,6 +76,11 @@ _FEW = 4096
 _LARGEST_JACOBIAN = 2**30
 """And for a Jacobian of so many bytes at most."""
 
+_NEEDS_OUTPUTS = (
+    "needs one closure whose metric lives at the model's outputs, in one process: no Hessian, no scalar KL, and no "
+    "penalty beside the outputs (weight_decay is allowed)"
+)
+
 
 def choose_solver(name: SolverName, point: Linearization) -> SolverName:
     """``"cg"``, ``"dense"`` or ``"sample"``.
@@ -89,10 +94,7 @@ def choose_solver(name: SolverName, point: Linearization) -> SolverName:
     """
     m, n = point.shape
     if name == "sample" and not m:
-        raise ValueError(
-            "solver='sample' needs one closure whose metric lives at the model's outputs, in one process: no Hessian, "
-            "no scalar KL, and no penalty beside the outputs (weight_decay is allowed)"
-        )
+        raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
     if not point.gradient.isfinite().all():
         return "cg"  # which says so
     if name != "auto":
@@ -115,6 +117,19 @@ def direct_solver(name: SolverName, point: Linearization) -> "Solver":
             raise
         return Matrix(point.curvature, point.gradient)
     return SampleSpace(root) if name == "sample" else LeastSquares(root)
+
+
+def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
+    """The diagonal of ``F``, exactly; to be asked before any product.
+
+    Raises:
+        ValueError: neither the solver knows it nor the outputs tell.
+    """
+    if solver.diagonal is not None:
+        return solver.diagonal
+    if not point.shape[0]:
+        raise ValueError(f"damping_scale='diagonal' beside solver='cg' {_NEEDS_OUTPUTS}")
+    return point.root().rows.square().sum(0)
 
 
 class LeastSquares:

@@ -12,7 +12,7 @@ from ngd_optim.memory import Memory, Recall
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
-from ngd_optim.root import Root, root_of
+from ngd_optim.root import Root, quick_diagonal, root_of
 from ngd_optim.verify import ON_ANOTHER_RANK, Experience, cannot_follow
 
 
@@ -67,6 +67,11 @@ class TracedProduct:
             return None if there is None else select(there)
 
         return root_of(self._metric, self._loss, self._parameters, outputs_now)
+
+    def quick_diagonal(self) -> Tensor | None:
+        """That of ``F`` for a metric at outputs, where it takes as little as some products; before any product."""
+        assert isinstance(self._metric, OutputMetric)
+        return quick_diagonal(self._metric, self._parameters)
 
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience

@@ -155,7 +155,7 @@ def test_good_start_is_used():
     exact = torch.linalg.solve(A, b)
     done = conjugate_gradient(A.mv, b, x0=exact)
     assert (done.iterations, done.products, done.stop) == (0, 1, "tolerance")
-    assert torch.equal(done.solution, exact)
+    assert_near(done.solution, exact, 1e-14)
     x0 = 0.9 * exact
     cut = conjugate_gradient(A.mv, b, x0=x0, max_iters=3)
     assert (cut.iterations, cut.products, cut.stop) == (3, 4, "max_iters")
@@ -225,7 +225,7 @@ def test_negative_curvature_later_gives_the_last_iterate():
 @pytest.mark.parametrize("first", [True, False])
 def test_negative_curvature_is_followed_to_the_boundary(first, boundary):
     """To xᵀA x + τ² |pᵀA p| = boundary, from the last iterate x along the last direction p."""
-    A, b = spd(12, 1e3)
+    A, b = spd(12, 30, seed=1)  # the fourth of twelve iterations meets it: no matter of rounding
     A = A - (1e4 if first else 1.5) * torch.eye(12, dtype=A.dtype)
     directions = []
 
@@ -319,7 +319,7 @@ def preconditioners(A):
     other = spd(n, 5, seed=3)[0]
     return {
         "itself": lambda r: r,
-        "constant": lambda r: 1e-3 * r,
+        "constant": lambda r: 2**-10 * r,  # which rounds nothing
         "diagonal": lambda r: r / A.diag(),
         "exact": lambda r: inverse @ r,
         "near": lambda r: inverse @ r + 0.01 * r,

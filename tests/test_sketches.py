@@ -7,7 +7,7 @@ import torch
 from problems import assert_near, flatten
 from torch import nn
 
-from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares
+from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares, linearize
 from ngd_optim.sketches import Sketch
 
 N = 60
@@ -103,7 +103,7 @@ def step_with(preconditioner, scaled):
 
 @pytest.mark.parametrize(
     ("preconditioner", "scaled", "saved"),
-    [(Nystrom(rank=30), True, 3), (Nystrom(rank=30), False, 3), (Diagonal(), True, 2)],
+    [(Nystrom(rank=30), True, 3), (Nystrom(rank=30), False, 3), (Diagonal(), True, 15)],
 )
 def test_fewer_iterations_to_the_same_step(preconditioner, scaled, saved):
     plain, wanted = step_with(None, scaled)
@@ -112,20 +112,65 @@ def test_fewer_iterations_to_the_same_step(preconditioner, scaled, saved):
     assert saved * report.cg_iters <= plain.cg_iters
     assert_near(found, wanted, 1e-3)
     assert report.preconditioner == preconditioner.name
-    assert report.n_product > report.cg_iters
+    assert (report.n_product > report.cg_iters) is isinstance(preconditioner, Nystrom)  # the diagonal is exact here
     assert plain.n_product == plain.cg_iters
+
+
+def with_two_outputs():
+    """The same features, and two outputs for each sample."""
+    torch.manual_seed(3)
+    x = torch.randn(200, N, dtype=torch.float64) * torch.logspace(0, -3, N, dtype=torch.float64)
+    y = torch.randn(200, 2, dtype=torch.float64)
+    model = nn.Linear(N, 2).double()
+    return model, lambda: nn.functional.mse_loss(model(x).tanh(), y)
+
+
+def diagonals(closure, params):
+    """The diagonal that is found in one pull-back, and the one from products with unit vectors."""
+    found = linearize(closure, params).quick_diagonal()
+    point = linearize(closure, params)
+    units = torch.eye(len(point.gradient), dtype=torch.float64)
+    return found, torch.stack([point.curvature(unit)[i] for i, unit in enumerate(units)])
+
+
+def test_the_diagonal_is_exact_where_it_takes_one_pull_back():
+    model, closure = ill_conditioned(True)
+    found, wanted = diagonals(closure, list(model.parameters()))
+    assert_near(found, wanted, 1e-12)
+    few = torch.randn(4, N, dtype=torch.float64)
+    wide = nn.Linear(N, 3).double()
+    labels = torch.tensor([0, 1, 2, 0])
+    found, wanted = diagonals(lambda: nn.functional.cross_entropy(wide(few), labels), list(wide.parameters()))
+    assert_near(found, wanted, 1e-12)
+
+
+def test_the_diagonal_is_estimated_where_it_takes_more(monkeypatch):
+    model, closure = with_two_outputs()
+    assert linearize(closure, model.parameters()).quick_diagonal() is None  # several outputs of a sample
+    model, closure = ill_conditioned(True)
+
+    def penalised():
+        return closure() + model.weight.pow(4).sum()
+
+    assert linearize(penalised, model.parameters()).quick_diagonal() is None  # a Hessian beside the outputs
+    assert linearize(lambda: model.weight.pow(4).sum(), model.parameters()).quick_diagonal() is None
+    norm = nn.Sequential(model, nn.BatchNorm1d(1, dtype=torch.float64))
+    x = torch.randn(200, N, dtype=torch.float64)
+    assert linearize(lambda: least_squares(norm(x)), norm.parameters()).quick_diagonal() is None  # samples that mix
+    monkeypatch.setattr("ngd_optim.jacobian._FEW_BYTES", 200 * (N + 1) * 8 - 1)
+    assert linearize(closure, model.parameters()).quick_diagonal() is None  # memory
 
 
 @pytest.mark.parametrize("kind", [Nystrom(rank=5, largest_rank=5, refresh=2), Diagonal(probes=5, refresh=2)])
 def test_sketches_are_kept_renewed_and_saved(kind):
-    model, closure = ill_conditioned(True)
+    model, closure = with_two_outputs()
     optimizer = NaturalCG(model.parameters(), preconditioner=kind, solver="cg", warm_start=0.0)
     drawn = []
     for _ in range(4):
         optimizer.step(closure)
         drawn.append(optimizer.last_step.n_product - optimizer.last_step.cg_iters)
     assert drawn == [5, 0, 5, 0]
-    twin, same_closure = ill_conditioned(True)
+    twin, same_closure = with_two_outputs()
     twin.load_state_dict(model.state_dict())
     resumed = NaturalCG(twin.parameters(), preconditioner=kind, solver="cg", warm_start=0.0)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))

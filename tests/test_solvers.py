@@ -358,6 +358,25 @@ def test_bad_settings(name, value):
         NaturalCG([nn.Parameter(torch.ones(1))], **{name: value})
 
 
+def test_scaled_damping_with_cg_needs_the_diagonal():
+    x = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([x], solver="cg", damping_scale="diagonal")
+    with pytest.raises(ValueError, match="damping_scale='diagonal' beside solver='cg' needs one closure"):
+        optimizer.step(lambda: x.pow(4).sum())
+    assert torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_a_diagonal_that_is_not_finite_is_forgotten(solver):
+    x = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([x], solver=solver, damping_scale="diagonal")
+    optimizer.step(lambda: least_squares(x * torch.nan))
+    assert not optimizer.last_step.accepted
+    optimizer.step(lambda: least_squares(2 * x))
+    assert optimizer.last_step.accepted
+    assert_near(optimizer.state[x]["largest_curvature"], torch.full((3,), 4 / 3), 1e-6)
+
+
 @pytest.mark.parametrize("fails", [2, 4])
 def test_an_exception_while_solving_again_leaves_the_damping(fails):
     x = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
