@@ -168,7 +168,7 @@ def draw_history() -> Figure:
         optimizer.step(closure)
         assert optimizer.last_step is not None
         reports.append(optimizer.last_step)
-    return plot_history(reports, max_kl=0.05)
+    return plot_history(reports)
 
 
 if __name__ == "__main__":

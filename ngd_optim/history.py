@@ -1,5 +1,6 @@
 """A picture of a run: what its steps did."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +19,21 @@ PANELS = {
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """For runs: told apart by colour-blind readers too (Okabe & Ito 2008)."""
 
-_BOUND = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+_BOUND = {"linestyle": "--", "linewidth": 1.2}
 _RIGHT = {"color": "0.45", "linestyle": ":", "linewidth": 1.2}
 _REJECTED = {"color": "black", "marker": "x", "markersize": 7, "linestyle": "none", "zorder": 3}
 _STOP_MARKERS = "o^sDvP*"
 _FEW = 60
 
 
-def plot_history(
-    reports: Sequence[StepReport] | Mapping[str, Sequence[StepReport]], *, max_kl: float | None = None
-) -> "Figure":
+def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepReport]]) -> "Figure":
     """Draw a run, step by step: loss, KL, reduction ratio, damping and CG iterations.
 
-    A cross marks a rejected step; the markers of the CG iterations tell why each solve ended. Steps count from 1.
+    A dashed line is the trust region, where there is one; a cross marks a rejected step; the markers of the CG
+    iterations tell why each solve ended. Steps count from 1.
 
     Args:
         reports: the values of ``optimizer.last_step`` after each step; or some such lists by name, to compare runs.
-        max_kl: the trust region δ, in the unit of the KL, to be drawn as a line. None: no line.
 
     Returns:
         A matplotlib figure, which pyplot does not know of: ``figure.savefig("run.png")`` writes it, and a notebook
@@ -42,7 +41,7 @@ def plot_history(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there are no reports, or ``max_kl`` is not above 0.
+        ValueError: there are no reports.
 
     Example:
         >>> import torch
@@ -52,7 +51,7 @@ def plot_history(
         >>> for _ in range(5):
         ...     loss = optimizer.step(lambda: (x**4).sum())
         ...     reports.append(optimizer.last_step)
-        >>> plot_history(reports, max_kl=0.5).savefig("run.png")
+        >>> plot_history(reports).savefig("run.png")
     """
     try:
         from matplotlib.figure import Figure
@@ -61,8 +60,6 @@ def plot_history(
     runs = dict(reports) if isinstance(reports, Mapping) else {"steps": reports}
     if not any(runs.values()):
         raise ValueError("plot_history needs at least one report, got none")
-    if max_kl is not None and not max_kl > 0:
-        raise ValueError(f"max_kl must be above 0 or None, got {max_kl}")
     figure = Figure(figsize=(12, 6), layout="constrained")
     *panels, key = figure.subplots(2, 3, sharex=True).flat
     for axes, (field, title) in zip(panels, PANELS.items(), strict=True):
@@ -75,13 +72,12 @@ def plot_history(
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes = dict(zip(PANELS, panels, strict=True))
-    if max_kl is not None:
-        axes["kl"].axhline(max_kl, **_BOUND)
     axes["reduction_ratio"].axhline(1.0, **_RIGHT)
     stops = _stops(runs)
     for colour, run in zip(_colours(runs), runs.values(), strict=True):
         _draw_stops(axes["cg_iters"], run, colour, stops)
-    _draw_key(key, runs, stops, max_kl)
+        _draw_bound(axes["kl"], run, "black" if len(runs) == 1 else colour)
+    _draw_key(key, runs, stops)
     return figure
 
 
@@ -125,15 +121,25 @@ def _draw_stops(axes: Any, run: Sequence[StepReport], colour: str, stops: Mappin
         axes.plot(steps, values, marker, color=colour, markersize=5 if len(run) <= _FEW else 2.5)
 
 
-def _draw_key(axes: Any, runs: Mapping[str, Any], stops: Mapping[str, str], max_kl: float | None) -> None:
+def _draw_bound(axes: Any, run: Sequence[StepReport], colour: str) -> None:
+    """The trust region, step by step, with gaps where there is none."""
+    bounds = [report.max_kl if math.isfinite(report.max_kl) else math.nan for report in run]
+    if not all(math.isnan(bound) for bound in bounds):
+        edges = [i + 0.5 for i in range(len(run) + 1)]
+        axes.stairs(bounds, edges, baseline=None, color=colour, **_BOUND)
+
+
+def _draw_key(axes: Any, runs: Mapping[str, Sequence[StepReport]], stops: Mapping[str, str]) -> None:
     """What lines and markers mean, in a place of its own."""
     axes.axis("off")
     if len(runs) > 1:
         for colour, name in zip(_colours(runs), runs, strict=True):
             axes.plot([], [], color=colour, linewidth=2, label=name)
     axes.plot([], [], **_REJECTED, label="rejected step")
-    if max_kl is not None:
-        axes.plot([], [], **_BOUND, label=f"max_kl = {max_kl:g}")
+    bounds = {report.max_kl for run in runs.values() for report in run} - {math.inf}
+    if bounds:
+        value = f" = {bounds.pop():g}" if len(bounds) == 1 else ""
+        axes.plot([], [], color="black", **_BOUND, label=f"trust region, max_kl{value}")
     axes.plot([], [], **_RIGHT, label="the decrease was as predicted")
     for stop, marker in stops.items():
         axes.plot([], [], marker, color="0.45", label=f"solve ended: {stop.replace('_', ' ')}")

@@ -226,12 +226,8 @@ class NaturalCG(Optimizer):
         """
         settings = shared_settings(self.param_groups)
         parameters = FlatParameters(self.param_groups)
-        runs = [ReplayedClosure(function, parameters.tensors) for function in _closures(closure)]
-        others = (
-            []
-            if curvature_closure is None
-            else [ReplayedClosure(function, parameters.tensors) for function in _closures(curvature_closure)]
-        )
+        runs = _replayed(closure, parameters)
+        others = [] if curvature_closure is None else _replayed(curvature_closure, parameters)
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
             preconditioning = preconditioning_of(
@@ -262,6 +258,7 @@ class NaturalCG(Optimizer):
         self.last_step = report_of(
             point,
             outcome,
+            max_kl=max_kl,
             solver=solver.name,
             preconditioner=preconditioning.name,
             n_forward=sum(run.count for run in [*runs, *others]),
@@ -370,11 +367,11 @@ class NaturalCG(Optimizer):
             self.state[p]["solution"] = x
 
 
-def _closures(closure: Any) -> list[Closure]:
+def _replayed(closure: Any, parameters: FlatParameters) -> list[ReplayedClosure]:
     closures = list(closure) if isinstance(closure, list | tuple) else [closure]
     if not closures:
         raise ValueError("step() needs at least one closure, got an empty list")
     for function in closures:
         if not callable(function):
             raise TypeError(f"step() needs a closure that computes the loss, or a list of them, got {function!r}")
-    return closures
+    return [ReplayedClosure(function, parameters.tensors) for function in closures]

@@ -18,6 +18,7 @@ class StepReport:
         step_norm: norm of the change of the parameters; 0 when rejected.
         kl: KL divergence from the old to the new prediction, measured, in nats per sample. Where the metric is a loss
             function (closure form (a)), its second-order model ``½ dᵀF d``.
+        max_kl: the trust region ``δ`` that the step had to keep to, in the unit of ``kl``; infinite: there was none.
         predicted_decrease: decrease of the objective (the loss, weight decay included) that the model promised for the
             step last tried.
         reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried, or if the
@@ -56,6 +57,7 @@ class StepReport:
     grad_norm: float
     step_norm: float
     kl: float
+    max_kl: float
     predicted_decrease: float
     reduction_ratio: float
     damping: float
@@ -81,6 +83,7 @@ def report_of(
     point: Linearization,
     outcome: Outcome,
     *,
+    max_kl: float | None,
     solver: str,
     preconditioner: str,
     n_forward: int,
@@ -98,6 +101,7 @@ def report_of(
         grad_norm=model.gradient.norm().item(),
         step_norm=moved * step.direction.norm().item() if moved else 0.0,
         kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
+        max_kl=math.inf if max_kl is None else max_kl,
         predicted_decrease=predicted,
         reduction_ratio=(loss - trial.objective) / predicted if telling else math.nan,
         damping=max(outcome.damping),

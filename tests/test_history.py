@@ -45,12 +45,10 @@ def test_every_panel_draws_its_field_and_crosses_rejected_steps(reports: list[St
 
 
 def test_the_key_explains_all_that_is_drawn(reports: list[StepReport]) -> None:
-    figure = plot_history({"one": reports, "two": reports[:3], "none": []}, max_kl=0.5)
+    figure = plot_history({"one": reports, "two": reports[:3], "none": []})
     explained = {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
-    assert {"one", "two", "none", "rejected step", "max_kl = 0.5"} < explained
+    assert {"one", "two", "none", "rejected step", "trust region, max_kl = 0.5"} < explained
     assert {f"solve ended: {report.cg_stop.replace('_', ' ')}" for report in reports} < explained
-    (bound,) = [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
-    np.testing.assert_array_equal(bound.get_ydata(), 0.5)
 
 
 def test_decades_get_a_logarithmic_axis_and_negative_losses_do_not(reports: list[StepReport]) -> None:
@@ -75,10 +73,18 @@ def test_no_reports_are_refused(nothing: Any) -> None:
         plot_history(nothing)
 
 
-@pytest.mark.parametrize("max_kl", [0.0, -1.0, float("nan")])
-def test_a_bound_that_is_none_is_refused(reports: list[StepReport], max_kl: float) -> None:
-    with pytest.raises(ValueError, match=f"max_kl must be above 0 or None, got {max_kl}"):
-        plot_history(reports, max_kl=max_kl)
+def test_the_trust_region_is_drawn_as_it_was_in_each_step(reports: list[StepReport]) -> None:
+    bounds = [0.5, 0.25, float("inf")]
+    run = [replace(report, max_kl=bound) for report, bound in zip(reports, bounds, strict=False)]
+    figure = plot_history(run)
+    (stairs,) = figure.axes[1].patches
+    values, edges, _ = stairs.get_data()
+    np.testing.assert_array_equal(values, [0.5, 0.25, np.nan])
+    np.testing.assert_array_equal(edges, [0.5, 1.5, 2.5, 3.5])
+    assert "trust region, max_kl" in {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
+    without = plot_history([replace(report, max_kl=float("inf")) for report in reports])
+    assert not without.axes[1].patches
+    assert not any("max_kl" in text.get_text() for text in without.axes[-1].get_legend().get_texts())
 
 
 def test_without_matplotlib_the_error_says_what_to_install(

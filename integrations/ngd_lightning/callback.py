@@ -115,9 +115,7 @@ class NaturalCGCallback(LightningBridge):
     @rank_zero_only
     def _draw(self, trainer: pl.Trainer) -> None:
         if self._picture is not None and any(self.runs.values()):
-            bounds = {o.param_groups[0]["max_kl"] for o in trainer.optimizers if isinstance(o, NaturalCG)}
-            bound = bounds.pop() if len(bounds) == 1 else None
-            figure = plot_history(self.runs, max_kl=None if bound == "auto" else bound)
+            figure = plot_history(self.runs)
             Path(self._picture).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(self._picture, dpi=150)
             for logger in trainer.loggers:
