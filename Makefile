@@ -40,7 +40,7 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/goals.py
 
 docs: $(READY)  ## build the site in site/, to read offline
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
 readme: $(READY)  ## write the tables of what works into README and docs

@@ -56,7 +56,9 @@ def readme_section(name: str | None) -> str:
 
 
 def _linked_within_the_site(markdown: str) -> str:
-    return re.sub(r"\]\(benchmarks/results/(\w+)\.md\)", r"](benchmarks.md#\1)", markdown)
+    return re.sub(
+        r"\]\(benchmarks/results/(\w+)\.md\)", lambda link: f"](benchmarks.md#{_benchmark_name(link[1])})", markdown
+    )
 
 
 def _docstring(path: Path) -> tuple[str, str]:
@@ -74,7 +76,14 @@ def _example(path: Path) -> str:
 
 
 def _benchmark(table: Path) -> str:
-    script = BENCHMARKS / f"{table.stem}.py"
-    title, text = _docstring(script) if script.exists() else (table.stem, "")
-    picture = f"![figure](benchmarks/results/{table.stem}.png)\n" if table.with_suffix(".png").exists() else ""
-    return f"## {table.stem} {{ #{table.stem} }}\n\n**{title}**\n\n{text}\n\n{table.read_text()}\n{picture}"
+    name = _benchmark_name(table.stem)
+    title, text = _docstring(BENCHMARKS / f"{name}.py")
+    result = re.sub(r"^# .*\n", "", table.read_text())
+    result = re.sub(r"\]\((\w+)\.md\)", lambda link: f"](#{_benchmark_name(link[1])})", result)
+    picture = f"![figure](benchmarks/results/{name}.png)\n" if table.with_suffix(".png").exists() else ""
+    return f"## {name} {{ #{name} }}\n\n**{title}**\n\n{text}\n\n{result}\n{picture}"
+
+
+def _benchmark_name(result: str) -> str:
+    """The script that writes a result; one writes the folder's README."""
+    return "goals" if result == "README" else result

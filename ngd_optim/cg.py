@@ -36,7 +36,7 @@ class CGResult:
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import conjugate_gradient
         >>> result = conjugate_gradient(lambda v: 2 * v, torch.ones(3))
@@ -96,7 +96,7 @@ def conjugate_gradient(
         ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the preconditioner is not
             positive definite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import conjugate_gradient
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])

@@ -43,7 +43,7 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
         ImportError: matplotlib is not installed.
         ValueError: there are no reports.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import NaturalCG, plot_history
         >>> x = torch.nn.Parameter(torch.ones(3))

@@ -22,7 +22,7 @@ def least_squares(*residuals: Tensor, weights: Sequence[float | Tensor] | None =
         TypeError: a residual is not a real floating-point tensor.
         ValueError: there is no residual, one is empty, or the weights do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import NaturalCG, least_squares
         >>> t = torch.linspace(0, 2, 20, dtype=torch.float64)

@@ -48,7 +48,7 @@ class Linearization:
             raises a ``ValueError`` or ``LinAlgError``: outside its domain) and the KL from the prediction here, in nats
             per sample; None where the metric has only its second-order model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import linearize
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -158,7 +158,7 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
             curvature.
         NotImplementedError: torch knows no KL divergence for the distribution.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import linearize
         >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))

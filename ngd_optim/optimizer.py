@@ -95,7 +95,7 @@ class NaturalCG(Optimizer):
         ValueError: a setting is out of range, or groups disagree on one that holds for the whole step.
         TypeError: as for any torch optimizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import NaturalCG
         >>> x, y = torch.randn(100, 64), torch.randint(0, 10, (100,))

@@ -41,7 +41,7 @@ class StepReport:
         n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
             nor what a direct solver needs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import NaturalCG
         >>> x = torch.nn.Parameter(torch.ones(2))

@@ -44,7 +44,7 @@ class Diagonal:
     Raises:
         ValueError: one of them is below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import NaturalCG, Diagonal
         >>> w = torch.nn.Parameter(torch.ones(50))
@@ -90,7 +90,7 @@ class Nystrom:
     Raises:
         ValueError: one of them is below 1, or ``largest_rank`` below ``rank``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ngd_optim import NaturalCG, Nystrom
         >>> w = torch.nn.Parameter(torch.ones(50))

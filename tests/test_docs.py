@@ -43,7 +43,8 @@ def test_code_blocks_of_a_page_run_one_after_another(page: Path, monkeypatch: py
 
 
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    # Not --quiet, with which mkdocs does not count warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     for page in PAGES:
@@ -77,7 +78,8 @@ def test_every_option_and_every_field_of_a_report_is_explained():
 
 
 def test_the_api_page_has_every_public_name():
-    assert re.findall(r"^::: (.+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE) == PUBLIC
+    paths = re.findall(r"^::: (.+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(re.sub(r"(\w+)\.\1$", r"\1", path) for path in paths) == sorted(PUBLIC)
 
 
 @pytest.mark.parametrize("path", PUBLIC)

@@ -55,7 +55,7 @@ class NaturalCGCallback(LightningBridge):
         ValueError: ``progress_bar`` names something that is not a field of StepReport, or ``warn_after`` is below 1.
         ImportError: a picture is asked for, and matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> from ngd_lightning import NaturalCGCallback
         >>> trainer = Trainer(callbacks=[NaturalCGCallback(["kl", "damping"], picture="run.png")], logger=False)

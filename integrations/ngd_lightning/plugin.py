@@ -32,7 +32,7 @@ class NaturalCGPlugin(Precision):
         ValueError: another precision, or an option that is out of range.
         TypeError: NaturalCG has no such option.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> from ngd_lightning import NaturalCGPlugin
         >>> trainer = Trainer(plugins=[NaturalCGPlugin("bf16-mixed", max_kl=0.1)], logger=False)

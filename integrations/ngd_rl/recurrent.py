@@ -32,7 +32,7 @@ class RecurrentTRPO(TRPO):
     Raises:
         ValueError: as for :class:`~ngd_rl.TRPO`, or the policy is not recurrent.
 
-    Example:
+    Examples:
         >>> from ngd_rl import RecurrentTRPO
         >>> agent = RecurrentTRPO("MlpLstmPolicy", "CartPole-v1", n_steps=64).learn(64)
     """

@@ -60,7 +60,7 @@ class TRPO(sb3_contrib.TRPO):
     Raises:
         ValueError: a setting is out of range, or the environment returned something that is not finite.
 
-    Example:
+    Examples:
         >>> from ngd_rl import TRPO
         >>> agent = TRPO("MlpPolicy", "CartPole-v1", n_steps=64, target_kl=0.01).learn(64)
         >>> agent.policy_optimizer.last_step.kl <= 0.01
@@ -270,7 +270,7 @@ class NPG(TRPO):
     Raises:
         ValueError: as for :class:`~ngd_rl.TRPO`.
 
-    Example:
+    Examples:
         >>> from ngd_rl import NPG
         >>> agent = NPG("MlpPolicy", "CartPole-v1", n_steps=64).learn(64)
         >>> agent.policy_optimizer.last_step.backtracks
