@@ -1,7 +1,7 @@
 """Adam and NaturalCG on the same LightningModule: one line differs.
 
 An autoencoder squeezes handwritten digits through 16 numbers. Both optimizers start from the same weights, see all
-training images in every step and get the same time. Run it, and look at the details in TensorBoard:
+training images in every step, decay the weights alike and get the same time. Run it, and look at the details in TensorBoard:
 
     pip install '.[lightning,examples]' tensorboard
     python examples/lightning_digits.py
@@ -60,14 +60,14 @@ class Autoencoder(L.LightningModule):
         self.log("val_loss", self.loss(images), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:  # noqa: D102
-        return torch.optim.Adam(self.parameters(), lr=3e-3)
+        return torch.optim.Adam(self.parameters(), lr=3e-3, weight_decay=1e-3)
 
 
 class AutoencoderWithNaturalCG(Autoencoder):
     """The one line."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:  # noqa: D102
-        return NaturalCG(self.parameters(), cg_progress_tol=0.01)
+        return NaturalCG(self.parameters(), weight_decay=1e-3)
 
 
 class Curve(L.Callback):
