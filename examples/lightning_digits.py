@@ -1,7 +1,8 @@
 """Adam and NaturalCG on the same LightningModule: one line differs.
 
 An autoencoder squeezes handwritten digits through 16 numbers. Both optimizers start from the same weights, see all
-training images in every step, decay the weights alike and get the same time. Run it, and look at the details in TensorBoard:
+training images in every step, decay the weights alike and get the same time. Run it, and look at the details in
+TensorBoard:
 
     pip install '.[lightning,examples]' tensorboard
     python examples/lightning_digits.py
