@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,11 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.cg import CGResult
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import Damping, DampingLimit, damping_range
-from ngd_optim.descent import Descent
+from ngd_optim.descent import Descent, Outcome
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.layers import Layer
@@ -240,7 +240,10 @@ class NaturalCG(Optimizer):
                 point = point.with_curvature_of(other)
             max_kl = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             solver = self._solver(point, max_kl, preconditioning, parameters, settings, ranks)
+            gradient = self._gradient(point, parameters)
             damping = self._damping(solver, settings)
+            new_slope = self._slope_on_new_data(point, gradient, parameters)
+            damping.adapt_to_new_data(new_slope)
             scale = self._damping_scale(solver, point, parameters, settings)
             outcome = Descent(
                 point,
@@ -250,7 +253,7 @@ class NaturalCG(Optimizer):
                 lr=self._per_group("lr"),
                 max_kl=max_kl,
                 **{name: settings[name] for name in ("trust_region", "max_backtracks", "backtrack_ratio", "geodesic")},
-            )(partial(self._quadratic_model, point, scale, parameters, settings["momentum"]), ranks.check)
+            )(partial(self._quadratic_model, point, gradient, scale, parameters, settings["momentum"]), ranks.check)
         for run in [*runs, *others]:
             run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
@@ -259,6 +262,7 @@ class NaturalCG(Optimizer):
             point,
             outcome,
             max_kl=max_kl,
+            new_slope=new_slope,
             solver=solver.name,
             preconditioner=preconditioning.name,
             n_forward=sum(run.count for run in [*runs, *others]),
@@ -266,7 +270,7 @@ class NaturalCG(Optimizer):
         )
         trial = outcome.trial
         damping.adapt(self.last_step.reduction_ratio, accepted=trial.accepted, overshot=trial.overshot)
-        self._remember(outcome.solution, parameters)
+        self._remember(outcome, parameters)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         preconditioning.keep(self.last_step.n_product)
         return point.loss
@@ -318,6 +322,7 @@ class NaturalCG(Optimizer):
     def _quadratic_model(
         self,
         point: Linearization,
+        gradient: Tensor,
         scale: Tensor | None,
         parameters: FlatParameters,
         momentum: float,
@@ -326,12 +331,32 @@ class NaturalCG(Optimizer):
     ) -> QuadraticModel:
         """With the damping towards the momentum at the first attempt, and towards zero when that did not work."""
         decay = parameters.spread(self._per_group("weight_decay"), point.used)
-        gradient = point.gradient + decay * parameters.theta if any(self._per_group("weight_decay")) else point.gradient
         spread = parameters.spread(damping)
         if scale is not None:
             spread = spread * scale
-        centre = self._last_solution(point, parameters).mul_(momentum) if momentum and attempt == 1 else None
+        takes_momentum = momentum and attempt == 1 and self._last(parameters, "slope")
+        centre = self._last_solution(point, parameters).mul_(momentum) if takes_momentum else None
         return QuadraticModel(gradient, point.curvature, decay, spread, centre)
+
+    def _gradient(self, point: Linearization, parameters: FlatParameters) -> Tensor:
+        """That of what is minimised: the loss and the weight decay."""
+        if not any(self._per_group("weight_decay")):
+            return point.gradient
+        return point.gradient + parameters.spread(self._per_group("weight_decay"), point.used) * parameters.theta
+
+    def _slope_on_new_data(self, point: Linearization, gradient: Tensor, parameters: FlatParameters) -> float:
+        """That of the loss along the last step ÷ its steepness there before; NaN if the step met the same data."""
+        before, change = self._last(parameters, "slope"), abs(point.loss.item() - self._last(parameters, "new_loss"))
+        if not before or not 100 * point.rounding < change < math.inf:
+            return math.nan
+        return self._along_solution(gradient, self._last_solution(point, parameters), parameters) / abs(before)
+
+    def _along_solution(self, gradient: Tensor, solution: Tensor, parameters: FlatParameters) -> float:
+        """The slope along a step of full length."""
+        return torch.dot(gradient, parameters.spread(self._per_group("lr")) * solution).item()
+
+    def _last(self, parameters: FlatParameters, name: str) -> float:
+        return self.state[parameters.tensors[0]].get(name, 0.0)
 
     def _last_solution(self, point: Linearization, parameters: FlatParameters) -> Tensor:
         return parameters.flatten(
@@ -361,10 +386,16 @@ class NaturalCG(Optimizer):
             precondition=lambda model: preconditioning.formed(point, model, ranks),
         )
 
-    def _remember(self, solution: CGResult, parameters: FlatParameters) -> None:
-        """Keep the solution for the next step's start."""
-        for p, x in zip(parameters.tensors, parameters.unflatten(solution.solution), strict=True):
-            self.state[p]["solution"] = x
+    def _remember(self, outcome: Outcome, parameters: FlatParameters) -> None:
+        """Keep what the next step starts from, and what it compares with: no slope where this one was rejected."""
+        x = outcome.solution.solution
+        for p, part in zip(parameters.tensors, parameters.unflatten(x), strict=True):
+            self.state[p]["solution"] = part
+        slope, new_loss = 0.0, 0.0
+        if outcome.trial.accepted and self.last_step is not None:
+            slope = self._along_solution(outcome.model.gradient, x, parameters)
+            new_loss = self.last_step.new_loss
+        self.state[parameters.tensors[0]] |= {"slope": slope, "new_loss": new_loss}
 
 
 def _replayed(closure: Any, parameters: FlatParameters) -> list[ReplayedClosure]:

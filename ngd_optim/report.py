@@ -23,6 +23,9 @@ class StepReport:
             step last tried.
         reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried, or if the
             promise was below the loss's rounding.
+        new_slope: the slope of the objective along the last step, as this step's data see it ÷ its steepness at that
+            step's start; NaN where there is none or the data are the same. Where it is above a third, the damping
+            grows: that step fitted the noise of its own data.
         damping: ``λ`` used in this step; the largest, if the parameter groups differ.
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.
@@ -60,6 +63,7 @@ class StepReport:
     max_kl: float
     predicted_decrease: float
     reduction_ratio: float
+    new_slope: float
     damping: float
     cg_iters: int
     cg_residual: float
@@ -84,6 +88,7 @@ def report_of(
     outcome: Outcome,
     *,
     max_kl: float | None,
+    new_slope: float,
     solver: str,
     preconditioner: str,
     n_forward: int,
@@ -104,6 +109,7 @@ def report_of(
         max_kl=math.inf if max_kl is None else max_kl,
         predicted_decrease=predicted,
         reduction_ratio=(loss - trial.objective) / predicted if telling else math.nan,
+        new_slope=new_slope,
         damping=max(outcome.damping),
         cg_iters=solution.iterations,
         cg_residual=solution.residual,

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import flatten
 from torch import nn
 from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG
-from ngd_optim.damping import damping_factor
+from ngd_optim.damping import damping_factor, new_data_factor
 
 RULE = [
     # reduction ratio, accepted, overshot, factor
@@ -54,7 +55,9 @@ def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
 
         optimizer.step(closure)
         backtracks += optimizer.last_step.backtracks
-        expected *= damping_factor(optimizer.last_step.reduction_ratio, accepted=True, overshot=False)
+        report = optimizer.last_step
+        own = damping_factor(report.reduction_ratio, accepted=True, overshot=False)
+        expected *= own if math.isnan(report.new_slope) else new_data_factor(report.new_slope) * max(own, 1.0)
     assert backtracks > 0
     assert optimizer.param_groups[0]["damping"] == pytest.approx(expected)
 
@@ -150,3 +153,85 @@ def test_each_group_keeps_its_own():
     optimizer.step(lambda: closure() + F.mse_loss(v.tanh(), torch.zeros_like(v)))
     assert [g["damping"] for g in optimizer.param_groups] == [5e-5, 5e-4]
     assert optimizer.last_step.damping == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("slope", "factor"), [(-5.0, 1 / 2), (-2 / 3, 1 / 2), (1 / 3, 1.0), (0.0, 2 ** (-1 / 3)), (4 / 3, 2.0), (9.0, 2.0)]
+)
+def test_the_rule_for_new_data(slope, factor):
+    assert new_data_factor(slope) == pytest.approx(factor)
+
+
+def regression(n, generator, noise=1.0):
+    """A batch of a linear regression in 20 dimensions whose true weights are 1."""
+    x = torch.randn(n, 20, generator=generator, dtype=torch.float64)
+    return x, x.sum(1, keepdim=True) + noise * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"lr": 0.5}, {"solver": "dense", "max_kl": 1e-3}])
+def test_new_data_tell_how_steep_they_are_along_the_last_step(settings):
+    generator, model = torch.Generator().manual_seed(0), nn.Linear(20, 1).double()
+    optimizer = NaturalCG(model.parameters(), **settings)
+    before = None
+    for _ in range(4):
+        x, y = regression(30, generator)
+        decay = settings.get("weight_decay", 0.0)
+        theta = flatten(model.parameters())
+        loss = F.mse_loss(model(x), y)
+        gradient = flatten(torch.autograd.grad(loss, list(model.parameters()))) + decay * theta
+        damping = optimizer.param_groups[0]["damping"]
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+        report = optimizer.last_step
+        assert report.accepted
+        if before is None:
+            assert math.isnan(report.new_slope)
+        else:
+            assert report.new_slope == pytest.approx((gradient @ before[1] / abs(before[0] @ before[1])).item())
+            assert report.damping == pytest.approx(damping * new_data_factor(report.new_slope))
+            assert optimizer.param_groups[0]["damping"] >= report.damping
+        before = gradient, flatten(model.parameters()) - theta
+
+
+def test_the_same_data_tell_nothing_new():
+    model = nn.Linear(20, 1)
+    x, y = (t.float() for t in regression(30, torch.Generator().manual_seed(0)))
+    optimizer = NaturalCG(model.parameters(), adapt_damping=True)
+    for _ in range(6):
+        optimizer.step(lambda: F.mse_loss(model(x).tanh(), y))
+        assert math.isnan(optimizer.last_step.new_slope)
+
+
+def test_a_damping_that_does_not_adapt_stays_on_new_data_too():
+    generator, model = torch.Generator().manual_seed(0), nn.Linear(20, 1).double()
+    optimizer = NaturalCG(model.parameters(), damping=0.3, adapt_damping=False)
+    for _ in range(3):
+        x, y = regression(30, generator)
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+    assert not math.isnan(optimizer.last_step.new_slope)
+    assert optimizer.param_groups[0]["damping"] == 0.3
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_steps_on_noisy_batches_average_their_noise(solver):
+    """A batch of 30 alone tells 20 weights with a squared error of 20 / (30 - 20 - 1)."""
+    generator, model = torch.Generator().manual_seed(0), nn.Linear(20, 1, bias=False).double()
+    optimizer = NaturalCG(model.parameters(), solver=solver)
+    for _ in range(60):
+        x, y = regression(30, generator)
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+    assert (model.weight - 1).square().sum() < (20 / 9) / 4
+    assert optimizer.param_groups[0]["damping"] > 0.1
+
+
+def test_no_momentum_after_a_step_that_was_rejected():
+    """Else more damping would pull to the step that did not work, and the next ones would fail as well."""
+    w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = NaturalCG([w], momentum=0.9, max_backtracks=2)
+    optimizer.step(lambda: F.mse_loss(w, torch.zeros(3, dtype=torch.float64)))
+    there = w.detach().clone()
+    optimizer.step(lambda: (w - there).abs().sum() + F.mse_loss(w, there + 1))  # a kink, which no step gets over
+    assert not optimizer.last_step.accepted
+    optimizer.step(lambda: F.mse_loss(w, there + 1.0))
+    assert optimizer.last_step.reduction_ratio == pytest.approx(1.0)
+    solution = torch.full((3,), 2 / 3) / (2 / 3 + optimizer.last_step.damping)
+    torch.testing.assert_close(w.detach() - there, solution.double(), rtol=1e-4, atol=0)
