@@ -25,7 +25,7 @@ from torchmin.function import ScalarFunction
 
 import ngd_optim
 from ngd_optim.closure import ReplayedClosure
-from ngd_optim.linearize import Linearization, linearize_closure
+from ngd_optim.linearization import Linearization, linearize_closure
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.verify import Experience
 

@@ -7,9 +7,6 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|attr):`(?:([^`<]+) <)?(~?)([\w.]+)>?`")
 
-NAMED_AS_MODULES = ("ngd_optim.least_squares", "ngd_optim.linearize")
-"""Functions that hide the modules which they are in, which a reader of source code does not see."""
-
 
 class Roles(griffe.Extension):
     """Turns ``:class:`~package.Name``` into a link, and a name without its package into code."""
@@ -24,5 +21,4 @@ def _link(role: re.Match[str]) -> str:
     text, tilde, path = role.groups()
     if not (text or tilde):
         return f"`{path}`"
-    name = path.rpartition(".")[-1]
-    return f"[`{text or name}`][{path}.{name}]" if path in NAMED_AS_MODULES else f"[`{text or name}`][{path}]"
+    return f"[`{text or path.rpartition('.')[-1]}`][{path}]"

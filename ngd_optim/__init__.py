@@ -2,10 +2,10 @@
 
 from ngd_optim.cg import CGResult, conjugate_gradient
 from ngd_optim.history import plot_history
-from ngd_optim.least_squares import least_squares
-from ngd_optim.linearize import Linearization, linearize
+from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
 from ngd_optim.report import StepReport
+from ngd_optim.residuals import least_squares
 from ngd_optim.sketches import Diagonal, Nystrom
 
 __all__ = [

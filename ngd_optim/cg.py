@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from ngd_optim.scalars import Scalar, scalars_of
 
 CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
 # While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
-_STOPS: tuple[CGStop, ...] = get_args(CGStop)
-_TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE, _INDEFINITE_PRECONDITIONER = range(1, 6)
+_STOPS: tuple[CGStop, ...] = ("max_iters", "tolerance", "progress", "negative_curvature", "not_finite")
+_TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE = range(1, 5)
+_INDEFINITE_PRECONDITIONER = -1
 
 _START = 5
 """What comes before the first iteration of an optimizer's solve costs about as much as this many iterations."""

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.effects import SideEffects
-from ngd_optim.least_squares import least_squares
+from ngd_optim.residuals import least_squares
 from ngd_optim.tracing import Tracing
 
 logger = logging.getLogger("ngd_optim")

@@ -22,6 +22,7 @@ from ngd_optim.products import (
 
 Tensors = Sequence[Tensor]
 Curvature = Literal["auto", "fisher", "ggn", "hessian"]
+Kind = Literal["fisher", "ggn", "hessian"]
 Backend = Literal["torch.func", "double-backward"]
 
 _LARGEST_KL_AT_START = 1e-3
@@ -35,13 +36,14 @@ class OutputMetric:
         outputs: the outputs ``z``, tensors of any shapes, with their graph.
         weigh: ``u ↦ H_z u`` for tangents shaped like the outputs.
         select: finds the same outputs in another evaluation of the closure.
-        has_penalty: whether the loss's dependence on the parameters around the outputs counts as well.
+        kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the parameters around the
+            outputs counts as well.
     """
 
     outputs: Tensors
     weigh: Map
     select: Callable[[Evaluation], Tensors]
-    has_penalty: bool
+    kind: Kind
 
     def push(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ J v``."""
@@ -62,11 +64,12 @@ class ScalarMetric:
     Attributes:
         scalar: 0-dim, with its graph.
         select: finds the same scalar in another evaluation of the closure.
+        kind: ``"fisher"`` for a KL, ``"hessian"`` for the loss.
     """
 
     scalar: Tensor
     select: Callable[[Evaluation], Tensor]
-    has_penalty = False
+    kind: Kind
 
     @property
     def outputs(self) -> Tensors:
@@ -100,7 +103,7 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
                 "curvature='ggn' needs a loss that comes from a recognised loss function of torch.nn.functional, such "
                 "as cross_entropy or mse_loss, called in the closure on the model's output"
             )
-    return ScalarMetric(evaluation.loss, lambda other: other.loss)
+    return ScalarMetric(evaluation.loss, lambda other: other.loss, "hessian")
 
 
 def kl_of(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
@@ -163,7 +166,7 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         outputs=[values[i][name] for i, name in learned],
         weigh=hessian(divergence, [moving[i][name] for i, name in learned]),
         select=select,
-        has_penalty=False,
+        kind="fisher",
     )
 
 
@@ -192,7 +195,7 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
         return [other.outputs[i] for i in used]
 
     outputs = select(evaluation)
-    return OutputMetric(outputs, hessian(evaluation.loss, outputs), select, has_penalty=True)
+    return OutputMetric(outputs, hessian(evaluation.loss, outputs), select, "ggn")
 
 
 def penalty_of(run: ReplayedClosure, params: Tensors) -> Map | None:
@@ -234,4 +237,4 @@ def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
             f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; measure it from a detached "
             "copy of the current prediction"
         )
-    return ScalarMetric(kl, lambda other: other.metric.reshape(()))
+    return ScalarMetric(kl, lambda other: other.metric.reshape(()), "fisher")

@@ -20,7 +20,10 @@ def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -
     to its minimum.
     """
     auto = (1e-30, 1e16) if exact else (1e-8, 1e6)
-    return auto[0] if lowest == "auto" else lowest, auto[1] if highest == "auto" else highest
+    if highest == "auto":
+        low = auto[0] if lowest == "auto" else lowest
+        return low, max(low, auto[1])
+    return min(auto[0], highest) if lowest == "auto" else lowest, highest
 
 
 class Damping:

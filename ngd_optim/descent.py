@@ -8,9 +8,9 @@ from functools import partial
 from ngd_optim.cg import CGResult
 from ngd_optim.damping import Damping
 from ngd_optim.geodesic import bent
-from ngd_optim.linearize import Linearization
-from ngd_optim.model import QuadraticModel, Step, scaled_step
+from ngd_optim.linearization import Linearization
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.quadratic_model import QuadraticModel, Step, scaled_step
 from ngd_optim.solvers import LeastSquares, SampleSpace, Solver
 from ngd_optim.trust_region import Trial, TrustRegion, line_search
 
@@ -76,7 +76,8 @@ class Descent:
     def _scaled(self, solution: CGResult, model: QuadraticModel) -> Step:
         """The solution, cut to the trust region and multiplied by ``lr``; bent along its valley if it is all there."""
         theta, lr = self.parameters.theta, self.parameters.spread(self.lr)
-        step = scaled_step(model, solution, theta, lr, self.max_kl, self.trust_region)
+        measures_kl = self.point.kind == "fisher"
+        step = scaled_step(model, solution, theta, lr, self.max_kl, self.trust_region, measures_kl)
         is_full = step.scale == 1.0 and all(value == 1.0 for value in self.lr) and solution.stop == "exact"
         if (
             self.geodesic
@@ -89,8 +90,10 @@ class Descent:
 
     def _search(self, step: Step, solution: CGResult, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
+        if not self.point.loss.isfinite():
+            return Trial.refused(f"the loss is {self.point.loss.item()}")
         if solution.stop == "not_finite":
-            return Trial.refused("the gradient or a curvature product is not finite")
+            return Trial.refused("the gradient, a curvature product or the preconditioner is not finite")
         if solution.stop == "indefinite":
             return Trial.refused("the damped curvature is not positive definite")
 
@@ -112,8 +115,8 @@ class Descent:
             self.parameters.restore()
             promised = step.predicted_decrease(1.0)
             if trial.backtracks and abs(promised) <= self.point.rounding:
-                reason = f"rejected: the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
-                return replace(trial, overshot=False, reason=reason)
+                why = f"the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
+                return replace(trial, overshot=False, problem=why)
         return trial
 
     def _is_worth_a_retry(self, step: Step) -> bool:

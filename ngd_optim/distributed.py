@@ -41,12 +41,12 @@ class Ranks:
             with self._noticing_ddp():
                 result = work()
         except Exception as error:
-            self._raise_everywhere(error)
+            self._share(error)
             raise
-        self._raise_everywhere(None)
+        self._share(None)
         return result
 
-    def mean(self, work: Callable[[], Tensor], v: Tensor) -> Tensor:
+    def mean_deferring_errors(self, work: Callable[[], Tensor], v: Tensor) -> Tensor:
         """The mean over the ranks of what ``work()`` returns, a tensor like ``v``; NaN if it raises on one.
 
         :meth:`check` raises that later: nothing here waits for the device.
@@ -62,7 +62,7 @@ class Ranks:
     def check(self) -> None:
         """Raise what :meth:`mean` met on a rank."""
         error, self._error = self._error, None
-        self._raise_everywhere(error)
+        self._share(error)
         if error is not None:
             raise error
 
@@ -113,7 +113,7 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
-    def _raise_everywhere(self, error: Exception | None) -> None:
+    def _share(self, error: Exception | None) -> None:
         """Tell the other ranks of an error, or be told of one."""
         if self.group is not None:
             (failed,) = self._maximum([0 if error is None else 1 + dist.get_rank(self.group)])

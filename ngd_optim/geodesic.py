@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngd_optim.model import QuadraticModel, Step
+from ngd_optim.quadratic_model import QuadraticModel, Step
 from ngd_optim.solvers import LeastSquares, SampleSpace
 
 _PROBE = 0.1

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.per_sample import NotLocalError, Samples
 from ngd_optim.products import pull_back
 from ngd_optim.recording import CannotReplayError
-from ngd_optim.samples import NotLocalError, Samples
 
 logger = logging.getLogger("ngd_optim")
 

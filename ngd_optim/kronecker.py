@@ -64,7 +64,7 @@ def factors_of(
     return KroneckerFactors(tuple(by_layer), values)
 
 
-def fit(values: Values, layers: Sequence[Layer], params: Sequence[Tensor]) -> bool:
+def fits(values: Values, layers: Sequence[Layer], params: Sequence[Tensor]) -> bool:
     """Whether values are those of these layers, and of all parameters that are in none of them."""
     shapes: dict[tuple[int, str], tuple[int, ...]] = {}
     for layer in layers:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ngd_optim.least_squares import least_squares
+from ngd_optim.residuals import least_squares
 
 
 class Loss:

@@ -17,12 +17,12 @@ from ngd_optim.descent import Descent, Outcome
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.layers import Layer
-from ngd_optim.linearize import Linearization, Observer, linearize_mean, unseen
-from ngd_optim.model import QuadraticModel
+from ngd_optim.linearization import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
+from ngd_optim.quadratic_model import QuadraticModel
 from ngd_optim.report import StepReport, report_of
-from ngd_optim.settings import check_settings, shared_settings
+from ngd_optim.settings import check_saved, check_settings, shared_settings
 from ngd_optim.solvers import (
     ConjugateGradients,
     DampingScale,
@@ -52,10 +52,11 @@ class NaturalCG(Optimizer):
             KL, else None.
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO),
             ``"damped"`` to that of ``½ dᵀ(F + λI) d ≤ δ`` inside it (TRPO as it is commonly implemented).
-        damping: ``λ``.
+        damping: ``λ`` at the first step, in the unit of the curvature, and hence of the loss: for a loss that is a
+            thousand times as large, or a sum in place of a mean, take as much more.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for direct solvers.
-        max_damping: most. ``"auto"``: 1e6 and 1e16.
+        max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for direct solvers.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
         cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
@@ -81,11 +82,11 @@ class NaturalCG(Optimizer):
             largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt 1963; Moré 1978), which makes the step
             independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
-            Abrahamsen & Lin 2024).
+            Abrahamsen & Lin 2024), unless that was rejected; a system that is solved again has none.
         geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the residuals' second
             derivative along them (geodesic acceleration: Transtrum & Sethna 2012), at one more run of the closure.
-        generator: draws the random vectors from which ``"kfac"`` estimates its factors. None: one of the optimizer's
-            own, so that the same steps give the same numbers; torch's global one is left alone.
+        generator: draws the random vectors from which preconditioners are estimated. None: one of the optimizer's own,
+            so that the same steps give the same numbers; torch's global one is left alone.
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
             gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
             and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
@@ -144,6 +145,8 @@ class NaturalCG(Optimizer):
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.generator = generator
         self.process_group = process_group
         defaults = {
@@ -174,6 +177,7 @@ class NaturalCG(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
+        check_saved(state["param_groups"], state["state"])
         super().__setstate__(state)
         self._complete()
 
@@ -204,7 +208,7 @@ class NaturalCG(Optimizer):
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, closure: Closures, *, curvature_closure: Closures | None = None
+        self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
     ) -> Tensor:
         """Take one step.
 
@@ -218,7 +222,8 @@ class NaturalCG(Optimizer):
             The loss before the step, a detached 0-dim tensor. ``last_step`` tells the rest.
 
         Raises:
-            TypeError, ValueError: there is no closure, or it returned something that is not a loss or a metric.
+            TypeError, ValueError: there is no closure, it returned something that is not a loss or a metric, or its
+                loss depends on none of the parameters.
             RuntimeError: the closure holds something that cannot work, and the message says what to do instead; or
                 another rank of the process group raised an exception.
             Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
@@ -238,6 +243,11 @@ class NaturalCG(Optimizer):
             if others:
                 other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
                 point = point.with_curvature_of(other)
+            if not any(point.reached):
+                raise ValueError(
+                    "the loss depends on none of the optimizer's parameters; was the model copied, moved or built anew "
+                    "after the optimizer was?"
+                )
             max_kl = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             solver = self._solver(point, max_kl, preconditioning, parameters, settings, ranks)
             gradient = self._gradient(point, parameters)
@@ -312,6 +322,8 @@ class NaturalCG(Optimizer):
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
             return None
+        if not point.gradient.isfinite().all():
+            return None  # the step will be refused
         diagonal = curvature_diagonal(solver, point)
         before = parameters.flatten(self.state[p].get("largest_curvature") for p in parameters.tensors)
         largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))

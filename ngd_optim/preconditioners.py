@@ -12,23 +12,23 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.kronecker import (
     KroneckerFactors,
     factors_of,
-    fit,
+    fits,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
 )
 from ngd_optim.layers import Layer, uses_of
-from ngd_optim.linearize import Linearization
-from ngd_optim.model import QuadraticModel
+from ngd_optim.linearization import Linearization
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.quadratic_model import QuadraticModel
 from ngd_optim.sketches import Diagonal, Nystrom, Sketch, known
 
 PreconditionerName = Literal["auto", "kfac", "diagonal"]
 Solve = Callable[[Tensor], Tensor]
 Preconditioner = PreconditionerName | None | Solve | Diagonal | Nystrom
 
-MEMORY = 0.5
-"""Share of the older factors in renewed ones."""
+SHARE_OF_OLDER = 0.5
+"""Of the older factors in renewed ones."""
 
 RENEWED_AFTER = 10
 """Products that are formed with factors before they are renewed.
@@ -48,7 +48,7 @@ class Preconditioning:
     Attributes:
         name: what it formed, for the report.
         products: how many curvature products that took.
-        layers: the weights with Kronecker factors; None: unknown.
+        layers: the weights with Kronecker factors, empty where these are not worthwhile; None: unknown.
     """
 
     name = "none"
@@ -197,7 +197,7 @@ class _Kronecker(Preconditioning):
         layers = tuple(dict.fromkeys(use.layer for use in uses))
         if not (self._must or is_worthwhile(uses, self._parameters.tensors)):
             self._estimates.append(None)
-        elif self._is_due or not fit(self._values, layers, self._parameters.tensors):
+        elif self._is_due or not fits(self._values, layers, self._parameters.tensors):
             self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
         else:
             self.layers = layers
@@ -246,7 +246,7 @@ def _sketch_of(own: Sequence[Mapping[str, Any]]) -> Sketch | None:
 
 
 def _mixed(value: Tensor, older: Tensor | None) -> Tensor:
-    return value if older is None or older.shape != value.shape else value.lerp(older.to(value), MEMORY)
+    return value if older is None or older.shape != value.shape else value.lerp(older.to(value), SHARE_OF_OLDER)
 
 
 def _checked(function: Solve) -> Solve:

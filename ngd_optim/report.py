@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from ngd_optim.descent import Outcome
-from ngd_optim.linearize import Linearization
+from ngd_optim.linearization import Linearization
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class StepReport:
             ``"not_finite"``. A direct solver says ``"exact"``, or ``"indefinite"`` where the damped matrix was not
             positive definite.
         step_scale: factor that the trust region and the line search applied to the solution; 0 when rejected.
-        backtracks: how many trial points the line search turned down.
-        accepted: whether the parameters were moved.
+        backtracks: how many trial points were turned down; with a direct solver, how often the system was solved again.
+        accepted: whether the step was taken.
         reason: one sentence on the outcome.
+        curvature: what ``F`` is: ``"fisher"``, ``"ggn"`` where a loss function was recognised, or ``"hessian"``.
         solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
         backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
@@ -72,6 +73,7 @@ class StepReport:
     backtracks: int
     accepted: bool
     reason: str
+    curvature: str
     solver: str
     backend: str
     preconditioner: str
@@ -118,6 +120,7 @@ def report_of(
         backtracks=trial.backtracks,
         accepted=trial.accepted,
         reason=trial.reason,
+        curvature=point.kind,
         solver=solver,
         backend=point.backend,
         preconditioner=preconditioner,

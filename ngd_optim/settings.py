@@ -8,7 +8,6 @@ from typing import Any, get_args
 from torch import Tensor
 
 from ngd_optim.curvature import Curvature
-from ngd_optim.damping import damping_range
 from ngd_optim.preconditioners import PreconditionerName
 from ngd_optim.sketches import Diagonal, Nystrom
 from ngd_optim.solvers import DampingScale, SolverName
@@ -49,7 +48,12 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cg_progress_tol": _FINITE,
     "warm_start": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     "preconditioner": (
-        lambda v: v is None or callable(v) or isinstance(v, Diagonal | Nystrom) or v in get_args(PreconditionerName),
+        lambda v: (
+            v is None
+            or isinstance(v, Diagonal | Nystrom)
+            or (callable(v) and not isinstance(v, type))
+            or (isinstance(v, str) and v in get_args(PreconditionerName))
+        ),
         "'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function of a flat vector",
     ),
     "max_backtracks": (_count, "an integer, at least 0"),
@@ -72,12 +76,34 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, (is_allowed, allowed) in _ALLOWED.items():
         if not is_allowed(settings[name]):
             raise ValueError(f"{name} must be {allowed}, got {settings[name]!r}")
-    lowest, highest = damping_range(settings["min_damping"], settings["max_damping"], exact=False)
-    if lowest > highest:
+    lowest, highest = settings["min_damping"], settings["max_damping"]
+    if "auto" not in (lowest, highest) and lowest > highest:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
     if settings["trust_region"] != "clip" and settings["max_kl"] is None:
         kind = settings["trust_region"]
         raise ValueError(f"trust_region={kind!r} needs a max_kl whose boundary to go to, got max_kl=None")
+
+
+def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Check what was saved of an optimizer before it takes the place of anything.
+
+    Args:
+        groups: the parameter groups.
+        state: by parameter.
+
+    Raises:
+        ValueError: it is another optimizer's, or was saved of parameters of other shapes.
+    """
+    for group in groups:
+        missing = [name for name in _ALLOWED if name not in group]
+        if missing:
+            raise ValueError(f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}")
+    for p, entry in state.items():
+        saved = entry.get("solution")
+        if isinstance(p, Tensor) and saved is not None and saved.shape != p.shape:
+            raise ValueError(
+                f"the state was saved of other parameters: one of shape {tuple(p.shape)} had {tuple(saved.shape)} there"
+            )
 
 
 def shared_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
+DEFAULT_LARGEST_RANK = 160
 
 
 class Sketch(NamedTuple):
@@ -65,7 +66,7 @@ class Diagonal:
         """A new estimate."""
         total = torch.zeros_like(shift)
         for _ in range(self.probes):
-            signs = torch.randint(0, 2, (n,), generator=generator).mul_(2).sub_(1).to(shift)
+            signs = torch.randint(0, 2, (n,), generator=generator, device=generator.device).mul_(2).sub_(1).to(shift)
             total += signs * product(signs)
         return known(total / self.probes)
 
@@ -84,7 +85,8 @@ class Nystrom:
     Args:
         rank: products per approximation at first, and columns of ``U``. It doubles where the smallest eigenvalue found
             is still ten times the damping, as one further down would help as well (section 5.4.2).
-        largest_rank: where that ends. ``U`` takes as much memory as this many copies of the parameters.
+        largest_rank: where that ends; None: at 160, or at ``rank`` if that is more. ``U`` takes as much memory as this
+            many copies of the parameters.
         refresh: steps after which it is renewed.
 
     Raises:
@@ -101,22 +103,24 @@ class Nystrom:
     """
 
     rank: int = 20
-    largest_rank: int = 160
+    largest_rank: int | None = None
     refresh: int = 10
     name = "nystrom"
 
     def __post_init__(self) -> None:
         _at_least_one(rank=self.rank, refresh=self.refresh)
-        if self.largest_rank < self.rank:
+        if self.largest_rank is not None and self.largest_rank < self.rank:
             raise ValueError(f"largest_rank must be at least rank, got {self.largest_rank} < {self.rank}")
 
     def drawn(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
         """A new approximation, of the old one's rank at least."""
-        largest = min(self.largest_rank, n)
+        largest = min(max(DEFAULT_LARGEST_RANK, self.rank) if self.largest_rank is None else self.largest_rank, n)
         rank = min(largest, self.rank if old is None else len(old.values))
         basis, images = shift.new_zeros(n, 0), shift.new_zeros(n, 0)
         while True:
-            more = torch.randn(n, rank - basis.shape[1], generator=generator, dtype=torch.float64).to(shift)
+            more = torch.randn(
+                n, rank - basis.shape[1], generator=generator, device=generator.device, dtype=torch.float64
+            ).to(shift)
             more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
             images = torch.cat([images, torch.stack([product(column) for column in more.T], 1)], 1)
             basis = torch.cat([basis, more], 1)
@@ -153,3 +157,6 @@ def _at_least_one(**counts: int) -> None:
     for name, count in counts.items():
         if not (isinstance(count, int) and count >= 1):
             raise ValueError(f"{name} must be an integer, at least 1, got {count!r}")
+
+
+torch.serialization.add_safe_globals([Diagonal, Nystrom])  # a saved optimizer names the one it was made with

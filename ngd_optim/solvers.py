@@ -1,7 +1,7 @@
 """How the linear system of a step is solved: by conjugate gradients, or exactly.
 
-A solver takes a :class:`~ngd_optim.model.QuadraticModel` and gives a :class:`~ngd_optim.CGResult`. One that is exact
-keeps all that does not depend on the damping, so that another damping at the same point costs no new Jacobian.
+A solver takes a :class:`~ngd_optim.quadratic_model.QuadraticModel` and gives a :class:`~ngd_optim.CGResult`. One that
+is exact keeps all that does not depend on the damping, so that another damping at the same point costs no new Jacobian.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ngd_optim.cg import CGResult, conjugate_gradient
-from ngd_optim.linearize import Linearization
-from ngd_optim.model import QuadraticModel
+from ngd_optim.linearization import Linearization
+from ngd_optim.quadratic_model import QuadraticModel
 from ngd_optim.root import NotSemidefiniteError, Root
 
 DampingScale = Literal["auto", "identity", "diagonal"]
@@ -77,8 +77,8 @@ _LARGEST_JACOBIAN = 2**30
 """And for a Jacobian of so many bytes at most."""
 
 _NEEDS_OUTPUTS = (
-    "needs one closure whose metric lives at the model's outputs, in one process: no Hessian, no scalar KL, and no "
-    "penalty beside the outputs (weight_decay is allowed)"
+    "needs one closure in one process, with a recognised loss function or a returned distribution: no other loss, no "
+    "scalar KL, no list of closures, and no penalty on the weights within the loss (weight_decay is allowed)"
 )
 
 
@@ -92,7 +92,7 @@ def choose_solver(name: SolverName, point: Linearization) -> SolverName:
     Raises:
         ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one model.
     """
-    m, n = point.shape
+    m, n = point.root_shape
     if name == "sample" and not m:
         raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
     if not point.gradient.isfinite().all():
@@ -108,7 +108,7 @@ def choose_solver(name: SolverName, point: Linearization) -> SolverName:
 
 def direct_solver(name: SolverName, point: Linearization) -> "Solver":
     """The solver of that name, ``"dense"`` or ``"sample"``, at a point."""
-    if not point.shape[0]:
+    if not point.root_shape[0]:
         return Matrix(point.curvature, point.gradient)
     try:
         root = point.root()
@@ -127,8 +127,8 @@ def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
     """
     if solver.diagonal is not None:
         return solver.diagonal
-    if not point.shape[0]:
-        raise ValueError(f"damping_scale='diagonal' beside solver='cg' {_NEEDS_OUTPUTS}")
+    if not point.root_shape[0]:
+        raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
     return point.root().rows.square().sum(0)
 
 

@@ -54,11 +54,11 @@ class Trial:
         fraction: the point is ``fraction`` of the way along the direction; 0 if none was tried.
         objective: objective there; NaN if none was tried.
         kl: measured KL there; None if the metric cannot tell.
-        backtracks: points turned down.
+        backtracks: points turned down, and systems solved again.
         accepted: whether the point passed.
         overshot: whether a point was turned down for its objective, or nothing finite was there to try: what speaks
             against the quadratic model. A KL a little above its bound, at the region's edge, does not.
-        reason: one sentence on the outcome.
+        problem: what speaks against the point; empty where it passed.
     """
 
     fraction: float
@@ -67,12 +67,21 @@ class Trial:
     backtracks: int
     accepted: bool
     overshot: bool
-    reason: str
+    problem: str = ""
+
+    @property
+    def reason(self) -> str:
+        """One sentence on the outcome."""
+        if not self.fraction:
+            return f"rejected: {self.problem}"
+        if self.accepted:
+            return f"accepted after {_counted(self.backtracks, 'backtrack')}" if self.backtracks else "accepted"
+        return f"rejected after {_counted(self.backtracks, 'trial point')}, the last one because {self.problem}"
 
     @classmethod
     def refused(cls, why: str) -> "Trial":
         """A step that is not worth a trial."""
-        return cls(0.0, math.nan, None, 0, False, True, f"rejected: {why}")
+        return cls(0.0, math.nan, None, 0, False, True, why)
 
 
 def line_search(
@@ -108,12 +117,14 @@ def line_search(
         target = objective + SUFFICIENT_DECREASE * fraction * slope if demanding else math.inf
         problem = _problem(found, kl, target, max_kl if demanding else None)
         if problem is None:
-            reason = "accepted" if not turned_down else f"accepted after {turned_down} backtracks"
-            return Trial(fraction, found, kl, turned_down, True, overshot, reason)
+            return Trial(fraction, found, kl, turned_down, True, overshot)
         overshot |= not (math.isfinite(found) and found <= target)
-        reason = f"rejected after {turned_down + 1} trial points, the last one because {problem}"
-        trial = Trial(fraction, found, kl, turned_down + 1, False, overshot, reason)
+        trial = Trial(fraction, found, kl, turned_down + 1, False, overshot, problem)
     return trial
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _problem(objective: float, kl: float | None, target: float, max_kl: float | None) -> str | None:

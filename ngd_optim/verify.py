@@ -101,8 +101,8 @@ def verify(
         RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed.
         ValueError: the parameters differ between ranks.
     """
-    dtypes = {traced.loss.dtype, *(z.dtype for z in traced.outputs), *(p.dtype for p in parameters.tensors)}
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    tensors = [traced.loss, *traced.outputs, *parameters.tensors]
+    eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
     ranks.require_equal(parameters.theta)
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return
@@ -114,7 +114,7 @@ def verify(
     problem = ranks.together(lambda: _problem_of_forward_mode(run, metric, v, parameters, eps))
     if not ranks.all(problem is None):
         experience.fall_back(problem or ON_ANOTHER_RANK)
-    if metric.has_penalty:
+    if metric.kind == "ggn":
         experience.penalty = ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
 
     def problem_of_replay() -> str | None:
@@ -138,7 +138,8 @@ def _check_gradient(gradient: Tensor, plain: Tensor, loss: float, eps: float) ->
         raise RuntimeError(
             f"the gradient of the traced closure differs from plain autograd's by {difference:.2g} (relative): the "
             "closure changes gradients after backward (clipping, scaling, hooks), does not compute the same thing each "
-            "time that it runs, or hides operations from torch functions; return the loss that is to be minimised"
+            "time that it runs (draw the batch before the step, not in the closure), or hides operations from torch "
+            "functions; return the loss that is to be minimised"
         )
 
 

@@ -1,5 +1,6 @@
 """What is refused, what is undone, and that nothing is left behind."""
 
+import copy
 import math
 import random
 
@@ -10,7 +11,7 @@ from problems import flatten, make_model
 from torch import nn
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from ngd_optim import NaturalCG, linearize
+from ngd_optim import Diagonal, NaturalCG, Nystrom, linearize
 
 SETTINGS = [
     ({"lr": -0.1}, "lr must be a finite number, at least 0, got -0.1"),
@@ -255,7 +256,7 @@ def test_reason_says_what_was_not_finite():
     assert reasons["loss_nan_beside_a_finite_gradient"] == "rejected: the loss is nan"
     assert reasons["loss_inf_beside_a_finite_gradient"] == "rejected: the loss is inf"
     for name in ("gradient_nan", "gradient_inf", "product_nan_of_a_kl", "product_inf_of_a_distribution"):
-        assert reasons[name] == "rejected: the gradient or a curvature product is not finite"
+        assert reasons[name] == "rejected: the gradient, a curvature product or the preconditioner is not finite"
     assert reasons["trial_nan"] == "rejected after 3 trial points, the last one because its loss is nan"
     assert reasons["trial_minus_inf"] == "rejected after 3 trial points, the last one because its loss is -inf"
     assert reasons["trial_kl_nan"] == "rejected after 3 trial points, the last one because its KL is nan"
@@ -393,3 +394,118 @@ def test_exception_in_a_bfloat16_model_restores_every_bit():
     assert len(runs) > 2
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert log_scale.item() == torch.tensor(0.1, dtype=torch.float64).item()
+
+
+def linear(outputs=3, seed=0):
+    torch.manual_seed(seed)
+    model, x = nn.Linear(4, outputs).double(), torch.randn(12, 4, dtype=torch.float64)
+    return model, x, torch.arange(12) % 3
+
+
+def test_closures_of_a_list_must_return_the_same():
+    """Else the bound on the KL would be lost without a word."""
+    model, x, labels = linear()
+    start = flatten(model.parameters())
+
+    def with_distribution():
+        logits = model(x)
+        return F.cross_entropy(logits, labels), Categorical(logits=logits)
+
+    def by_hand():
+        return (model(x) - 1).pow(2).mean()
+
+    for other in (lambda: F.cross_entropy(model(x), labels), by_hand):
+        with pytest.raises(ValueError, match="closures of a list must all return the same"):
+            NaturalCG(model.parameters()).step([with_distribution, other])
+        assert torch.equal(flatten(model.parameters()), start)
+    with pytest.raises(ValueError, match="'ggn' without a KL, 'hessian' without a KL"):
+        NaturalCG(model.parameters()).step([lambda: F.cross_entropy(model(x), labels), by_hand])
+
+
+def test_a_loss_of_another_model_is_refused():
+    model, x, labels = linear()
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="depends on none of the optimizer's parameters"):
+        NaturalCG(twin.parameters()).step(lambda: F.cross_entropy(model(x), labels))
+    assert torch.equal(flatten(twin.parameters()), flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.huber_loss])
+def test_targets_may_be_integers(loss):
+    model, x, _ = linear()
+    targets = torch.arange(36).view(12, 3) % 2
+    optimizer = NaturalCG(model.parameters())
+    if loss is F.huber_loss:
+        targets = targets.double()  # torch asks for that
+    optimizer.step(lambda: loss(model(x), targets))
+    assert optimizer.last_step.accepted
+    assert optimizer.last_step.curvature == "ggn"
+
+
+def test_a_step_without_a_closure_says_what_it_needs():
+    model, x, labels = linear()
+    optimizer = NaturalCG(model.parameters())
+    F.cross_entropy(model(x), labels).backward()
+    with pytest.raises(TypeError, match="needs a closure that computes the loss"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [Diagonal, Nystrom])
+def test_a_class_is_no_preconditioner(kind):
+    with pytest.raises(ValueError, match=r"preconditioner must be .* a Diagonal, a Nystrom or a function"):
+        NaturalCG([nn.Parameter(torch.ones(2))], preconditioner=kind)
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 0"):
+        NaturalCG([nn.Parameter(torch.ones(2))], generator=0)
+
+
+@pytest.mark.parametrize("limits", [{"max_damping": 1e-10}, {"min_damping": 1e7}, {"min_damping": 1e20}])
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_one_limit_of_the_damping_may_be_beyond_the_others_default(limits, solver):
+    model, x, labels = linear()
+    optimizer = NaturalCG(model.parameters(), solver=solver, **limits)
+    optimizer.step(lambda: F.cross_entropy(model(x), labels))
+    assert optimizer.param_groups[0]["damping"] == next(iter(limits.values()))
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_a_nan_is_not_taken_for_a_lack_of_a_diagonal(solver):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([w], solver=solver, damping_scale="diagonal")
+    optimizer.step(lambda: w.pow(4).sum() * math.nan)
+    assert optimizer.last_step.reason == "rejected: the loss is nan"
+
+
+def test_the_state_of_another_optimizer_is_refused_and_nothing_is_lost():
+    model, x, labels = linear()
+    optimizer = NaturalCG(model.parameters(), damping=0.3)
+    optimizer.step(lambda: F.cross_entropy(model(x), labels))
+    before = copy.deepcopy(optimizer.state_dict())
+    adam = torch.optim.Adam(model.parameters())
+    adam.step()
+    with pytest.raises(ValueError, match="not the state of a NaturalCG: its groups have no max_kl"):
+        optimizer.load_state_dict(adam.state_dict())
+    other = NaturalCG(linear(2)[0].parameters())
+    model_of_other = nn.ParameterList(other.param_groups[0]["params"])
+    other.step(lambda: F.mse_loss(F.linear(x, *model_of_other), x[:, :2]))
+    with pytest.raises(ValueError, match=r"saved of other parameters: one of shape \(3, 4\) had \(2, 4\) there"):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for entry, same in zip(after["state"].values(), before["state"].values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(entry[k]), torch.as_tensor(same[k])) for k in same)
+    optimizer.step(lambda: F.cross_entropy(model(x), labels))
+    assert optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("kind", [Diagonal(probes=3), Nystrom(rank=3), "kfac"])
+def test_a_saved_state_loads_as_torch_loads_by_default(kind, tmp_path):
+    model, x, labels = linear()
+    optimizer = NaturalCG(model.parameters(), preconditioner=kind)
+    optimizer.step(lambda: F.cross_entropy(model(x), labels))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert loaded["param_groups"][0]["preconditioner"] == kind
+    NaturalCG(model.parameters()).load_state_dict(loaded)

@@ -8,7 +8,7 @@ from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG
 from ngd_optim.closure import ReplayedClosure
-from ngd_optim.linearize import linearize_mean
+from ngd_optim.linearization import linearize_mean
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.verify import Experience
 

@@ -235,3 +235,31 @@ def test_no_momentum_after_a_step_that_was_rejected():
     assert optimizer.last_step.reduction_ratio == pytest.approx(1.0)
     solution = torch.full((3,), 2 / 3) / (2 / 3 + optimizer.last_step.damping)
     torch.testing.assert_close(w.detach() - there, solution.double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("trust_region", ["boundary", "damped"])
+def test_the_scale_of_the_advantages_changes_no_step_to_the_edge(trust_region):
+    """The problem is to lower a linear objective within a bound on the KL: its solution has no such scale."""
+    runs = {}
+    for scale in (1.0, 1e-3):
+        torch.manual_seed(0)
+        policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+        optimizer = NaturalCG(policy.parameters(), max_kl=0.01, trust_region=trust_region, cg_tol=1e-10)
+        x = torch.randn(64, 4, dtype=torch.float64)
+        for _ in range(12):
+            with torch.no_grad():
+                old = Categorical(logits=policy(x))
+                actions = old.sample()
+            advantages = scale * (actions == 1).double()
+
+            def closure(old=old, actions=actions, advantages=advantages):
+                new = Categorical(logits=policy(x))
+                return -((new.log_prob(actions) - old.log_prob(actions)).exp() * advantages).mean(), new
+
+            optimizer.step(closure)
+            report = optimizer.last_step
+            assert report.accepted
+            assert 0.2 < report.reduction_ratio < 2  # the decrease that the slope promises
+        runs[scale] = flatten(policy.parameters()), optimizer.param_groups[0]["damping"]
+    assert runs[1e-3][1] == pytest.approx(runs[1.0][1], rel=1e-6)
+    torch.testing.assert_close(runs[1e-3][0], runs[1.0][0], rtol=1e-5, atol=1e-6)

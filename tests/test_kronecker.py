@@ -21,7 +21,7 @@ from ngd_optim.curvature import OutputMetric, metric_of
 from ngd_optim.kronecker import (
     KroneckerFactors,
     factors_of,
-    fit,
+    fits,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
@@ -632,13 +632,13 @@ def test_values_fit_their_own_layers_only():
     model, x = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 2)).double(), real(N, 4, 3)
     params = list(model.parameters())
     found = factors(lambda: F.mse_loss(model(x), torch.zeros(N, 2).double()), params)
-    assert fit(found.values, found.layers, params)
+    assert fits(found.values, found.layers, params)
     without = {key: value for key, value in found.values.items() if key != (0, "right")}
-    assert not fit(without, found.layers, params)
-    assert not fit(found.values, found.layers, [*params, weight(2)])
+    assert not fits(without, found.layers, params)
+    assert not fits(found.values, found.layers, [*params, weight(2)])
     for change in ({"bias": None}, {"flipped": True}, {"groups": 1}):
         layers = [layer._replace(**change) if layer.groups == 2 else layer for layer in found.layers]
-        assert not fit(found.values, layers, params)
+        assert not fits(found.values, layers, params)
 
 
 WORTHWHILE = {

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG, linearize
 from ngd_optim.closure import ReplayedClosure
-from ngd_optim.linearize import linearize_closure
+from ngd_optim.linearization import linearize_closure
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.verify import Experience
 

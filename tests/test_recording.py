@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ngd_optim import NaturalCG, linearize
 from ngd_optim.closure import ReplayedClosure
-from ngd_optim.linearize import linearize_closure
+from ngd_optim.linearization import linearize_closure
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError, Recording
 from ngd_optim.verify import Experience

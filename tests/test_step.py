@@ -46,6 +46,7 @@ class DenseStep:
         metric = A if trust_region == "damped" else self.F
         to_boundary = math.inf if max_kl is None else (2 * max_kl / (x @ metric @ x)).sqrt().item()
         self.scale = min(1.0, to_boundary) if trust_region == "clip" else to_boundary
+        self.is_linear = trust_region != "clip" and problem.form != "ggn"
         self.d = lr * self.scale * x
 
     def objective(self, fraction):
@@ -57,7 +58,8 @@ class DenseStep:
 
     def model_decrease(self, fraction):
         d = fraction * self.d
-        return -(self.g @ d + 0.5 * d @ (self.F @ d + self.decay * d)).item()
+        bend = 0.0 * d if self.is_linear else self.F @ d
+        return -(self.g @ d + 0.5 * d @ (bend + self.decay * d)).item()
 
     def good_enough(self, fraction, max_kl):
         falls = self.objective(fraction) <= self.objective(0) + 1e-4 * fraction * (self.g @ self.d).item()
@@ -204,7 +206,7 @@ def test_line_search_takes_the_first_point_that_is_good_enough(form, changed, bi
     backtracks = next(i for i, f in enumerate(fractions) if dense.good_enough(f, max_kl))
     report, fraction = optimizer.last_step, fractions[backtracks]
     assert report.backtracks == backtracks > 0
-    assert report.reason == f"accepted after {backtracks} backtracks"
+    assert report.reason == f"accepted after {backtracks} backtrack" + "s" * (backtracks > 1)
     assert_near(problem.moved - problem.theta, fraction * dense.d)
     dense.assert_report(report, fraction)
     assert report.new_loss < report.loss or settings.get("weight_decay")

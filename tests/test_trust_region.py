@@ -68,7 +68,8 @@ def test_accepts_the_first_good_point(objective, kl, changed, fraction):
     assert (trial.fraction, tried[-1]) == (fraction, fraction)
     assert trial.backtracks == len(tried) - 1
     assert (trial.objective, trial.kl) == (objective(fraction), kl(fraction))
-    assert trial.reason == ("accepted" if len(tried) == 1 else f"accepted after {trial.backtracks} backtracks")
+    said = {0: "accepted", 1: "accepted after 1 backtrack"}
+    assert trial.reason == said.get(trial.backtracks, f"accepted after {trial.backtracks} backtracks")
 
 
 REJECTED = [
@@ -88,7 +89,8 @@ def test_rejects_when_no_point_is_good(objective, kl, changed, reason):
     assert not trial.accepted
     assert len(tried) == trial.backtracks == changed.get("max_backtracks", 10) + 1
     assert trial.fraction == tried[-1]
-    assert trial.reason.startswith(f"rejected after {len(tried)} trial points, the last one because ")
+    points = "1 trial point" if len(tried) == 1 else f"{len(tried)} trial points"
+    assert trial.reason.startswith(f"rejected after {points}, the last one because ")
     assert reason in trial.reason
 
 

@@ -54,6 +54,7 @@ class Step:
         scale: what the trust region made of the solution of the system, ``lr`` not counted.
         slope: ``gᵀd``.
         metric: ``dᵀF d``.
+        bend: that again where ``F`` is curvature of the objective too; 0 where it measures the KL alone.
         decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
         products: how many curvature products it took to know all this.
     """
@@ -62,13 +63,14 @@ class Step:
     scale: float
     slope: float
     metric: float
+    bend: float
     decay_slope: float
     decay_quadratic: float
     products: int
 
     def predicted_decrease(self, fraction: float) -> float:
         """What the model says that the objective falls by."""
-        return -(fraction * self.slope + 0.5 * fraction**2 * (self.metric + self.decay_quadratic))
+        return -(fraction * self.slope + 0.5 * fraction**2 * (self.bend + self.decay_quadratic))
 
     def kl(self, fraction: float) -> float:
         """The second-order model of the KL, ``½ |dᵀF d|``."""
@@ -86,8 +88,12 @@ def scaled_step(
     lr: float | Tensor,
     max_kl: float | None,
     trust_region: TrustRegion,
+    measures_kl: bool,
 ) -> Step:
     """The solution of the system, scaled to the trust region and by ``lr``.
+
+    A step to the edge of a region in KL solves a problem with a linear objective (Schulman et al. 2015, equation 14):
+    ``x`` gives its direction, and where the quadratic model with ``F`` has its minimum says nothing of the objective.
 
     ``dᵀF d`` comes from CG's own scalars; it costs one more product only where ``lr`` differs between groups.
     """
@@ -100,13 +106,17 @@ def scaled_step(
     kind = "clip" if solution.stop == "negative_curvature" else trust_region
     scale = trust_region_scale(solution.x_dot_ax if kind == "damped" else size, max_kl, kind)
     direction = (scale * lr) * x
+    quadratic = (
+        torch.dot(direction, model.curvature(direction)).item()
+        if isinstance(lr, Tensor)
+        else (scale * lr) ** 2 * metric
+    )
     return Step(
         direction=direction,
         scale=scale,
         slope=torch.dot(model.gradient, direction).item(),
-        metric=torch.dot(direction, model.curvature(direction)).item()
-        if isinstance(lr, Tensor)
-        else (scale * lr) ** 2 * metric,
+        metric=quadratic,
+        bend=0.0 if measures_kl and kind != "clip" else quadratic,
         decay_slope=torch.dot(theta, model.decay * direction).item(),
         decay_quadratic=torch.dot(direction, model.decay * direction).item(),
         products=int(isinstance(lr, Tensor)),

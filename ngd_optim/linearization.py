@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
-from ngd_optim.curvature import Backend, Curvature, OutputMetric, ScalarMetric, kl_of, metric_of
+from ngd_optim.curvature import Backend, Curvature, Kind, OutputMetric, ScalarMetric, kl_of, metric_of
 from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
@@ -38,9 +38,11 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         reached: for each parameter, whether the loss depends on it.
         used: for each parameter, whether the loss or the metric does.
-        shape: how many elements the model's outputs have, and how many parameters there are. The metric lives at the
-            outputs; 0 where it does not, or where the outputs are spread over closures or processes.
+        root_shape: that of :meth:`root`: how many elements the model's outputs have, and how many parameters there are.
+            The first is 0 where there is no root: the curvature is not made at the outputs alone (a Hessian, a scalar
+            KL, a penalty beside them), or they are spread over closures or processes.
         is_least_squares: whether all that the metric comes from is :func:`~ngd_optim.least_squares`.
+        kind: what the curvature is: ``"fisher"``, ``"ggn"`` or ``"hessian"``.
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         experience: what is known of how to form the products.
         product: see :meth:`curvature`.
@@ -61,8 +63,9 @@ class Linearization:
     gradient: Tensor
     reached: list[bool]
     used: list[bool]
-    shape: tuple[int, int]
+    root_shape: tuple[int, int]
     is_least_squares: bool
+    kind: Kind
     has_kl: bool
     experience: Experience
     product: Callable[[Tensor], Tensor]
@@ -81,17 +84,18 @@ class Linearization:
         return self.product(v.to(self.gradient))
 
     def root(self) -> Root:
-        """The matrix ``A`` with ``F = AᵀA``, where ``shape`` tells of outputs; to be asked before any product.
+        """The matrix ``A`` with ``F = AᵀA``; to be asked before any product.
 
         Raises:
-            NotSemidefiniteError: there is none.
+            ValueError: there is none; a ``NotSemidefiniteError`` where that is because ``F`` has negative curvature.
         """
-        assert isinstance(self.product, TracedProduct)
+        if not (self.root_shape[0] and isinstance(self.product, TracedProduct)):
+            raise ValueError("the curvature has no root: it is not made at the outputs of one closure alone")
         return self.product.root()
 
     def quick_diagonal(self) -> Tensor | None:
         """The diagonal of ``F``, where it takes as little as some products; else None. To be asked before any."""
-        return self.product.quick_diagonal() if self.shape[0] and isinstance(self.product, TracedProduct) else None
+        return self.product.quick_diagonal() if self.root_shape[0] and isinstance(self.product, TracedProduct) else None
 
     @property
     def rounding(self) -> float:
@@ -122,8 +126,8 @@ class Linearization:
             gradient=ranks.average(self.gradient),
             reached=flags[:n],
             used=flags[n:],
-            shape=(0, self.shape[1]),
-            product=lambda v: ranks.mean(lambda: self.product(v), v),
+            root_shape=(0, self.root_shape[1]),
+            product=lambda v: ranks.mean_deferring_errors(lambda: self.product(v), v),
             measure=measure,
         )
 
@@ -133,8 +137,9 @@ class Linearization:
         return replace(
             self,
             used=used,
-            shape=other.shape,
+            root_shape=other.root_shape,
             is_least_squares=other.is_least_squares,
+            kind=other.kind,
             experience=other.experience,
             product=other.product,
         )
@@ -157,6 +162,8 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
         TypeError, ValueError: the closure returned something that is not a loss or a metric, or does not offer the
             curvature.
         NotImplementedError: torch knows no KL divergence for the distribution.
+        RuntimeError: the closure holds something that cannot work, and the message says what to do instead.
+        Exception: whatever the closure raises.
 
     Examples:
         >>> import torch
@@ -221,8 +228,9 @@ def linearize_closure(
         gradient=gradient,
         reached=reached,
         used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
-        shape=(_outputs_with_root(metric, experience), len(gradient)),
+        root_shape=(_outputs_with_root(metric, experience), len(gradient)),
         is_least_squares=traced.is_least_squares and isinstance(metric, OutputMetric),
+        kind=metric.kind,
         has_kl=traced.metric is not None,
         experience=experience,
         product=TracedProduct(run, metric, parameters, experience, memory, ranks, loss=traced.loss),
@@ -247,6 +255,7 @@ def linearize_mean(
         part = linearize_closure(run, parameters, curvature, known, ranks, observe)
         part = replace(part, product=_retracing_product(run, parameters, curvature, part.experience, ranks))
         parts.append(part)
+    ranks.together(lambda: _require_one_kind(parts))
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
@@ -257,13 +266,24 @@ def linearize_mean(
         gradient=_mean((part.gradient for part in parts), len(parts)),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
-        shape=(0, parts[0].shape[1]),
+        root_shape=(0, parts[0].root_shape[1]),
         is_least_squares=all(part.is_least_squares for part in parts),
-        has_kl=all(part.has_kl for part in parts),
+        kind=parts[0].kind,
+        has_kl=parts[0].has_kl,
         experience=parts[0].experience,
         product=lambda v: _mean((part.product(v) for part in parts), len(parts)),
         measure=measure,
     )
+
+
+def _require_one_kind(parts: Sequence[Linearization]) -> None:
+    kinds = dict.fromkeys((part.kind, part.has_kl) for part in parts)
+    if len(kinds) > 1:
+        shown = ", ".join(f"{kind!r} {'with' if has_kl else 'without'} a KL" for kind, has_kl in kinds)
+        raise ValueError(
+            f"the closures of a list must all return the same, a loss, (loss, distribution) or (loss, kl), and losses "
+            f"of one kind; got curvatures {shown}"
+        )
 
 
 def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
