@@ -90,7 +90,7 @@ INTRODUCTION = """# What was aimed at, and what was measured
 
 Every figure is a ratio within one process on one CPU thread: the median of interleaved repeats. Quartiles are in
 [products.md](products.md) and [growth.md](growth.md); [rl.md](rl.md) and [training.md](training.md) have learning and
-training curves. `make bench` repeats all and writes this page.
+training curves. `make bench` repeats all that results/ does not have yet and writes this page.
 
 | | goal | measured | met |
 |---|---|---|---|

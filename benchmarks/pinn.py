@@ -383,13 +383,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--again", action="store_true", help="forget earlier results")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     path = RESULTS / "pinn.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    done = {(r["problem"], r["method"], r["seed"]) for r in runs}
+    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() and not args.again else []
+    done = {(r["problem"], r["method"], r["seed"]) for r in runs if r["seconds"] >= args.seconds}
     for seed in range(args.seeds):
         for problem in args.problems:
             for method in args.methods:

@@ -172,7 +172,7 @@ def draw(results: dict[str, Any]) -> Figure:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=21, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=31, help="interleaved rounds (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results, recorded = measure(arguments.repeats)

@@ -21,9 +21,10 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 _BOUND = {"linestyle": "--", "linewidth": 1.2}
 _RIGHT = {"color": "0.45", "linestyle": ":", "linewidth": 1.2}
-_REJECTED = {"color": "black", "marker": "x", "markersize": 7, "linestyle": "none", "zorder": 3}
+_REJECTED = {"color": "black", "marker": "x", "linestyle": "none", "zorder": 3}
 _STOP_MARKERS = "o^sDvP*"
 _FEW = 60
+_LONGEST_NAME = 32
 
 
 def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepReport]]) -> "Figure":
@@ -41,7 +42,8 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there are no reports.
+        TypeError: these are no reports.
+        ValueError: there are none.
 
     Examples:
         >>> import torch
@@ -57,9 +59,7 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot_history needs matplotlib: pip install matplotlib") from error
-    runs = dict(reports) if isinstance(reports, Mapping) else {"steps": reports}
-    if not any(runs.values()):
-        raise ValueError("plot_history needs at least one report, got none")
+    runs = _runs(reports)
     figure = Figure(figsize=(12, 6), layout="constrained")
     *panels, key = figure.subplots(2, 3, sharex=True).flat
     for axes, (field, title) in zip(panels, PANELS.items(), strict=True):
@@ -74,11 +74,30 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
     axes = dict(zip(PANELS, panels, strict=True))
     axes["reduction_ratio"].axhline(1.0, **_RIGHT)
     stops = _stops(runs)
+    bounds = {report.max_kl for run in runs.values() for report in run} - {math.inf}
     for colour, run in zip(_colours(runs), runs.values(), strict=True):
         _draw_stops(axes["cg_iters"], run, colour, stops)
-        _draw_bound(axes["kl"], run, "black" if len(runs) == 1 else colour)
-    _draw_key(key, runs, stops)
+        _draw_bound(axes["kl"], run, "black" if len(bounds) == 1 else colour)
+    _draw_key(key, runs, stops, bounds)
     return figure
+
+
+def _runs(reports: Any) -> dict[str, list[StepReport]]:
+    if isinstance(reports, StepReport) or not isinstance(reports, Iterable):
+        raise TypeError(f"plot_history needs the reports of all steps, as a list or lists by name, got {reports!r}")
+    named = reports if isinstance(reports, Mapping) else {"steps": reports}
+    runs = {_short(str(name)): list(run) for name, run in named.items()}
+    for run in runs.values():
+        for report in run:
+            if not isinstance(report, StepReport):
+                raise TypeError(f"plot_history needs values of optimizer.last_step, got {report!r} among them")
+    if not any(runs.values()):
+        raise ValueError("plot_history needs at least one report, got none")
+    return runs
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _colours(runs: Mapping[str, Any]) -> list[str]:
@@ -96,13 +115,14 @@ def _draw_field(axes: Any, run: Sequence[StepReport], field: str, colour: str) -
     dots = "." if len(run) <= _FEW and field != "cg_iters" else None
     axes.plot(range(1, len(run) + 1), values, color=colour, linewidth=1.3, marker=dots)
     rejected = [i for i, report in enumerate(run) if not report.accepted]
-    axes.plot([i + 1 for i in rejected], [values[i] for i in rejected], **_REJECTED)
+    size = 7 if len(rejected) <= _FEW else 3
+    axes.plot([i + 1 for i in rejected], [values[i] for i in rejected], **_REJECTED, markersize=size)
     if field == "reduction_ratio":
         if any(not -2 < value < 4 for value in values if value == value):
             axes.set_yscale("symlog", linthresh=1)
     elif field == "cg_iters":
         axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], 1.08 * max(values, default=0)))
+        axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], 1.08 * max(values, default=0), 1))
     elif _spans_decades(values, may_round_below_zero=field == "kl"):
         axes.set_yscale("log", nonpositive="mask")
 
@@ -126,19 +146,23 @@ def _draw_bound(axes: Any, run: Sequence[StepReport], colour: str) -> None:
     bounds = [report.max_kl if math.isfinite(report.max_kl) else math.nan for report in run]
     if not all(math.isnan(bound) for bound in bounds):
         edges = [i + 0.5 for i in range(len(run) + 1)]
-        axes.stairs(bounds, edges, baseline=None, color=colour, **_BOUND)
+        axes.stairs(bounds, edges, baseline=None, color=colour, zorder=3, **_BOUND)
+        if axes.get_yscale() == "linear":  # else steps to the edge would fill the panel and hide it
+            axes.set_ylim(
+                bottom=min(0, axes.get_ylim()[0]), top=max(axes.get_ylim()[1], 1.1 * max(b for b in bounds if b == b))
+            )
 
 
-def _draw_key(axes: Any, runs: Mapping[str, Sequence[StepReport]], stops: Mapping[str, str]) -> None:
+def _draw_key(axes: Any, runs: Mapping[str, Sequence[StepReport]], stops: Mapping[str, str], bounds: set[float]) -> None:
     """What lines and markers mean, in a place of its own."""
     axes.axis("off")
     if len(runs) > 1:
         for colour, name in zip(_colours(runs), runs, strict=True):
             axes.plot([], [], color=colour, linewidth=2, label=name)
-    axes.plot([], [], **_REJECTED, label="rejected step")
-    bounds = {report.max_kl for run in runs.values() for report in run} - {math.inf}
+    if not all(report.accepted for run in runs.values() for report in run):
+        axes.plot([], [], **_REJECTED, label="rejected step")
     if bounds:
-        value = f" = {bounds.pop():g}" if len(bounds) == 1 else ""
+        value = f" = {min(bounds):g}" if len(bounds) == 1 else ""
         axes.plot([], [], color="black", **_BOUND, label=f"trust region, max_kl{value}")
     axes.plot([], [], **_RIGHT, label="the decrease was as predicted")
     for stop, marker in stops.items():

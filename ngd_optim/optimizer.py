@@ -399,7 +399,11 @@ class NaturalCG(Optimizer):
         )
 
     def _remember(self, outcome: Outcome, parameters: FlatParameters) -> None:
-        """Keep what the next step starts from, and what it compares with: no slope where this one was rejected."""
+        """Keep what the next step starts from, and what it compares with: no slope where this one was rejected.
+
+        That is ``solution`` for each parameter, and for the first ``slope``, along the solution, and ``new_loss``; beside
+        them the state has ``largest_curvature``, and what :mod:`ngd_optim.preconditioners` keeps.
+        """
         x = outcome.solution.solution
         for p, part in zip(parameters.tensors, parameters.unflatten(x), strict=True):
             self.state[p]["solution"] = part

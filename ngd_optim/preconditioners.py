@@ -1,4 +1,9 @@
-"""The preconditioner of one step's conjugate gradients: what it is, and when its ingredients are renewed."""
+"""The preconditioner of one step's conjugate gradients: what it is, and when its ingredients are renewed.
+
+What it keeps in the optimizer's state, for each parameter: ``left`` and ``right``, its Kronecker factors, or
+``diagonal``; or ``sketch``, its rows of a sketch's basis. For the first parameter also ``products``, how many these
+factors have served, or ``sketch_values`` and ``sketch_age``; and ``draws``, how often random vectors were drawn.
+"""
 
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence

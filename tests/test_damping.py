@@ -252,7 +252,7 @@ def test_the_scale_of_the_advantages_changes_no_step_to_the_edge(trust_region):
                 actions = old.sample()
             advantages = scale * (actions == 1).double()
 
-            def closure(old=old, actions=actions, advantages=advantages):
+            def closure(policy=policy, x=x, old=old, actions=actions, advantages=advantages):
                 new = Categorical(logits=policy(x))
                 return -((new.log_prob(actions) - old.log_prob(actions)).exp() * advantages).mean(), new
 

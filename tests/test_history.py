@@ -87,6 +87,26 @@ def test_the_trust_region_is_drawn_as_it_was_in_each_step(reports: list[StepRepo
     assert not any("max_kl" in text.get_text() for text in without.axes[-1].get_legend().get_texts())
 
 
+@pytest.mark.parametrize("wrong", [[None], [1, 2], {"run": [None]}, 3, None])
+def test_what_is_no_report_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="plot_history needs"):
+        plot_history(wrong)
+
+
+def test_one_report_is_no_list(reports: list[StepReport]) -> None:
+    with pytest.raises(TypeError, match="the reports of all steps"):
+        plot_history(reports[0])  # pyright: ignore[reportArgumentType]
+
+
+def test_steps_to_the_edge_leave_room_for_the_bound_and_a_generator_will_do(reports: list[StepReport]) -> None:
+    edge = (replace(report, kl=0.0499, max_kl=0.05, accepted=True) for report in reports)
+    figure = plot_history(edge)  # pyright: ignore[reportArgumentType]
+    low, high = figure.axes[1].get_ylim()
+    assert low == 0
+    assert high >= 0.055
+    assert "rejected step" not in {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
+
+
 def test_without_matplotlib_the_error_says_what_to_install(
     reports: list[StepReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:

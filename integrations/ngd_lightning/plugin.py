@@ -21,7 +21,7 @@ class NaturalCGPlugin(Precision):
 
     ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. It takes over that optimizer's parameters, in their groups; all
     trainable ones if ``configure_optimizers`` returns None (Lightning wants the method itself to be there).
-    Learning-rate schedulers go with the optimizer that they belong to. The plugin stands for the Trainer's precision,
+    Learning-rate schedulers are left out with that optimizer, and a warning says so. The plugin stands for the Trainer's precision,
     so that is set here.
 
     Args:
@@ -29,7 +29,7 @@ class NaturalCGPlugin(Precision):
         **options: those of :class:`~ngd_optim.NaturalCG`.
 
     Raises:
-        ValueError: another precision, or an option that is out of range.
+        ValueError: another precision, or an option that is out of range; when training starts, several optimizers.
         TypeError: NaturalCG has no such option.
 
     Examples:
