@@ -153,7 +153,9 @@ def _draw_bound(axes: Any, run: Sequence[StepReport], colour: str) -> None:
             )
 
 
-def _draw_key(axes: Any, runs: Mapping[str, Sequence[StepReport]], stops: Mapping[str, str], bounds: set[float]) -> None:
+def _draw_key(
+    axes: Any, runs: Mapping[str, Sequence[StepReport]], stops: Mapping[str, str], bounds: set[float]
+) -> None:
     """What lines and markers mean, in a place of its own."""
     axes.axis("off")
     if len(runs) > 1:

@@ -1,6 +1,5 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,10 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ngd_optim.carried import Carried
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import Damping, DampingLimit, damping_range
-from ngd_optim.descent import Descent, Outcome
+from ngd_optim.descent import Descent
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.layers import Layer
@@ -230,7 +230,8 @@ class NaturalCG(Optimizer):
                 random numbers are then as before.
         """
         settings = shared_settings(self.param_groups)
-        parameters = FlatParameters(self.param_groups)
+        parameters, lr = FlatParameters(self.param_groups), self._per_group("lr")
+        last = Carried(parameters, self.state)
         runs = _replayed(closure, parameters)
         others = [] if curvature_closure is None else _replayed(curvature_closure, parameters)
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
@@ -243,27 +244,29 @@ class NaturalCG(Optimizer):
             if others:
                 other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
                 point = point.with_curvature_of(other)
-            if not any(point.reached):
-                raise ValueError(
-                    "the loss depends on none of the optimizer's parameters; was the model copied, moved or built anew "
-                    "after the optimizer was?"
-                )
+            _require_dependence(point)
             max_kl = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
-            solver = self._solver(point, max_kl, preconditioning, parameters, settings, ranks)
+            solver = self._solver(point, last, max_kl, preconditioning, settings, ranks)
             gradient = self._gradient(point, parameters)
             damping = self._damping(solver, settings)
-            new_slope = self._slope_on_new_data(point, gradient, parameters)
+            new_slope = last.slope_on_new_data(point, gradient, lr)
             damping.adapt_to_new_data(new_slope)
-            scale = self._damping_scale(solver, point, parameters, settings)
+            scale = self._damping_scale(solver, point, last, settings)
             outcome = Descent(
                 point,
                 parameters,
                 solver,
                 damping,
-                lr=self._per_group("lr"),
-                max_kl=max_kl,
-                **{name: settings[name] for name in ("trust_region", "max_backtracks", "backtrack_ratio", "geodesic")},
-            )(partial(self._quadratic_model, point, gradient, scale, parameters, settings["momentum"]), ranks.check)
+                lr,
+                max_kl,
+                trust_region=settings["trust_region"],
+                max_backtracks=settings["max_backtracks"],
+                backtrack_ratio=settings["backtrack_ratio"],
+                geodesic=settings["geodesic"],
+            )(
+                partial(self._quadratic_model, point, gradient, last, scale, parameters, settings["momentum"]),
+                ranks.check,
+            )
         for run in [*runs, *others]:
             run.settle()
         runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
@@ -280,7 +283,7 @@ class NaturalCG(Optimizer):
         )
         trial = outcome.trial
         damping.adapt(self.last_step.reduction_ratio, accepted=trial.accepted, overshot=trial.overshot)
-        self._remember(outcome, parameters)
+        last.keep(outcome, self.last_step.new_loss, lr)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         preconditioning.keep(self.last_step.n_product)
         return point.loss
@@ -317,24 +320,21 @@ class NaturalCG(Optimizer):
         return Damping(self.param_groups, adapts=settings["adapt_damping"], limits=limits, exact=exact)
 
     def _damping_scale(
-        self, solver: Solver, point: Linearization, parameters: FlatParameters, settings: dict[str, Any]
+        self, solver: Solver, point: Linearization, last: Carried, settings: dict[str, Any]
     ) -> Tensor | None:
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
             return None
         if not point.gradient.isfinite().all():
             return None  # the step will be refused
-        diagonal = curvature_diagonal(solver, point)
-        before = parameters.flatten(self.state[p].get("largest_curvature") for p in parameters.tensors)
-        largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
-        for p, part in zip(parameters.tensors, parameters.unflatten(largest), strict=True):
-            self.state[p]["largest_curvature"] = part
+        largest = last.largest_curvature(curvature_diagonal(solver, point))
         return torch.where(largest > 0, largest, 1.0)
 
     def _quadratic_model(
         self,
         point: Linearization,
         gradient: Tensor,
+        last: Carried,
         scale: Tensor | None,
         parameters: FlatParameters,
         momentum: float,
@@ -346,8 +346,7 @@ class NaturalCG(Optimizer):
         spread = parameters.spread(damping)
         if scale is not None:
             spread = spread * scale
-        takes_momentum = momentum and attempt == 1 and self._last(parameters, "slope")
-        centre = self._last_solution(point, parameters).mul_(momentum) if takes_momentum else None
+        centre = last.solution(point.used).mul_(momentum) if momentum and attempt == 1 and last.moved else None
         return QuadraticModel(gradient, point.curvature, decay, spread, centre)
 
     def _gradient(self, point: Linearization, parameters: FlatParameters) -> Tensor:
@@ -356,32 +355,12 @@ class NaturalCG(Optimizer):
             return point.gradient
         return point.gradient + parameters.spread(self._per_group("weight_decay"), point.used) * parameters.theta
 
-    def _slope_on_new_data(self, point: Linearization, gradient: Tensor, parameters: FlatParameters) -> float:
-        """That of the loss along the last step ÷ its steepness there before; NaN if the step met the same data."""
-        before, change = self._last(parameters, "slope"), abs(point.loss.item() - self._last(parameters, "new_loss"))
-        if not before or not 100 * point.rounding < change < math.inf:
-            return math.nan
-        return self._along_solution(gradient, self._last_solution(point, parameters), parameters) / abs(before)
-
-    def _along_solution(self, gradient: Tensor, solution: Tensor, parameters: FlatParameters) -> float:
-        """The slope along a step of full length."""
-        return torch.dot(gradient, parameters.spread(self._per_group("lr")) * solution).item()
-
-    def _last(self, parameters: FlatParameters, name: str) -> float:
-        return self.state[parameters.tensors[0]].get(name, 0.0)
-
-    def _last_solution(self, point: Linearization, parameters: FlatParameters) -> Tensor:
-        return parameters.flatten(
-            self.state[p].get("solution") if used else None
-            for p, used in zip(parameters.tensors, point.used, strict=True)
-        )
-
     def _solver(
         self,
         point: Linearization,
+        last: Carried,
         max_kl: float | None,
         preconditioning: Preconditioning,
-        parameters: FlatParameters,
         settings: dict[str, Any],
         ranks: Ranks,
     ) -> Solver:
@@ -390,7 +369,7 @@ class NaturalCG(Optimizer):
         if name != "cg":
             return direct_solver(name, point)
         return ConjugateGradients(
-            x0=self._last_solution(point, parameters).mul_(settings["warm_start"]),
+            x0=last.solution(point.used).mul_(settings["warm_start"]),
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],
@@ -398,20 +377,13 @@ class NaturalCG(Optimizer):
             precondition=lambda model: preconditioning.formed(point, model, ranks),
         )
 
-    def _remember(self, outcome: Outcome, parameters: FlatParameters) -> None:
-        """Keep what the next step starts from, and what it compares with: no slope where this one was rejected.
 
-        That is ``solution`` for each parameter, and for the first ``slope``, along the solution, and ``new_loss``; beside
-        them the state has ``largest_curvature``, and what :mod:`ngd_optim.preconditioners` keeps.
-        """
-        x = outcome.solution.solution
-        for p, part in zip(parameters.tensors, parameters.unflatten(x), strict=True):
-            self.state[p]["solution"] = part
-        slope, new_loss = 0.0, 0.0
-        if outcome.trial.accepted and self.last_step is not None:
-            slope = self._along_solution(outcome.model.gradient, x, parameters)
-            new_loss = self.last_step.new_loss
-        self.state[parameters.tensors[0]] |= {"slope": slope, "new_loss": new_loss}
+def _require_dependence(point: Linearization) -> None:
+    if not any(point.reached):
+        raise ValueError(
+            "the loss depends on none of the optimizer's parameters; was the model copied or built anew after the "
+            "optimizer was made?"
+        )
 
 
 def _replayed(closure: Any, parameters: FlatParameters) -> list[ReplayedClosure]:

@@ -21,8 +21,8 @@ class NaturalCGPlugin(Precision):
 
     ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. It takes over that optimizer's parameters, in their groups; all
     trainable ones if ``configure_optimizers`` returns None (Lightning wants the method itself to be there).
-    Learning-rate schedulers are left out with that optimizer, and a warning says so. The plugin stands for the Trainer's precision,
-    so that is set here.
+    Learning-rate schedulers are left out with that optimizer, and a warning says so. The plugin stands for the
+    Trainer's precision, so that is set here.
 
     Args:
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"64-true"``.
