@@ -4,8 +4,8 @@
 
 A CNN on the digits, a fifth of them held out: NaturalCG takes 2,000 steps for each of five seeds, and Adam as much
 CPU time, with the best of three learning rates on the first seed, decayed to zero. Then a small transformer on fresh
-pieces of text, one seed: Adam, Muon and SOAP beside NaturalCG for the same time. Writes results/minibatch.json, .md and
-.png.
+pieces of text, one seed: Adam, Muon and SOAP beside NaturalCG for the same time, and NaturalCG with the gradient of
+four batches at a time and the curvature of one. Writes results/minibatch.json, .md and .png.
 """
 
 import argparse
@@ -27,7 +27,13 @@ from timing import machine
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {"Adam": "#E69F00", "Muon": "#CC79A7", "SOAP": "#009E73", "NaturalCG": "#0072B2"}
+COLOURS = {
+    "Adam": "#E69F00",
+    "Muon": "#CC79A7",
+    "SOAP": "#009E73",
+    "NaturalCG": "#0072B2",
+    "NaturalCG, 4 batches": "#56B4E9",
+}
 BATCH = 128
 
 
@@ -157,7 +163,7 @@ def run_digits(steps: int, seeds: int) -> Iterator[Run]:
 
 def run_text(seconds: float) -> Iterator[Run]:
     """Every method for the same time."""
-    for method in ("NaturalCG", "Adam", "Muon", "SOAP"):
+    for method in ("NaturalCG", "NaturalCG, 4 batches", "Adam", "Muon", "SOAP"):
         yield train("text", method, 0, tuned("text", method, seconds), seconds)
 
 
