@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from ngd_optim.curvature import OutputMetric
 from ngd_optim.layers import Layer, Use
+from ngd_optim.packed import order, packed, unpacked
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.sampling import draw
 
@@ -28,8 +29,9 @@ _ROUNDING = 10
 Values = Mapping[tuple[int, str], Tensor]
 """By index of a parameter and name.
 
-For the weight of a layer ``"left"``, (groups, rows, rows), and ``"right"``, (groups, columns, columns), without the
-last dimension where they are diagonal; for what is in no layer ``"diagonal"``, shaped like the parameter.
+For the weight of a layer ``"left"``, a packed matrix with as many rows and columns as the weight has rows, for each
+group, and ``"right"``, likewise for its columns; their diagonals, (groups, rows) or (groups, columns), where they are
+too large. For what is in no layer ``"diagonal"``, shaped like the parameter.
 """
 
 
@@ -58,7 +60,8 @@ def factors_of(
         by_layer[use.layer].append((use, gradient))
     values: dict[tuple[int, str], Tensor] = {}
     for layer, own in by_layer.items():
-        values[layer.weight, "left"], values[layer.weight, "right"] = _factors(layer, own, parameters.dtype)
+        left, right = _factors(layer, own, parameters.dtype)
+        values |= {(layer.weight, "left"): stored(left), (layer.weight, "right"): stored(right)}
     for i, gradient in zip(outside, gradients[len(uses) :], strict=True):
         values[i, "diagonal"] = gradient.to(parameters.dtype).square()
     return KroneckerFactors(tuple(by_layer), values)
@@ -72,9 +75,21 @@ def fits(values: Values, layers: Sequence[Layer], params: Sequence[Tensor]) -> b
         shapes |= {(layer.weight, "left"): (groups, rows), (layer.weight, "right"): (groups, columns)}
     inside = {i for layer in layers for i in (layer.weight, layer.bias)}
     shapes |= {(i, "diagonal"): p.shape for i, p in enumerate(params) if i not in inside}
-    return shapes.keys() == values.keys() and all(
-        values[key].shape[: len(shapes[key])] == shapes[key] for key in shapes
-    )
+    return shapes.keys() == values.keys() and all(_shape(key[1], values[key]) == shapes[key] for key in shapes)
+
+
+def _shape(name: str, value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape) if name == "diagonal" or value.ndim == 2 else (len(value), order(value))
+
+
+def stored(factor: Tensor) -> Tensor:
+    """A ``"left"`` or ``"right"`` as it is kept."""
+    return packed(factor) if factor.ndim == 3 else factor
+
+
+def full(factor: Tensor) -> Tensor:
+    """The matrices of a ``"left"`` or ``"right"``; the diagonals, where it has these alone."""
+    return unpacked(factor) if factor.ndim == 3 else factor
 
 
 def mean_of(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors | None:
@@ -161,7 +176,7 @@ class _Block:
 
     def __init__(self, layer: Layer, values: Values, shift: float) -> None:
         self._layer = layer
-        left, right = values[layer.weight, "left"], values[layer.weight, "right"]
+        left, right = (full(values[layer.weight, side]) for side in ("left", "right"))
         pi = (_trace(right) / right.shape[1] / (_trace(left) / left.shape[1])).sqrt()
         pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
         self._left = _inverse(left, shift**0.5 / pi)

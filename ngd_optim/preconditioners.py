@@ -232,14 +232,16 @@ class _Kronecker(Preconditioning):
         self._served, self._draws = 0, self._draws + 1
         estimates = [factors for factors in self._estimates if factors is not None]
         mean = mean_of(estimates) if len(estimates) == len(self._estimates) else None
+        del estimates
+        self._estimates.clear()  # as large as what they become
         layers = None if mean is None else (mean.layers, sorted(mean.values))
         if not ranks.agree(zlib.crc32(repr(layers).encode())) or mean is None:
             self.layers, self._values = (), {}
             return
         values = {key: ranks.average(value) for key, value in mean.values.items()}
         if all(value.isfinite().all() for value in values.values()):  # else the step will be refused
-            self.layers = mean.layers
-            self._values = {key: _mixed(value, self._values.get(key)) for key, value in values.items()}
+            self.layers, mean = mean.layers, None
+            self._values = {key: _mixed(values.pop(key), self._values.get(key)) for key in list(values)}
 
 
 def _sketch_of(own: Sequence[Mapping[str, Any]]) -> Sketch | None:

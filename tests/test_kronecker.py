@@ -22,9 +22,11 @@ from ngd_optim.kronecker import (
     KroneckerFactors,
     factors_of,
     fits,
+    full,
     is_worthwhile,
     kronecker_preconditioner,
     mean_of,
+    stored,
 )
 from ngd_optim.layers import Layer, uses_of
 from ngd_optim.parameters import FlatParameters
@@ -370,7 +372,7 @@ def factors(closure: Callable[[], Any], params: Iterable[Tensor], seed: int = 0)
 
 def pair(closure: Callable[[], Any], params: Iterable[Tensor], index: int = 0) -> tuple[Tensor, Tensor]:
     values = factors(closure, params).values
-    return values[index, "left"], values[index, "right"]
+    return full(values[index, "left"]), full(values[index, "right"])
 
 
 def dense(factors: KroneckerFactors, params: list[Tensor], shift: list[float] | None = None) -> Tensor:
@@ -379,13 +381,13 @@ def dense(factors: KroneckerFactors, params: list[Tensor], shift: list[float] | 
     places = [part.view(p.shape) for part, p in zip(torch.arange(sum(sizes)).split(sizes), params, strict=True)]
     matrix = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
 
-    def full(factor: Tensor) -> Tensor:
-        return (factor.diag() if factor.ndim == 1 else factor).double()
+    def matrices(side: Tensor) -> list[Tensor]:
+        return [(factor.diag() if factor.ndim == 1 else factor).double() for factor in full(side)]
 
     for layer in factors.layers:
         joined = layer.join(places[layer.weight], None if layer.bias is None else places[layer.bias])
         lefts, rights = factors.values[layer.weight, "left"], factors.values[layer.weight, "right"]
-        for where, left, right in zip(joined, map(full, lefts), map(full, rights), strict=True):
+        for where, left, right in zip(joined, matrices(lefts), matrices(rights), strict=True):
             if shift is not None:
                 pi = math.sqrt((right.trace() / len(right)) / (left.trace() / len(left)))
                 left = left + shift[layer.weight] ** 0.5 / pi * torch.eye(len(left), dtype=torch.float64)
@@ -522,7 +524,7 @@ def test_several_uses_have_the_sum_of_their_traces():
         left, right = use.rows(at_node)
         ones = use.length * use.adds_bias
         total += left.square().sum() * (right.square().sum() + ones) / use.length
-    traces = [values[0, name].diagonal(dim1=1, dim2=2).sum() for name in ("left", "right")]
+    traces = [full(values[0, name]).diagonal(dim1=1, dim2=2).sum() for name in ("left", "right")]
     assert_near(traces[0] * traces[1], total, 1e-12)
 
 
@@ -628,6 +630,12 @@ def test_the_mean_of_several_closures():
     assert mean_of([]) is None
 
 
+def test_both_factors_of_a_square_weight_take_as_much_memory_as_the_weight():
+    model, x = nn.Linear(20, 20, bias=False).double(), real(N, 20)
+    values = factors(lambda: F.mse_loss(model(x), torch.zeros(N, 20).double()), model.parameters()).values
+    assert sum(value.numel() for value in values.values()) == 20 * 21
+
+
 def test_values_fit_their_own_layers_only():
     model, x = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 2)).double(), real(N, 4, 3)
     params = list(model.parameters())
@@ -673,8 +681,8 @@ def random_factors(layers: tuple[Layer, ...], params: list[Tensor], rank: int | 
     values = {(i, "diagonal"): real(*p.shape).square() for i, p in enumerate(params) if i not in inside}
     for layer in layers:
         groups, rows, columns = layer.shape(params)
-        values[layer.weight, "left"] = spd(groups, rows, rank)
-        values[layer.weight, "right"] = spd(groups, columns, rank)
+        values[layer.weight, "left"] = stored(spd(groups, rows, rank))
+        values[layer.weight, "right"] = stored(spd(groups, columns, rank))
     return KroneckerFactors(layers, values)
 
 
@@ -706,7 +714,9 @@ def test_the_preconditioner_is_the_inverse_of_the_damped_factors(name, diagonal_
     params: list[Tensor] = [weight(*shape) for shape in (*shapes, (2, 2))]
     found = random_factors((layer,), params)
     values = {
-        key: value.diagonal(dim1=1, dim2=2) if key[1] != "diagonal" and value.shape[1] > diagonal_from else value
+        key: full(value).diagonal(dim1=1, dim2=2)
+        if key[1] != "diagonal" and full(value).shape[1] > diagonal_from
+        else value
         for key, value in found.values.items()
     }
     found = KroneckerFactors(found.layers, values)
@@ -732,7 +742,8 @@ SINGULAR = {
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(SINGULAR, SINGULAR)))
 def test_singular_factors_have_a_positive_definite_inverse(left, right, dtype, shift):
     params: list[Tensor] = [nn.Parameter(torch.zeros(9, 7, dtype=dtype)), nn.Parameter(torch.zeros(3, dtype=dtype))]
-    values = {(0, "left"): SINGULAR[left](9), (0, "right"): SINGULAR[right](7), (1, "diagonal"): torch.zeros(3)}
+    sides = {(0, "left"): stored(SINGULAR[left](9)), (0, "right"): stored(SINGULAR[right](7))}
+    values = sides | {(1, "diagonal"): torch.zeros(3)}
     found = KroneckerFactors(
         (Layer(0, None, flipped=False, groups=1),), {key: value.to(dtype) for key, value in values.items()}
     )
