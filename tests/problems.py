@@ -1,4 +1,4 @@
-"""Small models, predictions and dense matrices that the tests share. Everything is float64."""
+"""Small models, predictions and dense matrices that the tests share. Float64, if not said otherwise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform, ExpTransform, TanhTransform
 from torch.func import functional_call, hessian, jacrev
+from torch.utils.data import TensorDataset
 
 BATCH = 5
 
@@ -44,6 +45,23 @@ def assert_near(found: Tensor, true: Tensor, rtol: float = 1e-8) -> None:
     assert size > 1e-6
     error = (found - true).norm().item() / size
     assert error <= rtol, f"relative error {error:.2e}"
+
+
+def real(*shape: int) -> Tensor:
+    """Normal random numbers."""
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A new generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def dataset() -> TensorDataset:
+    """48 points with 8 features, in float32, that belong to four classes more or less."""
+    generator = seeded(1)
+    x = torch.randn(48, 8, generator=generator)
+    return TensorDataset(x, (x[:, :4] + 0.5 * torch.randn(48, 4, generator=generator)).argmax(1))
 
 
 def flatten(tensors: Any) -> Tensor:

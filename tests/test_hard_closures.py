@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import real
 from torch import nn
 from torch.distributions import Normal
 
 from ngd_optim import NaturalCG, linearize
 
 DTYPE = torch.float64
-
-
-def real(*shape):
-    return torch.randn(*shape, dtype=DTYPE)
 
 
 def dense_gauss_newton(outputs, loss, params):

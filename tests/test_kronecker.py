@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import assert_near
+from problems import assert_near, real, seeded
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.utils import parametrizations
@@ -34,16 +34,8 @@ from ngd_optim.parameters import FlatParameters
 N, IN, OUT, STEPS = 5, 3, 4, 2
 
 
-def real(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(real(*shape))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # Where the graph uses weights

@@ -24,10 +24,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from mnist_files import write_mnist
 from ngd_lightning import NaturalCGCallback, NaturalCGPlugin
+from problems import dataset
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.utils import parameters_to_vector
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.regression import MeanSquaredError
@@ -84,12 +85,6 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self):
         return NaturalCG(self.parameters(), **self.options)
-
-
-def dataset() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(48, 8, generator=generator)
-    return TensorDataset(x, (x[:, :4] + 0.5 * torch.randn(48, 4, generator=generator)).argmax(1))
 
 
 def loader(batch_size: int = 16) -> DataLoader:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ngd_lightning import NaturalCGCallback, NaturalCGPlugin
+from problems import dataset
 from ranks import TIMEOUT, results_of
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -90,12 +91,6 @@ class Noting(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.reports += [optimizer.last_step for optimizer in trainer.optimizers]
         self.logged.append(float(trainer.callback_metrics["train_loss"]))
-
-
-def dataset() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(48, 8, generator=generator)
-    return TensorDataset(x, (x[:, :4] + 0.5 * torch.randn(48, 4, generator=generator)).argmax(1))
 
 
 def fit(module: L.LightningModule, loader: DataLoader, *callbacks: L.Callback, **options: Any) -> Result:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import real
 from torch import nn
 
 from ngd_optim import NaturalCG, linearize
@@ -10,10 +11,6 @@ from ngd_optim.losses import LOSSES
 
 N, C, T = 5, 4, 6
 POSITIVE = torch.rand(N, C, dtype=torch.float64) + 0.5
-
-
-def real(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def labels():
@@ -57,8 +54,8 @@ def model():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, C)).double()
 
 
-def dense(function, params):
-    """The Hessian of a function of the parameters, taken as one flat vector, and the Jacobian of a vector one."""
+def flat_form(function, params):
+    """The parameters as one flat vector, and a function of them as a function of that."""
     flat = torch.cat([p.detach().flatten() for p in params])
 
     def at(theta):
@@ -87,7 +84,7 @@ def check(closure, params, matrix, rtol=1e-9):
 @pytest.mark.parametrize("name", CONVEX)
 def test_convex_losses_have_their_own_hessian(model, name, reduction):
     x, loss, params = real(N, 3), CONVEX[name](reduction), list(model.parameters())
-    flat, z_of = dense(outputs_of(model, x), params)
+    flat, z_of = flat_form(outputs_of(model, x), params)
     inner = (lambda z: z.sigmoid()) if name == "bce" else (lambda z: z)
     jacobian = torch.func.jacrev(lambda t: inner(z_of(t)))(flat).flatten(0, 1)
     z = inner(model(x)).detach()
@@ -161,7 +158,7 @@ def test_gaussian_nll_has_the_fisher_matrix_of_a_normal(reduction, shape):
 def test_cosine_embedding_is_least_squares_of_unit_vectors(model, reduction):
     x, y, params = real(N, 3), real(N, C), list(model.parameters())
     target = torch.tensor([1, 1, 1, -1, -1])
-    flat, z_of = dense(outputs_of(model, x), params)
+    flat, z_of = flat_form(outputs_of(model, x), params)
     jacobian = torch.func.jacrev(lambda t: F.normalize(z_of(t), dim=-1))(flat)
     active = (target > 0) | (F.cosine_similarity(model(x), y) > 0.1)
     matrix = sum(j.T @ j for j, use in zip(jacobian, active, strict=True) if use)
@@ -179,7 +176,7 @@ def test_ctc_has_the_fisher_matrix_of_its_frames(reduction):
     def closure():
         return F.ctc_loss(model(x).log_softmax(-1), targets, lengths, target_lengths, reduction=reduction).sum()
 
-    flat, z_of = dense(outputs_of(model, x), params)
+    flat, z_of = flat_form(outputs_of(model, x), params)
     jacobian, p = torch.func.jacrev(z_of)(flat), model(x).softmax(-1).detach()
     matrix = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     for n in range(N):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import multivariate_normal, positive
+from problems import multivariate_normal, positive, seeded
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Dirichlet, Independent, Normal, Poisson
 
@@ -27,10 +27,6 @@ def metric_at(z: Tensor, closure: Callable[[Tensor], Any]) -> OutputMetric:
     metric = metric_of(ReplayedClosure(lambda: closure(z * 1), [z])(), "auto")
     assert isinstance(metric, OutputMetric)
     return metric
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def rows(tensors: Any, copies: int) -> Tensor:

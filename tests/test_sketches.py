@@ -4,17 +4,13 @@ import copy
 
 import pytest
 import torch
-from problems import assert_near, flatten
+from problems import assert_near, flatten, seeded
 from torch import nn
 
 from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares, linearize
 from ngd_optim.sketches import Sketch
 
 N = 60
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def with_spectrum(values):
