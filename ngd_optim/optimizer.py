@@ -249,8 +249,8 @@ class NaturalCG(Optimizer):
             solver = self._solver(point, last, max_kl, preconditioning, settings, ranks)
             gradient = self._gradient(point, parameters)
             damping = self._damping(solver, settings)
-            new_slope = last.slope_on_new_data(point, gradient, lr)
-            damping.adapt_to_new_data(new_slope)
+            seen = last.seen_by_new_data(point, gradient, lr)
+            damping.adapt_to_new_data(seen)
             scale = self._damping_scale(solver, point, last, settings)
             outcome = Descent(
                 point,
@@ -275,7 +275,7 @@ class NaturalCG(Optimizer):
             point,
             outcome,
             max_kl=max_kl,
-            new_slope=new_slope,
+            seen=seen,
             solver=solver.name,
             preconditioner=preconditioning.name,
             n_forward=sum(run.count for run in [*runs, *others]),
@@ -283,7 +283,7 @@ class NaturalCG(Optimizer):
         )
         trial = outcome.trial
         damping.adapt(self.last_step.reduction_ratio, accepted=trial.accepted, overshot=trial.overshot)
-        last.keep(outcome, self.last_step.new_loss, lr)
+        last.keep(outcome, self.last_step, lr)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         preconditioning.keep(self.last_step.n_product)
         return point.loss

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
+from ngd_optim.damping import SeenByNewData
 from ngd_optim.descent import Outcome
 from ngd_optim.linearization import Linearization
 
@@ -24,8 +25,9 @@ class StepReport:
         reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried, or if the
             promise was below the loss's rounding.
         new_slope: the slope of the objective along the last step, as this step's data see it ÷ its steepness at that
-            step's start; NaN where there is none or the data are the same. Where it is above a third, the damping
-            grows: that step fitted the noise of its own data.
+            step's start; NaN where there is none or the data are the same.
+        new_share: share of the last step's decrease by which the loss has fallen for this step's data; likewise. Where
+            the slope is above a third and the share below a quarter, that step fitted noise, and the damping grows.
         damping: ``λ`` used in this step; the largest, if the parameter groups differ.
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.
@@ -65,6 +67,7 @@ class StepReport:
     predicted_decrease: float
     reduction_ratio: float
     new_slope: float
+    new_share: float
     damping: float
     cg_iters: int
     cg_residual: float
@@ -90,7 +93,7 @@ def report_of(
     outcome: Outcome,
     *,
     max_kl: float | None,
-    new_slope: float,
+    seen: SeenByNewData | None,
     solver: str,
     preconditioner: str,
     n_forward: int,
@@ -111,7 +114,8 @@ def report_of(
         max_kl=math.inf if max_kl is None else max_kl,
         predicted_decrease=predicted,
         reduction_ratio=(loss - trial.objective) / predicted if telling else math.nan,
-        new_slope=new_slope,
+        new_slope=math.nan if seen is None else seen.slope,
+        new_share=math.nan if seen is None else seen.share,
         damping=max(outcome.damping),
         cg_iters=solution.iterations,
         cg_residual=solution.residual,

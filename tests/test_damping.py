@@ -9,8 +9,8 @@ from problems import flatten
 from torch import nn
 from torch.distributions import Categorical
 
-from ngd_optim import NaturalCG
-from ngd_optim.damping import damping_factor, new_data_factor
+from ngd_optim import NaturalCG, least_squares
+from ngd_optim.damping import SeenByNewData, damping_factor, new_data_factor
 
 RULE = [
     # reduction ratio, accepted, overshot, factor
@@ -57,7 +57,7 @@ def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
         backtracks += optimizer.last_step.backtracks
         report = optimizer.last_step
         own = damping_factor(report.reduction_ratio, accepted=True, overshot=False)
-        expected *= own if math.isnan(report.new_slope) else new_data_factor(report.new_slope) * max(own, 1.0)
+        expected *= own if math.isnan(report.new_slope) else new_data_factor(seen_in(report)) * max(own, 1.0)
     assert backtracks > 0
     assert optimizer.param_groups[0]["damping"] == pytest.approx(expected)
 
@@ -155,11 +155,27 @@ def test_each_group_keeps_its_own():
     assert optimizer.last_step.damping == 1e-3
 
 
-@pytest.mark.parametrize(
-    ("slope", "factor"), [(-5.0, 1 / 2), (-2 / 3, 1 / 2), (1 / 3, 1.0), (0.0, 2 ** (-1 / 3)), (4 / 3, 2.0), (9.0, 2.0)]
-)
-def test_the_rule_for_new_data(slope, factor):
-    assert new_data_factor(slope) == pytest.approx(factor)
+RULE_FOR_NEW_DATA = [
+    # slope, share, factor
+    (1 / 3, 0.0, 1.0),  # as steep as is allowed for
+    (0.5, 0.25, 1.0),  # as much as must be confirmed
+    (9.0, 0.25, 1.0),  # steep, but all can be fitted
+    (9.0, 2.0, 1 / 2),
+    (-1.0, -9.0, 1 / 2),  # the loss is of another kind, and the step too short
+    (0.5, 0.0, 2**0.5),
+    (9.0, -9.0, 2.0),
+    (0.0, 0.0, 1 / 2),
+    (0.25, 0.0, 2**-0.25),
+]
+
+
+@pytest.mark.parametrize(("slope", "share", "factor"), RULE_FOR_NEW_DATA)
+def test_the_rule_for_new_data(slope, share, factor):
+    assert new_data_factor(SeenByNewData(slope, share)) == pytest.approx(factor)
+
+
+def seen_in(report):
+    return SeenByNewData(report.new_slope, report.new_share)
 
 
 def regression(n, generator, noise=1.0):
@@ -187,9 +203,11 @@ def test_new_data_tell_how_steep_they_are_along_the_last_step(settings):
             assert math.isnan(report.new_slope)
         else:
             assert report.new_slope == pytest.approx((gradient @ before[1] / abs(before[0] @ before[1])).item())
-            assert report.damping == pytest.approx(damping * new_data_factor(report.new_slope))
+            last = before[2]
+            assert report.new_share == pytest.approx((last.loss - loss.item()) / (last.loss - last.new_loss))
+            assert report.damping == pytest.approx(damping * new_data_factor(seen_in(report)))
             assert optimizer.param_groups[0]["damping"] >= report.damping
-        before = gradient, flatten(model.parameters()) - theta
+        before = gradient, flatten(model.parameters()) - theta, report
 
 
 def test_the_same_data_tell_nothing_new():
@@ -263,3 +281,17 @@ def test_the_scale_of_the_advantages_changes_no_step_to_the_edge(trust_region):
         runs[scale] = flatten(policy.parameters()), optimizer.param_groups[0]["damping"]
     assert runs[1e-3][1] == pytest.approx(runs[1.0][1], rel=1e-6)
     torch.testing.assert_close(runs[1e-3][0], runs[1.0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_new_data_that_can_all_be_fitted_do_not_hold_the_steps_back():
+    """Each step overshoots for the next batch, in directions soon corrected, and the loss falls all the same."""
+    torch.manual_seed(0)
+    teacher, student = (nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double() for _ in range(2))
+    nn.utils.vector_to_parameters(flatten(teacher.parameters()) + 0.3 * torch.randn(33).double(), student.parameters())
+    optimizer = NaturalCG(student.parameters())
+    for _ in range(100):
+        x = torch.randn(200, 2, dtype=torch.float64)
+        y = teacher(x).detach()
+        optimizer.step(lambda x=x, y=y: least_squares(student(x) - y))
+    assert optimizer.last_step.loss < 2e-7  # with the slope alone 6e-7
+    assert optimizer.param_groups[0]["damping"] < 1e-3  # and 0.03
