@@ -65,11 +65,11 @@ class Damping:
         self._exact = exact
         self._falls = True
 
-    def adapt_to_new_data(self, seen: SeenByNewData | None) -> None:
+    def adapt_to_new_data(self, seen: SeenByNewData | None, *, is_least_squares: bool) -> None:
         """Before a step; see :func:`new_data_factor`. The step's own data then no longer lower the damping."""
         if self._adapts and seen is not None:
             self._falls = False
-            self._multiply(new_data_factor(seen))
+            self._multiply(new_data_factor(seen, is_least_squares=is_least_squares))
 
     def retry(self, attempt: int) -> bool:
         """After the first, second, … solution that did not lower the loss; False where there is no more to give."""
@@ -135,13 +135,16 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) ->
     return _SHRINK if reduction_ratio > _MUCH else 1.0
 
 
-def new_data_factor(seen: SeenByNewData) -> float:
+def new_data_factor(seen: SeenByNewData, *, is_least_squares: bool) -> float:
     """Factor for the damping where a step meets other data than the last one.
 
     The reduction ratio is measured on the batch that the step was made for, and does not see that it fits that batch's
-    noise. The next batch does, at no cost: its slope along the step is uphill where the step was too long. That alone
-    would be short-sighted (Wu, Ren, Liao & Grosse 2018): a third of the slope before is allowed for, and where the loss
-    falls from batch to batch by a quarter of what each step promises, as where all can be fitted, the damping falls.
+    noise. The next batch does, at no cost: its slope along the step is uphill where the step was too long. A step that
+    is best for the next batch is too short in the long run (Wu, Ren, Liao & Grosse 2018), so a third of the slope
+    before is allowed for. Residuals that can all vanish have no noise, and steps that overshoot for the next batch are
+    soon corrected: there the damping falls where the loss falls from batch to batch by a quarter of what steps promise.
     """
-    doubt = min(seen.slope - _STEEP, _CONFIRMED - seen.share)
-    return 2.0 ** min(max(3 * doubt, -1.0), 1.0)
+    doubt = seen.slope - _STEEP
+    if is_least_squares:
+        doubt = min(doubt, 3 * (_CONFIRMED - seen.share))
+    return 2.0 ** min(max(doubt, -1.0), 1.0)

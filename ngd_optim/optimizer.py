@@ -250,7 +250,7 @@ class NaturalCG(Optimizer):
             gradient = self._gradient(point, parameters)
             damping = self._damping(solver, settings)
             seen = last.seen_by_new_data(point, gradient, lr)
-            damping.adapt_to_new_data(seen)
+            damping.adapt_to_new_data(seen, is_least_squares=point.is_least_squares)
             scale = self._damping_scale(solver, point, last, settings)
             outcome = Descent(
                 point,

@@ -27,7 +27,8 @@ class StepReport:
         new_slope: the slope of the objective along the last step, as this step's data see it ÷ its steepness at that
             step's start; NaN where there is none or the data are the same.
         new_share: share of the last step's decrease by which the loss has fallen for this step's data; likewise. Where
-            the slope is above a third and the share below a quarter, that step fitted noise, and the damping grows.
+            the slope is above a third (and, for least squares, the share below a quarter), that step fitted noise, and
+            the damping grows.
         damping: ``λ`` used in this step; the largest, if the parameter groups differ.
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.

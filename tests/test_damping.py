@@ -57,7 +57,11 @@ def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
         backtracks += optimizer.last_step.backtracks
         report = optimizer.last_step
         own = damping_factor(report.reduction_ratio, accepted=True, overshot=False)
-        expected *= own if math.isnan(report.new_slope) else new_data_factor(seen_in(report)) * max(own, 1.0)
+        expected *= (
+            own
+            if math.isnan(report.new_slope)
+            else new_data_factor(seen_in(report), is_least_squares=False) * max(own, 1.0)
+        )
     assert backtracks > 0
     assert optimizer.param_groups[0]["damping"] == pytest.approx(expected)
 
@@ -156,22 +160,24 @@ def test_each_group_keeps_its_own():
 
 
 RULE_FOR_NEW_DATA = [
-    # slope, share, factor
-    (1 / 3, 0.0, 1.0),  # as steep as is allowed for
-    (0.5, 0.25, 1.0),  # as much as must be confirmed
-    (9.0, 0.25, 1.0),  # steep, but all can be fitted
-    (9.0, 2.0, 1 / 2),
-    (-1.0, -9.0, 1 / 2),  # the loss is of another kind, and the step too short
-    (0.5, 0.0, 2**0.5),
-    (9.0, -9.0, 2.0),
-    (0.0, 0.0, 1 / 2),
-    (0.25, 0.0, 2**-0.25),
+    # slope, share, least squares, factor
+    (1 / 3, 0.0, False, 1.0),  # as steep as is allowed for
+    (0.5, 0.0, False, 2 ** (1 / 6)),
+    (9.0, 2.0, False, 2.0),
+    (0.0, -9.0, False, 2 ** (-1 / 3)),
+    (-1.0, -9.0, False, 1 / 2),
+    (0.5, 0.0, True, 2 ** (1 / 6)),
+    (9.0, 0.25, True, 1.0),  # steep, but as much is confirmed as must be
+    (9.0, 0.5, True, 2**-0.75),
+    (9.0, 2.0, True, 1 / 2),
+    (0.0, -9.0, True, 2 ** (-1 / 3)),
 ]
 
 
-@pytest.mark.parametrize(("slope", "share", "factor"), RULE_FOR_NEW_DATA)
-def test_the_rule_for_new_data(slope, share, factor):
-    assert new_data_factor(SeenByNewData(slope, share)) == pytest.approx(factor)
+@pytest.mark.parametrize(("slope", "share", "is_least_squares", "factor"), RULE_FOR_NEW_DATA)
+def test_the_rule_for_new_data(slope, share, is_least_squares, factor):
+    seen = SeenByNewData(slope, share)
+    assert new_data_factor(seen, is_least_squares=is_least_squares) == pytest.approx(factor)
 
 
 def seen_in(report):
@@ -205,7 +211,7 @@ def test_new_data_tell_how_steep_they_are_along_the_last_step(settings):
             assert report.new_slope == pytest.approx((gradient @ before[1] / abs(before[0] @ before[1])).item())
             last = before[2]
             assert report.new_share == pytest.approx((last.loss - loss.item()) / (last.loss - last.new_loss))
-            assert report.damping == pytest.approx(damping * new_data_factor(seen_in(report)))
+            assert report.damping == pytest.approx(damping * new_data_factor(seen_in(report), is_least_squares=False))
             assert optimizer.param_groups[0]["damping"] >= report.damping
         before = gradient, flatten(model.parameters()) - theta, report
 
