@@ -112,6 +112,7 @@ def spawned(rank: int, processes: int, meeting: str, steps: int, output: Path) -
     """A process that this script started."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     work(rank, processes, steps, output)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group("gloo")
         work(dist.get_rank(), dist.get_world_size(), options.steps, options.output)
+        dist.barrier()
         dist.destroy_process_group()
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -7,19 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.damping import SeenByNewData
 from ngd_optim.descent import Outcome
 from ngd_optim.linearization import Linearization
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.report import StepReport
 
 
 class Carried:
     """The last step, in the optimizer's state.
 
-    That has ``solution`` and ``largest_curvature`` for each parameter; for the first also ``slope``, that of the
-    objective along the solution at the step's start, 0 where it was rejected, and ``loss`` and ``new_loss``, the loss
-    at its start and at its end.
+    That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not rejected, the first also has
+    ``slope``, that of the objective along the step at its start, ``new_loss``, the loss at its end, and ``lr``, the
+    rate of each parameter.
 
     Args:
         parameters: of the step that is now taken.
@@ -29,11 +27,12 @@ class Carried:
     def __init__(self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         self._parameters = parameters
         self._state = state
+        self._largest: Tensor | None = None
 
     @property
     def moved(self) -> bool:
         """Whether there was a step, and it was not rejected."""
-        return self._number("slope") != 0
+        return bool(self._first.get("slope"))
 
     def solution(self, used: Sequence[bool]) -> Tensor:
         """A new flat vector: what the last system was solved by; 0 for parameters that are not used now."""
@@ -42,44 +41,47 @@ class Carried:
             for p, flag in zip(self._parameters.tensors, used, strict=True)
         )
 
-    def seen_by_new_data(self, point: Linearization, gradient: Tensor, lr: Sequence[float]) -> SeenByNewData | None:
-        """What this step's data say of the last step; None if they are that step's own, or if there was none.
+    def slope_on_new_data(self, point: Linearization, gradient: Tensor) -> float:
+        """That of the objective along the last step ÷ its steepness at that step's start; NaN if the data are the same.
 
-        They are taken for its own where the loss is what it was at that step's end.
+        They are taken for the same where the loss is what it was at the last step's end. Also NaN if the step had other
+        parameters.
 
         Args:
             point: where the step ended, seen by the data of this one.
             gradient: of the objective there, flat.
-            lr: one per group.
         """
-        start, end, now = self._number("loss"), self._number("new_loss"), point.loss.item()
-        if not self.moved or not 100 * point.rounding < abs(now - end) < math.inf:
-            return None
-        slope = self._along(self.solution(point.used), gradient, lr) / abs(self._number("slope"))
-        return SeenByNewData(slope, share=(start - now) / (start - end) if start > end else 0.0)
+        lr, change = self._first.get("lr", []), abs(point.loss.item() - self._first.get("new_loss", 0.0))
+        if not self.moved or len(lr) != len(self._parameters.tensors) or not point.rounding < change < math.inf:
+            return math.nan
+        return self._along(self.solution(point.used), gradient, lr) / abs(self._first["slope"])
 
     def largest_curvature(self, diagonal: Tensor) -> Tensor:
-        """The largest diagonal so far, flat, with this one, which is kept; what is not finite is left out."""
+        """The largest diagonal so far, flat, with this one, to be kept; what is not finite is left out."""
         before = self._parameters.flatten(self._state[p].get("largest_curvature") for p in self._parameters.tensors)
-        largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
-        self._write("largest_curvature", largest)
-        return largest
+        self._largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
+        return self._largest
 
-    def keep(self, outcome: Outcome, report: StepReport, lr: Sequence[float]) -> None:
-        """For the next step."""
-        x, moved = outcome.solution.solution, outcome.trial.accepted
+    def keep(self, outcome: Outcome, new_loss: float, lr: Sequence[float]) -> None:
+        """For the next step; ``lr`` is one per group."""
+        for entry in self._state.values():
+            for name in ("slope", "new_loss", "lr"):
+                entry.pop(name, None)  # of a step that began with another parameter
+        x, moved, rates = outcome.solution.solution, outcome.trial.accepted, self._parameters.by_parameter(lr)
         self._write("solution", x)
-        self._state[self._parameters.tensors[0]] |= {
-            "slope": self._along(x, outcome.model.gradient, lr) if moved else 0.0,
-            "loss": report.loss if moved else 0.0,
-            "new_loss": report.new_loss if moved else 0.0,
-        }
+        if self._largest is not None:
+            self._write("largest_curvature", self._largest)
+        if moved:
+            slope = self._along(x, outcome.model.gradient, rates)
+            self._state[self._parameters.tensors[0]] |= {"slope": slope, "new_loss": new_loss, "lr": rates}
+
+    @property
+    def _first(self) -> dict[str, Any]:
+        return self._state.get(self._parameters.tensors[0], {})
 
     def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
-        return torch.dot(gradient, self._parameters.spread(lr) * solution).item()
-
-    def _number(self, name: str) -> float:
-        return self._state[self._parameters.tensors[0]].get(name, 0.0)
+        parts = zip(self._parameters.views(solution), self._parameters.views(gradient), lr, strict=True)
+        return sum(rate * torch.dot(x.flatten(), g.flatten()) for x, g, rate in parts).item()  # pyright: ignore
 
     def _write(self, name: str, flat: Tensor) -> None:
         for p, part in zip(self._parameters.tensors, self._parameters.unflatten(flat), strict=True):

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 _GROW_REJECTED = 4.0
 _GROW = 2.0
 _SHRINK = 1 / 2
 _LITTLE, _MUCH = 0.2, 0.4
-_STEEP, _CONFIRMED = 1 / 3, 1 / 4
+_STEEP = 1 / 3
 
 DampingLimit = float | Literal["auto"]
 
@@ -24,19 +24,6 @@ def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -
         low = auto[0] if lowest == "auto" else lowest
         return low, max(low, auto[1])
     return min(auto[0], highest) if lowest == "auto" else lowest, highest
-
-
-class SeenByNewData(NamedTuple):
-    """What the next step's data say of a step.
-
-    Attributes:
-        slope: of the objective along it, at its end, ÷ the steepness at its start for its own data: -1 where it could
-            have gone on, 0 where it should end, 1 where half of it would do.
-        share: of the decrease that its own data saw, how much the loss has fallen for the new ones.
-    """
-
-    slope: float
-    share: float
 
 
 class Damping:
@@ -65,11 +52,11 @@ class Damping:
         self._exact = exact
         self._falls = True
 
-    def adapt_to_new_data(self, seen: SeenByNewData | None, *, is_least_squares: bool) -> None:
+    def adapt_to_new_data(self, slope: float) -> None:
         """Before a step; see :func:`new_data_factor`. The step's own data then no longer lower the damping."""
-        if self._adapts and seen is not None:
+        if self._adapts and not math.isnan(slope):
             self._falls = False
-            self._multiply(new_data_factor(seen, is_least_squares=is_least_squares))
+            self._multiply(new_data_factor(slope))
 
     def retry(self, attempt: int) -> bool:
         """After the first, second, … solution that did not lower the loss; False where there is no more to give."""
@@ -135,16 +122,16 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) ->
     return _SHRINK if reduction_ratio > _MUCH else 1.0
 
 
-def new_data_factor(seen: SeenByNewData, *, is_least_squares: bool) -> float:
+def new_data_factor(slope: float) -> float:
     """Factor for the damping where a step meets other data than the last one.
 
     The reduction ratio is measured on the batch that the step was made for, and does not see that it fits that batch's
     noise. The next batch does, at no cost: its slope along the step is uphill where the step was too long. A step that
     is best for the next batch is too short in the long run (Wu, Ren, Liao & Grosse 2018), so a third of the slope
-    before is allowed for. Residuals that can all vanish have no noise, and steps that overshoot for the next batch are
-    soon corrected: there the damping falls where the loss falls from batch to batch by a quarter of what steps promise.
+    before is allowed for.
+
+    Args:
+        slope: of the new data along the last step, at its end, ÷ the steepness of the old data at its start: -1 where
+            it could have gone on, 0 where it should end, 1 where half of it would do.
     """
-    doubt = seen.slope - _STEEP
-    if is_least_squares:
-        doubt = min(doubt, 3 * (_CONFIRMED - seen.share))
-    return 2.0 ** min(max(doubt, -1.0), 1.0)
+    return 2.0 ** min(max(slope - _STEEP, -1.0), 1.0)

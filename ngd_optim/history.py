@@ -86,7 +86,7 @@ def _runs(reports: Any) -> dict[str, list[StepReport]]:
     if isinstance(reports, StepReport) or not isinstance(reports, Iterable):
         raise TypeError(f"plot_history needs the reports of all steps, as a list or lists by name, got {reports!r}")
     named = reports if isinstance(reports, Mapping) else {"steps": reports}
-    runs = {_short(str(name)): list(run) for name, run in named.items()}
+    runs = {name: list(run) for name, run in named.items()}
     for run in runs.values():
         for report in run:
             if not isinstance(report, StepReport):
@@ -160,7 +160,7 @@ def _draw_key(
     axes.axis("off")
     if len(runs) > 1:
         for colour, name in zip(_colours(runs), runs, strict=True):
-            axes.plot([], [], color=colour, linewidth=2, label=name)
+            axes.plot([], [], color=colour, linewidth=2, label=_short(str(name)))
     if not all(report.accepted for run in runs.values() for report in run):
         axes.plot([], [], **_REJECTED, label="rejected step")
     if bounds:

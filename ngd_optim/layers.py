@@ -81,7 +81,8 @@ class Use(NamedTuple):
 def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
     """Every use of a parameter in a matrix product or a convolution, in the graph that leads to some tensors."""
     index = {id(p): i for i, p in enumerate(params)}
-    found = [use for node in nodes(roots) if (use := _use(node, index, params)) is not None]
+    uses = (_use(node, index, params) for node in nodes(roots))
+    found = [use for use in uses if use is not None and params[use.layer.weight].numel()]
     layers: dict[int, Layer] = {}
     taken: set[int | None] = {None}
     for use in sorted(found, key=lambda use: use.layer.bias is None):

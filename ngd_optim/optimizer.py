@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.quadratic_model import QuadraticModel
 from ngd_optim.report import StepReport, report_of
-from ngd_optim.settings import check_saved, check_settings, shared_settings
+from ngd_optim.settings import check_saved, check_settings, plain_numbers, shared_settings
 from ngd_optim.solvers import (
     ConjugateGradients,
     DampingScale,
@@ -191,6 +192,7 @@ class NaturalCG(Optimizer):
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
         super().add_param_group(param_group)
         try:
+            self.param_groups[-1].update(plain_numbers(self.param_groups[-1]))
             check_settings(self.param_groups[-1])
             shared_settings(self.param_groups)
         except ValueError:
@@ -249,8 +251,8 @@ class NaturalCG(Optimizer):
             solver = self._solver(point, last, max_kl, preconditioning, settings, ranks)
             gradient = self._gradient(point, parameters)
             damping = self._damping(solver, settings)
-            seen = last.seen_by_new_data(point, gradient, lr)
-            damping.adapt_to_new_data(seen, is_least_squares=point.is_least_squares)
+            new_slope = last.slope_on_new_data(point, gradient)
+            damping.adapt_to_new_data(math.nan if point.is_least_squares else new_slope)
             scale = self._damping_scale(solver, point, last, settings)
             outcome = Descent(
                 point,
@@ -275,7 +277,7 @@ class NaturalCG(Optimizer):
             point,
             outcome,
             max_kl=max_kl,
-            seen=seen,
+            new_slope=new_slope,
             solver=solver.name,
             preconditioner=preconditioning.name,
             n_forward=sum(run.count for run in [*runs, *others]),
@@ -283,7 +285,7 @@ class NaturalCG(Optimizer):
         )
         trial = outcome.trial
         damping.adapt(self.last_step.reduction_ratio, accepted=trial.accepted, overshot=trial.overshot)
-        last.keep(outcome, self.last_step, lr)
+        last.keep(outcome, self.last_step.new_loss, lr)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         preconditioning.keep(self.last_step.n_product)
         return point.loss

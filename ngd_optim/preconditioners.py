@@ -43,6 +43,7 @@ two products of linear layers, and several of convolutions.
 """
 
 _NAMES = ("left", "right", "diagonal")
+_SKETCH = ("sketch", "sketch_values", "sketch_age")
 
 
 class Preconditioning:
@@ -122,7 +123,7 @@ class _Sketched(Preconditioning):
         own = [state.get(p, {}) for p in parameters.tensors]
         self._draws = own[0].get("draws", 0)
         self._generator = generator or torch.Generator().manual_seed(self._draws)
-        self._sketch = _sketch_of(own)
+        self._sketch = _sketch_of(own, parameters)
 
     def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """Drawn anew where what earlier steps left is too old or of another kind."""
@@ -148,6 +149,9 @@ class _Sketched(Preconditioning):
     def keep(self, products: int) -> None:
         if self._sketch is None:
             return
+        for entry in self._state.values():
+            for name in _SKETCH:
+                entry.pop(name, None)  # a parameter that has no part in this one, or is no longer the first
         basis, values, age = self._sketch
         tensors = self._parameters.tensors
         for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
@@ -244,11 +248,11 @@ class _Kronecker(Preconditioning):
             self._values = {key: _mixed(values.pop(key), self._values.get(key)) for key in list(values)}
 
 
-def _sketch_of(own: Sequence[Mapping[str, Any]]) -> Sketch | None:
-    """What the state holds of the last sketch."""
-    if not all("sketch" in entry for entry in own):
+def _sketch_of(own: Sequence[Mapping[str, Any]], parameters: FlatParameters) -> Sketch | None:
+    """What the state holds of the last sketch; None if that was of other parameters."""
+    if not (all("sketch" in entry for entry in own) and "sketch_values" in own[0]):
         return None
-    basis = torch.cat([entry["sketch"] for entry in own])
+    basis = torch.cat([entry["sketch"] for entry in own]).to(parameters.dtype)
     return Sketch(basis, own[0]["sketch_values"].to(basis), own[0]["sketch_age"])
 
 

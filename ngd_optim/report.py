@@ -3,7 +3,6 @@
 import math
 from dataclasses import asdict, dataclass
 
-from ngd_optim.damping import SeenByNewData
 from ngd_optim.descent import Outcome
 from ngd_optim.linearization import Linearization
 
@@ -25,10 +24,8 @@ class StepReport:
         reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried, or if the
             promise was below the loss's rounding.
         new_slope: the slope of the objective along the last step, as this step's data see it ÷ its steepness at that
-            step's start; NaN where there is none or the data are the same.
-        new_share: share of the last step's decrease by which the loss has fallen for this step's data; likewise. Where
-            the slope is above a third (and, for least squares, the share below a quarter), that step fitted noise, and
-            the damping grows.
+            step's start; NaN where there is none or the data are the same. Where it is above a third, that step fitted
+            noise, and the damping grows; not so for :func:`~ngd_optim.least_squares`, whose residuals may all vanish.
         damping: ``λ`` used in this step; the largest, if the parameter groups differ.
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.
@@ -68,7 +65,6 @@ class StepReport:
     predicted_decrease: float
     reduction_ratio: float
     new_slope: float
-    new_share: float
     damping: float
     cg_iters: int
     cg_residual: float
@@ -94,7 +90,7 @@ def report_of(
     outcome: Outcome,
     *,
     max_kl: float | None,
-    seen: SeenByNewData | None,
+    new_slope: float,
     solver: str,
     preconditioner: str,
     n_forward: int,
@@ -112,11 +108,10 @@ def report_of(
         grad_norm=model.gradient.norm().item(),
         step_norm=moved * step.direction.norm().item() if moved else 0.0,
         kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
-        max_kl=math.inf if max_kl is None else max_kl,
+        max_kl=math.inf if max_kl is None else float(max_kl),
         predicted_decrease=predicted,
         reduction_ratio=(loss - trial.objective) / predicted if telling else math.nan,
-        new_slope=math.nan if seen is None else seen.slope,
-        new_share=math.nan if seen is None else seen.share,
+        new_slope=new_slope,
         damping=max(outcome.damping),
         cg_iters=solution.iterations,
         cg_residual=solution.residual,

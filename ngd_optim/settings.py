@@ -37,7 +37,10 @@ def _one_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
 _FINITE = (_at_least_zero, "a finite number, at least 0")
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _FINITE,
-    "max_kl": (lambda v: v is None or v == "auto" or (_number(v) and v > 0), "a number above 0, None or 'auto'"),
+    "max_kl": (
+        lambda v: v is None or v == "auto" or (_number(v) and 0 < v < math.inf),
+        "a finite number above 0, None or 'auto'",
+    ),
     "trust_region": _one_of(TrustRegion),
     "damping": _FINITE,
     "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),
@@ -84,6 +87,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"trust_region={kind!r} needs a max_kl whose boundary to go to, got max_kl=None")
 
 
+def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group whose values are numpy's, as Python's: these can be saved."""
+    return {
+        name: int(value) if isinstance(value, Integral) else float(value)
+        for name, value in group.items()
+        if name in _ALLOWED and isinstance(value, Real) and type(value) not in (bool, int, float)
+    }
+
+
 def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
     """Check what was saved of an optimizer before it takes the place of anything.
 
@@ -98,12 +110,13 @@ def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping
         missing = [name for name in _ALLOWED if name not in group]
         if missing:
             raise ValueError(f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}")
+        check_settings(group)
     for p, entry in state.items():
-        saved = entry.get("solution")
-        if isinstance(p, Tensor) and saved is not None and saved.shape != p.shape:
-            raise ValueError(
-                f"the state was saved of other parameters: one of shape {tuple(p.shape)} had {tuple(saved.shape)} there"
-            )
+        for saved in (entry[name] for name in ("solution", "largest_curvature") if name in entry):
+            if isinstance(p, Tensor) and saved.shape != p.shape:
+                raise ValueError(
+                    f"the state was saved of other parameters: one of shape {tuple(p.shape)} had {tuple(saved.shape)}"
+                )
 
 
 def shared_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

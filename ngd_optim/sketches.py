@@ -133,7 +133,9 @@ class Nystrom:
         """``r ↦ M⁻¹ r``, where the eigenvalues that are not known count as the smallest one that is."""
         U, values = sketch.basis, sketch.values
         damping = shift.mean()
-        weights = (values[-1] + damping) / (values + damping) - 1
+        scale, rounding = values + damping, torch.finfo(values.dtype)
+        floor = torch.maximum(rounding.eps * scale[0], scale.new_tensor(rounding.tiny / rounding.eps))
+        weights = (scale[-1].clamp(min=floor) / scale.clamp(min=floor)) - 1
         return lambda r: r + U @ (weights * (U.T @ r))
 
 
@@ -144,7 +146,7 @@ def known(diagonal: Tensor) -> Sketch:
 
 def _nystrom(basis: Tensor, images: Tensor) -> Sketch:
     """Eigenvectors and eigenvalues of ``Y (Ωᵀ Y)⁻¹ Yᵀ`` for ``Y = F Ω``, by a shift that keeps it definite."""
-    nu = torch.finfo(images.dtype).eps * images.norm()
+    nu = torch.finfo(images.dtype).eps * images.norm() + torch.finfo(images.dtype).tiny
     shifted = images + nu * basis
     core = basis.T @ shifted
     values, vectors = torch.linalg.eigh((core + core.T) / 2)

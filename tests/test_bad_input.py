@@ -4,6 +4,7 @@ import copy
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ SETTINGS = [
     ({"lr": math.nan}, "lr must be a finite number, at least 0, got nan"),
     ({"lr": "fast"}, "lr must be a finite number, at least 0, got 'fast'"),
     ({"lr": True}, "lr must be a finite number, at least 0, got True"),
-    ({"max_kl": 0.0}, "max_kl must be a number above 0, None or 'auto', got 0.0"),
-    ({"max_kl": -1}, "max_kl must be a number above 0, None or 'auto', got -1"),
-    ({"max_kl": math.nan}, "max_kl must be a number above 0, None or 'auto', got nan"),
+    ({"max_kl": 0.0}, "max_kl must be a finite number above 0, None or 'auto', got 0.0"),
+    ({"max_kl": -1}, "max_kl must be a finite number above 0, None or 'auto', got -1"),
+    ({"max_kl": math.inf}, "max_kl must be a finite number above 0, None or 'auto', got inf"),
+    ({"max_kl": math.nan}, "max_kl must be a finite number above 0, None or 'auto', got nan"),
     ({"max_kl": None, "trust_region": "boundary"}, "trust_region='boundary' needs a max_kl .* got max_kl=None"),
     ({"max_kl": None, "trust_region": "damped"}, "trust_region='damped' needs a max_kl .* got max_kl=None"),
     ({"trust_region": "ball"}, "trust_region must be one of 'clip', 'boundary', 'damped', got 'ball'"),
@@ -490,7 +492,7 @@ def test_the_state_of_another_optimizer_is_refused_and_nothing_is_lost():
     other = NaturalCG(linear(2)[0].parameters())
     model_of_other = nn.ParameterList(other.param_groups[0]["params"])
     other.step(lambda: F.mse_loss(F.linear(x, *model_of_other), x[:, :2]))
-    with pytest.raises(ValueError, match=r"saved of other parameters: one of shape \(3, 4\) had \(2, 4\) there"):
+    with pytest.raises(ValueError, match=r"saved of other parameters: one of shape \(3, 4\) had \(2, 4\)"):
         optimizer.load_state_dict(other.state_dict())
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -509,3 +511,31 @@ def test_a_saved_state_loads_as_torch_loads_by_default(kind, tmp_path):
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     assert loaded["param_groups"][0]["preconditioner"] == kind
     NaturalCG(model.parameters()).load_state_dict(loaded)
+
+
+def test_a_state_with_settings_that_are_not_allowed_is_refused():
+    model, *_ = linear()
+    optimizer = NaturalCG(model.parameters())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["damping"] = -1.0
+    with pytest.raises(ValueError, match="damping must be a finite number, at least 0"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["damping"] == 0.1
+
+
+def test_numbers_of_numpy_are_settings_that_can_be_saved(tmp_path):
+    model, x, labels = linear()
+    optimizer = NaturalCG(model.parameters(), lr=np.float32(0.5), max_kl=np.float64(0.1), max_cg_iters=np.int64(7))
+    optimizer.step(lambda: (F.cross_entropy(model(x), labels), Categorical(logits=model(x))))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    group = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["max_kl"], group["max_cg_iters"]) == (0.5, 0.1, 7)
+    assert all(type(v) in (int, float, bool, str) for v in optimizer.last_step.as_dict().values())
+
+
+def test_a_weight_without_rows_does_no_harm():
+    model, empty = nn.Linear(4, 3), nn.Linear(4, 0)
+    x, labels = torch.randn(12, 4), torch.arange(12) % 3
+    optimizer = NaturalCG([*model.parameters(), *empty.parameters()], preconditioner="kfac")
+    optimizer.step(lambda: F.cross_entropy(torch.cat([model(x), empty(x)], 1), labels))
+    assert optimizer.last_step.accepted

@@ -113,3 +113,12 @@ def test_without_matplotlib_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_history(reports)
+
+
+def test_long_names_are_shortened_and_runs_are_kept_apart(reports: list[StepReport]) -> None:
+    name = "results/autoencoder/deeper/with/a/long/path/seed-"
+    figure = plot_history({name + "1": reports, name + "2": reports[:4]})
+    assert len([line for line in figure.axes[0].lines if len(line.get_xdata()) in (4, 12)]) >= 2
+    texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert sum(text.startswith("results/autoencoder") for text in texts) == 2
+    assert all(len(text) <= 32 for text in texts if text.startswith("results"))

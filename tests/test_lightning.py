@@ -644,7 +644,7 @@ def test_the_plugin_checks_its_arguments() -> None:
         NaturalCGPlugin("16-mixed")
     with pytest.raises(TypeError, match="NaturalCG has no option nesterov"):
         NaturalCGPlugin(nesterov=True)
-    with pytest.raises(ValueError, match="max_kl must be a number above 0"):
+    with pytest.raises(ValueError, match="max_kl must be a finite number above 0"):
         NaturalCGPlugin(max_kl=-1.0)
 
 

@@ -189,3 +189,33 @@ def test_sketches_are_kept_renewed_and_saved(kind):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [Nystrom(rank=4, refresh=3), Diagonal(probes=4, refresh=3)])
+@pytest.mark.parametrize("part", [0, 2])
+def test_sketches_of_other_parameters_are_drawn_anew(kind, part):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, labels = torch.randn(30, 6, dtype=torch.float64), torch.arange(30) % 3
+    optimizer = NaturalCG(model.parameters(), preconditioner=kind)
+    for frozen in (False, False, True, True, False, True, False):
+        model[part].requires_grad_(not frozen)
+        optimizer.step(lambda: nn.functional.cross_entropy(model(x), labels))
+        assert optimizer.last_step.accepted
+        assert optimizer.last_step.preconditioner == kind.name
+
+
+@pytest.mark.parametrize("kind", [Nystrom(rank=4), Diagonal()])
+def test_a_sketch_that_a_save_has_rounded_still_serves(kind):
+    model, x = nn.Linear(6, 3).bfloat16(), torch.randn(30, 6).bfloat16()
+    optimizer = NaturalCG(model.parameters(), preconditioner=kind)
+    for _ in range(2):
+        optimizer.step(lambda: nn.functional.cross_entropy(model(x).float(), torch.arange(30) % 3))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.last_step.preconditioner == kind.name
+
+
+def test_nystrom_of_no_curvature_is_the_identity():
+    sketch = Nystrom(rank=3).drawn(lambda v: 0 * v, N, shift_of(0.0), None, seeded())
+    r = torch.randn(N, dtype=torch.float64)
+    assert_near(Nystrom().solve(sketch, shift_of(0.0))(r), r, 1e-12)
