@@ -143,14 +143,14 @@ def _draw_stops(axes: Any, run: Sequence[StepReport], colour: str, stops: Mappin
 
 def _draw_bound(axes: Any, run: Sequence[StepReport], colour: str) -> None:
     """The trust region, step by step, with gaps where there is none."""
+    finite = [report.max_kl for report in run if math.isfinite(report.max_kl)]
+    if not finite:
+        return
     bounds = [report.max_kl if math.isfinite(report.max_kl) else math.nan for report in run]
-    if not all(math.isnan(bound) for bound in bounds):
-        edges = [i + 0.5 for i in range(len(run) + 1)]
-        axes.stairs(bounds, edges, baseline=None, color=colour, zorder=3, **_BOUND)
-        if axes.get_yscale() == "linear":  # else steps to the edge would fill the panel and hide it
-            axes.set_ylim(
-                bottom=min(0, axes.get_ylim()[0]), top=max(axes.get_ylim()[1], 1.1 * max(b for b in bounds if b == b))
-            )
+    axes.stairs(bounds, [i + 0.5 for i in range(len(run) + 1)], baseline=None, color=colour, zorder=3, **_BOUND)
+    if axes.get_yscale() == "linear":  # else steps to the edge would fill the panel and hide it
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=min(0, low), top=max(high, 1.1 * max(finite)))
 
 
 def _draw_key(
