@@ -245,8 +245,9 @@ class NaturalCG(Optimizer):
             ranks.together(lambda: self._gradient_hooks(self, runs[0], point.gradient, point.reached, parameters))
             if others:
                 other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
+                _require(other.used, "the curvature closure")
                 point = point.with_curvature_of(other)
-            _require_dependence(point)
+            _require(point.reached, "the loss")
             max_kl = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
             solver = self._solver(point, last, max_kl, preconditioning, settings, ranks)
             gradient = self._gradient(point, parameters)
@@ -380,10 +381,10 @@ class NaturalCG(Optimizer):
         )
 
 
-def _require_dependence(point: Linearization) -> None:
-    if not any(point.reached):
+def _require(flags: Sequence[bool], what: str) -> None:
+    if not any(flags):
         raise ValueError(
-            "the loss depends on none of the optimizer's parameters; was the model copied or built anew after the "
+            f"{what} depends on none of the optimizer's parameters; was the model copied or built anew after the "
             "optimizer was made?"
         )
 

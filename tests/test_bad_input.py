@@ -427,8 +427,14 @@ def test_closures_of_a_list_must_return_the_same():
 def test_a_loss_of_another_model_is_refused():
     model, x, labels = linear()
     twin = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="depends on none of the optimizer's parameters"):
-        NaturalCG(twin.parameters()).step(lambda: F.cross_entropy(model(x), labels))
+
+    def own():
+        return F.cross_entropy(model(x), labels)
+
+    with pytest.raises(ValueError, match="the loss depends on none of the optimizer's parameters"):
+        NaturalCG(twin.parameters()).step(own)
+    with pytest.raises(ValueError, match="the curvature closure depends on none of the optimizer's parameters"):
+        NaturalCG(twin.parameters()).step(lambda: F.cross_entropy(twin(x), labels), curvature_closure=own)
     assert torch.equal(flatten(twin.parameters()), flatten(model.parameters()))
 
 
