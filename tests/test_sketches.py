@@ -174,7 +174,7 @@ def test_sketches_are_kept_renewed_and_saved(kind):
         optimizer.step(closure)
         resumed.step(same_closure)
         assert torch.equal(flatten(model.parameters()), flatten(twin.parameters()))
-        assert optimizer.last_step == resumed.last_step
+        assert repr(optimizer.last_step) == repr(resumed.last_step)  # NaN, where a field has no value, equals itself
 
 
 @pytest.mark.parametrize(
