@@ -655,6 +655,8 @@ RUN = "import sys, conftest, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.
 
 @pytest.mark.parametrize("data", ["digits", "mnist"])
 def test_the_example_runs(tmp_path: Path, data: str) -> None:
+    if data == "mnist":
+        pytest.importorskip("torchvision")
     write_mnist(tmp_path / "data")
     example = Path(__file__).parents[1] / "examples" / "lightning_digits.py"
     picture = tmp_path / "curves.png"
