@@ -60,7 +60,7 @@ class Ranks:
         return total.div_(dist.get_world_size(self.group))
 
     def check(self) -> None:
-        """Raise what :meth:`mean` met on a rank."""
+        """Raise what :meth:`mean_deferring_errors` met on a rank."""
         error, self._error = self._error, None
         self._share(error)
         if error is not None:

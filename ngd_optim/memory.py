@@ -61,6 +61,8 @@ class Memory(Mode):
     Attributes:
         results: what operations gave, by their :meth:`origin`.
         functions: the operations among them.
+        operations: how many gave something new.
+        bytes: how much that was.
     """
 
     def __init__(self) -> None:
@@ -70,6 +72,7 @@ class Memory(Mode):
         self._draws = 0
         self.results: dict[Any, list[_Result]] = {}
         self.functions: set[Any] = set()
+        self.operations = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +87,9 @@ class Memory(Mode):
             return result
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
-        if any(t.numel() * t.itemsize >= WORTH_REMEMBERING for _, t in outputs):
+        sizes = [t.numel() * t.itemsize for _, t in outputs]
+        self.operations, self.bytes = self.operations + 1, self.bytes + sum(sizes)
+        if max(sizes, default=0) >= WORTH_REMEMBERING:
             self._remember(self.origin(func, args, kwargs, self._draws), outputs, result)
         return result
 

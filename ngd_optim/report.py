@@ -38,7 +38,8 @@ class StepReport:
         reason: one sentence on the outcome.
         curvature: what ``F`` is: ``"fisher"``, ``"ggn"`` where a loss function was recognised, or ``"hessian"``.
         solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
-        backend: what formed the products: ``"torch.func"`` or ``"double-backward"``.
+        backend: what formed the products: ``"torch.func"`` (forward mode), or ``"double-backward"`` where tensors are
+            small or forward mode does not reach.
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
             ``"nystrom"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.

@@ -5,7 +5,7 @@ would give silently wrong steps, so the first step compares with plain autograd.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -25,6 +25,11 @@ from ngd_optim.recording import Recording
 logger = logging.getLogger("ngd_optim")
 
 ON_ANOTHER_RANK = "another rank needs it"
+
+_SMALL = 2**18
+"""In bytes. Where the mean result of an operation is smaller, calls take as long as the work that they do. Products are
+then pushed through the graph that is there: forward mode would run the closure once more, its Python code and all.
+"""
 
 _REFUSED = {
     "CheckpointFunctionBackward": "reentrant checkpointing cannot be differentiated twice; "
@@ -111,9 +116,12 @@ def verify(
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
-    problem = ranks.together(lambda: _problem_of_forward_mode(run, metric, v, parameters, eps))
-    if not ranks.all(problem is None):
+    right, problem = ranks.together(lambda: _right_backends(run, metric, v, parameters, eps))
+    is_small = isinstance(metric, OutputMetric) and memory.bytes < _SMALL * memory.operations
+    if not ranks.all("torch.func" in right):
         experience.fall_back(problem or ON_ANOTHER_RANK)
+    elif ranks.all("double-backward" in right and is_small):
+        experience.backend = "double-backward"
     if metric.kind == "ggn":
         experience.penalty = ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
 
@@ -143,14 +151,14 @@ def _check_gradient(gradient: Tensor, plain: Tensor, loss: float, eps: float) ->
         )
 
 
-def _problem_of_forward_mode(
+def _right_backends(
     run: ReplayedClosure,
     metric: OutputMetric | ScalarMetric,
     flat: Tensor,
     parameters: FlatParameters,
     eps: float,
-) -> str | None:
-    """None where forward mode can follow the closure, else what is wrong with it.
+) -> tuple[Collection[Backend], str]:
+    """Which backends can follow the closure, and what is wrong with forward mode if that cannot.
 
     Forward mode and double-backward are independent. Where they differ, or only one of them works, autograd's plain
     pull-back decides, whose adjoint they must be.
@@ -167,16 +175,16 @@ def _problem_of_forward_mode(
         except RuntimeError as error:
             problems[backend] = cannot_follow(error, backend)
     if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
-        return None
+        return get_args(Backend), ""
     finite = all(product.isfinite().all() for product in products.values())
     for backend in list(products):
         if not _is_right(backend, products, run, metric, v, parameters, eps):
             problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
             del products[backend]
-    if "torch.func" in products or not (products or finite):
-        return None
-    if "double-backward" in products:
-        return problems["torch.func"]
+    if products:
+        return products, problems.get("torch.func", "")
+    if not finite:
+        return ["torch.func"], ""
     raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
 
 

@@ -155,6 +155,7 @@ def test_complex_intermediates_are_replayed():
 
 
 @pytest.mark.parametrize("make", [torch.rand_like, torch.randn_like, lambda h: F.dropout(h, 0.3) * 0.1])
+@pytest.mark.usefixtures("forward_mode")
 def test_noise_in_any_memory_layout(make):
     layer = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
     x = real(2, 3, 6, 6).to(memory_format=torch.channels_last)

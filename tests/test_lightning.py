@@ -168,6 +168,7 @@ def test_a_module_of_the_documentation_trains_after_changing_one_line() -> None:
     assert reports[-1].new_loss < 0.6 * reports[0].loss
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_the_steps_are_those_of_a_plain_training_loop() -> None:
     module, plain = Classifier(), Classifier()
     _, reports = fit(module)
@@ -198,6 +199,7 @@ def test_a_distribution_makes_a_natural_gradient_step() -> None:
     assert all(0 < report.kl <= 0.01 for report in reports)
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(tmp_path: Path) -> None:
     class Counting(Classifier):
         runs = 0

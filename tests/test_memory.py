@@ -188,6 +188,7 @@ def test_small_results_are_not_remembered(monkeypatch):
     assert calls["tanh"] == 1
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_a_product_shares_the_memory_of_the_traced_run():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)).double()
     x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2

@@ -258,6 +258,7 @@ class Problem:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("forward_mode")
 def test_gradient_and_product_are_the_dense_ones(name, loss, dtype):
     problem = Problem(CASES[name], loss, dtype)
     gradient, matrix = problem.dense()
@@ -267,6 +268,18 @@ def test_gradient_and_product_are_the_dense_ones(name, loss, dtype):
     rtol = 1e-9 if dtype == torch.float64 else 2e-4
     assert (point.gradient - gradient).norm() <= rtol * gradient.norm()
     assert (point.curvature(v) - matrix @ v).norm() <= rtol * (matrix @ v).norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_small_tensors_go_by_double_backward(name):
+    """It runs the closure once less, and is right as well."""
+    problem = Problem(CASES[name], "cross_entropy", torch.float64)
+    _, matrix = problem.dense()
+    point = linearize(problem.closure, problem.params)
+    assert point.backend == "double-backward"
+    v = torch.randn_like(point.gradient)
+    assert (point.curvature(v) - matrix @ v).norm() <= 1e-9 * (matrix @ v).norm()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.backend == "torch.func"])

@@ -189,6 +189,7 @@ class ReadsTangent(torch.autograd.Function):
         return t * 1.0 if t.abs().sum().item() >= 0 else t
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
     model, x, y = nn.Linear(3, 2).double(), vector().view(2, 3), torch.tensor([0, 1])
     optimizer = NaturalCG(model.parameters())
@@ -273,15 +274,20 @@ class TestOperationCounts:
         calls[0] = 0
         return optimizer, closure, calls
 
-    def test_forwards_are_the_trace_the_recording_and_the_trials(self, counted):
-        optimizer, closure, calls = counted
+    @pytest.mark.parametrize("backend", ["torch.func", "double-backward"])
+    def test_forwards_are_the_trace_the_recording_and_the_trials(self, request, backend):
+        if backend == "torch.func":
+            request.getfixturevalue("forward_mode")
+        optimizer, closure, calls = request.getfixturevalue("counted")
         for _ in range(3):
             calls[0] = 0
             optimizer.step(closure)
             report = optimizer.last_step
-            assert report.n_forward == calls[0] == 2 + (report.backtracks + 1)
+            assert report.backend == backend
+            assert report.n_forward == calls[0] == 1 + (backend == "torch.func") + (report.backtracks + 1)
             assert report.n_product == report.cg_iters + 1
 
+    @pytest.mark.usefixtures("forward_mode")
     def test_backwards_are_the_gradient_and_the_recording(self, counted, monkeypatch):
         optimizer, closure, _ = counted
         model_backwards, grad = [], torch.autograd.grad

@@ -174,7 +174,7 @@ def test_runs_of_the_closure_and_products_are_counted(form, lr, products):
         assert report.n_product == len(products) == report.cg_iters + (step > 0)
         # The first step with a closure checks it, which is not counted.
         assert problem.calls >= report.n_forward if step == 0 else problem.calls == report.n_forward
-        assert report.n_forward >= 2 + report.backtracks
+        assert report.n_forward >= 1 + report.backtracks
         assert (report.backtracks > 0) == (lr > 1) or step > 0
 
 
@@ -375,7 +375,7 @@ def test_masks_agree_within_a_step_and_are_fresh_in_the_next(own_generator):
         optimizer.step(lambda: loss(model(x)))
         report = optimizer.last_step
         assert report.accepted
-        assert len(model.masks) >= report.n_forward > 2
+        assert len(model.masks) >= report.n_forward > 1
         assert all(torch.equal(m, mask) for m in model.masks)
         assert torch.equal(source.get_state(), after)
         assert torch.equal(torch.get_rng_state(), untouched) == own_generator

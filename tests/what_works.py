@@ -30,7 +30,7 @@ def summary() -> str:
     lines = [
         "| | how |",
         "|---|---|",
-        f"| {by_backend['torch.func']} | forward mode |",
+        f"| {by_backend['torch.func']} | forward mode; double-backward where tensors are small |",
         f"| {by_backend['double-backward']} | double-backward, chosen by itself |",
         f"| Losses of closure form (a): {losses} | Gauss-Newton |",
         *(f"| {what} | refused: {instead} |" for what, instead in REFUSED),
