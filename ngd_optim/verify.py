@@ -106,8 +106,8 @@ def verify(
         RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed.
         ValueError: the parameters differ between ranks.
     """
-    tensors = [traced.loss, *traced.outputs, *parameters.tensors]
-    eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
+    dtypes = memory.dtypes | {t.dtype for t in [traced.loss, *traced.outputs, *parameters.tensors]}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     ranks.require_equal(parameters.theta)
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return

@@ -201,6 +201,23 @@ def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
     assert optimizer.last_step.n_forward == optimizer.last_step.n_product + 2
 
 
+def test_rounding_in_the_middle_of_a_model_is_no_reason_against_a_recording():
+    """Its outputs are float32, and what bfloat16 lost before is lost otherwise in a replay."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    x, y = torch.randn(6, 3, 8, 8), torch.arange(6) % 4
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x).float(), y)
+
+    point = linearize(closure, model.parameters())
+    exact = linearize(lambda: F.cross_entropy(model(x), y), model.parameters())
+    assert point.experience.replays
+    for _ in range(2):
+        v = torch.randn_like(point.gradient)
+        assert (point.curvature(v) - exact.curvature(v)).norm() <= 0.05 * exact.curvature(v).norm()
+
+
 def test_memory_is_released():
     class Held(torch.autograd.Function):
         @staticmethod
