@@ -146,7 +146,7 @@ def table(results: dict[str, Any], recorded: dict[str, Any]) -> str:
         cells = " | ".join(cell(r[way]) for r in results.values())
         lines.append(f"| {f'**{way}**' if way == OURS else way} | {cells} |")
     cells = " | ".join(cell(r) for r in recorded.values())
-    lines.append(f"| first product, recorded ÷ a product that is not | {cells} |")
+    lines.append(f"| first product, recorded ÷ one by fresh forward mode | {cells} |")
     return "\n".join(lines) + "\n"
 
 

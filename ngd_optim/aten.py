@@ -1,7 +1,6 @@
 """What is known of aten operations, and a mode that sees them."""
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +36,18 @@ class Facts(NamedTuple):
     by_constants: bool
 
 
-@cache
+_FOUND: dict[int, tuple[Any, Facts]] = {}
+
+
 def facts(func: Any) -> Facts:
     """What is known of an aten overload."""
+    found = _FOUND.get(id(func))  # an overload's own hash is computed in Python, and takes longer than all of this
+    if found is None:
+        found = _FOUND[id(func)] = func, _facts(func)
+    return found[1]
+
+
+def _facts(func: Any) -> Facts:
     reads_values, random = _TAGS.data_dependent_output in func.tags, _TAGS.nondeterministic_seeded in func.tags
     in_place, gives_tensors = func._schema.is_mutable, any("Tensor" in str(r.type) for r in func._schema.returns)
     return Facts(

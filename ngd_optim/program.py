@@ -42,6 +42,7 @@ class Operation:
         args, kwargs: its arguments, with None where a slot goes.
         inputs: the list or dict in them, the index or key, and the slot.
         outputs: the index in the result, or None where that is one tensor, and the slot.
+        slots: those that it reads, in the order of ``inputs``.
         last_uses: slots that no later operation needs.
     """
 
@@ -50,17 +51,20 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: list[tuple[Any, Any, int]]
     outputs: list[tuple[int | None, int]]
+    slots: list[int] = field(init=False)
     last_uses: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.read(self.inputs)
+
+    def read(self, inputs: list[tuple[Any, Any, int]]) -> None:
+        """Let it have other inputs."""
+        self.inputs, self.slots = inputs, [slot for _, _, slot in inputs]
 
     @property
     def writes(self) -> bool:
         """Whether it changes one of its arguments."""
         return facts(self.function).in_place
-
-    @property
-    def slots(self) -> list[int]:
-        """The slots that it reads."""
-        return [slot for _, _, slot in self.inputs]
 
     @property
     def written(self) -> list[int]:

@@ -102,7 +102,7 @@ class Recorder(Mode):
             return func(*args, **kwargs)
         inputs: list[tuple[Any, Any, int]] = []
         own_args = self._own(list(args), inputs)
-        own_kwargs = self._own(dict(kwargs), inputs)
+        own_kwargs = self._own(dict(kwargs), inputs) if kwargs else {}
         if not inputs:
             return self._recall.compute(func, args, kwargs)
         if func in _ALIASES:

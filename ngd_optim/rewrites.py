@@ -49,7 +49,7 @@ def _views_first(program: list[Operation]) -> tuple[list[Operation], list[Operat
 def _rename(operation: Operation, same: dict[int, int]) -> None:
     """Let an operation read other slots in place of some."""
     if not same.keys().isdisjoint(operation.slots):
-        operation.inputs = [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
+        operation.read([(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs])
 
 
 def _without_added_zeros(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> list[Operation]:
@@ -87,7 +87,7 @@ def _without_added_zeros(program: list[Operation], metas: list[Meta], output: in
             elif result not in particular:
                 shape = metas[result].shape
                 operation.function, operation.args = _aten.expand.default, [None, list(shape)]
-                operation.inputs = [(operation.args, 0, slot)]
+                operation.read([(operation.args, 0, slot)])
                 sharing.join(metas[result].memory, meta.memory)
                 expanded = torch.empty_strided(meta.shape, meta.stride, device="meta").expand(shape)
                 metas[result] = metas[result]._replace(stride=expanded.stride())
@@ -173,8 +173,8 @@ def _with_fused_products(program: list[Operation], metas: list[Meta], output: in
             added_slots = [s for _, key, s in operation.inputs if key == 1 - position]
             operation.function = _MATMUL_AND_ADD[product.function]
             operation.args = [added, *product.args]
-            operation.inputs = [(operation.args, 0, s) for s in added_slots]
-            operation.inputs += [(operation.args, key + 1, s) for _, key, s in product.inputs]
+            inputs = [(operation.args, 0, s) for s in added_slots]
+            operation.read(inputs + [(operation.args, key + 1, s) for _, key, s in product.inputs])
             break
     return program
 
@@ -203,7 +203,7 @@ def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, shar
                 continue
             operation.function, name = variant
             operation.kwargs = {name: None}
-            operation.inputs = [*operation.inputs, (operation.kwargs, name, slot)]
+            operation.read([*operation.inputs, (operation.kwargs, name, slot)])
             last[over] = last[memory(result)]
             sharing.join(memory(result), over)
             break
