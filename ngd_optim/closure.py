@@ -33,12 +33,14 @@ class Evaluation:
         outputs: the model's outputs, as the recognised loss functions saw them, in call order.
         is_least_squares: whether they are the residuals of :func:`~ngd_optim.least_squares`, all of them.
         metric: what the closure returned beside the loss: distributions, a scalar tensor, or None.
+        has_hooks: whether it registered hooks on gradients.
     """
 
     loss: Tensor
     outputs: tuple[Tensor, ...]
     is_least_squares: bool
     metric: Any
+    has_hooks: bool
 
 
 class ReplayedClosure:
@@ -87,7 +89,7 @@ class ReplayedClosure:
         self._effects.rewind(tensors=in_place)
         try:
             with torch.set_grad_enabled(graph or self._differentiates), quiet_ddp(broadcast=not self._effects.known):
-                with _twice_differentiable(), mode:
+                with twice_differentiable(), mode:
                     returned = self.function()
                 loss, metric = _loss_and_metric(mode.substitute(returned), mode.roots)
         finally:
@@ -96,7 +98,7 @@ class ReplayedClosure:
         self.called_backward = bool(mode.roots)
         if self._left_gradients is None:
             self._left_gradients = [p.grad for p in self._params]
-        return Evaluation(loss, tuple(mode.outputs), mode.losses == {least_squares}, metric)
+        return Evaluation(loss, tuple(mode.outputs), mode.losses == {least_squares}, metric, mode.has_hooks)
 
     def traced(self) -> Evaluation:
         """Run the closure, with a graph that leads to its loss.
@@ -168,8 +170,11 @@ def rewound_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Choose kernels that have second derivatives and forward mode, and modules that torch functions can be seen in."""
+def twice_differentiable() -> Iterator[None]:
+    """Choose kernels that have second derivatives and forward mode, and modules that torch functions can be seen in.
+
+    Where the closure uses checkpointing, derivatives run parts of it again, and must find the same kernels.
+    """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -16,6 +17,12 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
             seen.add(node)
             yield node
             pending.extend(parent for parent, _ in node.next_functions)
+
+
+def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
+    """Of all that was computed on the way from leaves to some tensors."""
+    metadata = (one for node in nodes(roots) for one in getattr(node, "_input_metadata", ()))
+    return {one.dtype for one in metadata if one is not None}
 
 
 def leaf(node: Node | None) -> Tensor | None:

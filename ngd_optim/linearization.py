@@ -1,7 +1,7 @@
 """A closure at one point: its loss, its gradient and its curvature product."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import get_args
@@ -9,17 +9,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ngd_optim.closure import Closure, Evaluation, ReplayedClosure
+from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, twice_differentiable
 from ngd_optim.curvature import Backend, Curvature, Kind, OutputMetric, ScalarMetric, kl_of, metric_of
 from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.root import Root
 from ngd_optim.traced_product import TracedProduct
-from ngd_optim.verify import Experience, refuse_unsupported, verify
+from ngd_optim.verify import Experience, refuse_unsupported, signature, verify
 
-Known = Callable[[ReplayedClosure, Evaluation], Experience]
-"""Finds what earlier steps learnt of a closure, which has just been traced."""
+Known = Callable[[ReplayedClosure, Hashable], Experience]
+"""Finds what earlier steps learnt of a closure whose trace has that signature."""
 
 Observer = Callable[[OutputMetric | ScalarMetric], None]
 """Is shown a closure's metric while its graph is at hand."""
@@ -178,7 +178,8 @@ def linearize(closure: Closure, params: Iterable[Tensor], *, curvature: Curvatur
     parameters = FlatParameters([{"params": list(params)}])
     experience = Experience()
     run = ReplayedClosure(closure, parameters.tensors)
-    return linearize_closure(run, parameters, curvature, lambda run, traced: experience)
+    with twice_differentiable():
+        return linearize_closure(run, parameters, curvature, lambda *_: experience)
 
 
 @torch.enable_grad()
@@ -200,10 +201,10 @@ def linearize_closure(
     def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
         with memory:
             traced = run.traced()
-        experience = known(run, traced)
+        metric = metric_of(traced, curvature)
+        experience = known(run, signature(traced, metric, memory, parameters))
         if not experience.complete:
             refuse_unsupported(traced)
-        metric = metric_of(traced, curvature)
         gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
         reached = [gradient is not None for gradient in gradients]
         return traced, experience, metric, reached, parameters.flatten(gradients)

@@ -63,7 +63,6 @@ class Memory(Mode):
         functions: the operations among them.
         operations: how many gave something new.
         bytes: how much that was.
-        dtypes: of what types.
     """
 
     def __init__(self) -> None:
@@ -74,7 +73,6 @@ class Memory(Mode):
         self.results: dict[Any, list[_Result]] = {}
         self.functions: set[Any] = set()
         self.operations = self.bytes = 0
-        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,7 +89,6 @@ class Memory(Mode):
         outputs = tensors_of(result)
         sizes = [t.numel() * t.itemsize for _, t in outputs]
         self.operations, self.bytes = self.operations + 1, self.bytes + sum(sizes)
-        self.dtypes.update(t.dtype for _, t in outputs)
         if max(sizes, default=0) >= WORTH_REMEMBERING:
             self._remember(self.origin(func, args, kwargs, self._draws), outputs, result)
         return result

@@ -1,7 +1,7 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.carried import Carried
-from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, rewound_on_error
+from ngd_optim.closure import Closure, ReplayedClosure, rewound_on_error, twice_differentiable
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import Damping, DampingLimit, damping_range
 from ngd_optim.descent import Descent
@@ -34,7 +34,7 @@ from ngd_optim.solvers import (
     direct_solver,
 )
 from ngd_optim.trust_region import MaxKL, TrustRegion, chosen_max_kl
-from ngd_optim.verify import Experience, signature
+from ngd_optim.verify import Experience
 
 Closures = Closure | Sequence[Closure]
 
@@ -236,7 +236,7 @@ class NaturalCG(Optimizer):
         last = Carried(parameters, self.state)
         runs = _replayed(closure, parameters)
         others = [] if curvature_closure is None else _replayed(curvature_closure, parameters)
-        with parameters.restored_on_error(), rewound_on_error([*runs, *others]):
+        with parameters.restored_on_error(), rewound_on_error([*runs, *others]), twice_differentiable():
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
             preconditioning = preconditioning_of(
                 settings["preconditioner"], parameters, self.state, self._layers.get(parameters.key), self.generator
@@ -303,8 +303,8 @@ class NaturalCG(Optimizer):
         known = partial(self._known, curvature)
         return linearize_mean(runs, parameters, curvature, known, ranks, observe).averaged(ranks)
 
-    def _known(self, curvature: Curvature, run: ReplayedClosure, traced: Evaluation) -> Experience:
-        """What earlier steps learnt of a closure with this code and this graph.
+    def _known(self, curvature: Curvature, run: ReplayedClosure, signature: Hashable) -> Experience:
+        """What earlier steps learnt of a closure with this code and this signature of its trace.
 
         It is not saved, and learnt anew if lost.
         """
@@ -312,7 +312,7 @@ class NaturalCG(Optimizer):
         while isinstance(function, partial):
             function = function.func
         code = getattr(function, "__code__", type(function))
-        return self._experiences.setdefault((code, curvature, signature(traced)), Experience())
+        return self._experiences.setdefault((code, curvature, signature), Experience())
 
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ngd_optim.closure import ReplayedClosure
+from ngd_optim.closure import ReplayedClosure, twice_differentiable
 from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of
 from ngd_optim.distributed import Ranks
 from ngd_optim.memory import Memory, Recall
@@ -13,15 +13,15 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
 from ngd_optim.root import Root, quick_diagonal, root_of
-from ngd_optim.verify import ON_ANOTHER_RANK, Experience, cannot_follow
+from ngd_optim.verify import ON_ANOTHER_RANK, Experience, why_not
 
 
 class _Attempt(NamedTuple):
-    """A product and how to form others, or why not by forward mode, or why not by a recording."""
+    """A product and how to form others, or why not by this backend, or why not by a recording."""
 
     result: Tensor | None = None
     formed: Recording | Callable[[Tensor], Tensor] | None = None
-    cannot_forward: str | None = None
+    cannot_follow: str | None = None
     cannot_replay: str | None = None
 
 
@@ -75,11 +75,13 @@ class TracedProduct:
 
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience
-        attempt = self._ranks.together(lambda: self._attempt(v))
-        reasons = attempt.cannot_forward, attempt.cannot_replay
-        cannot_forward, cannot_replay = self._ranks.any([reason is not None for reason in reasons])
-        if cannot_forward:
-            experience.fall_back(attempt.cannot_forward or ON_ANOTHER_RANK)
+        with twice_differentiable():
+            attempt = self._ranks.together(lambda: self._attempt(v))
+        reasons = attempt.cannot_follow, attempt.cannot_replay
+        cannot_follow, cannot_replay = self._ranks.any([reason is not None for reason in reasons])
+        if cannot_follow:
+            if attempt.cannot_follow is not None:
+                experience.fall_back(attempt.cannot_follow)
         elif cannot_replay:
             experience.form_directly(attempt.cannot_replay or ON_ANOTHER_RANK)
         else:
@@ -100,10 +102,10 @@ class TracedProduct:
             return _Attempt(recording.take_result(), recording)
         except CannotReplayError as error:
             return _Attempt(cannot_replay=str(error))
-        except RuntimeError as error:  # the closure now does what forward mode cannot follow
-            if self._experience.backend == "double-backward":
+        except RuntimeError as error:  # the closure now does what this backend cannot follow
+            if self._experience.backend == "double-backward" and not self._experience.spare:
                 raise
-            return _Attempt(cannot_forward=cannot_follow(error))
+            return _Attempt(cannot_follow=why_not(error, self._experience.backend))
 
     def _direct(self) -> Callable[[Tensor], Tensor]:
         assert self._metric is not None

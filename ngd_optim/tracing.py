@@ -71,6 +71,7 @@ class Tracing(TorchFunctionMode):
         self.losses: set[Callable[..., Any]] = set()
         self.roots: list[Tensor] = []
         self.differentiates = False
+        self.has_hooks = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,8 +84,8 @@ class Tracing(TorchFunctionMode):
             return self._note_backward(*args, **kwargs)
         if func is torch.autograd.backward:
             return self._note_backward_of_several(*args, **kwargs)
-        if func is torch.autograd.grad:
-            self.differentiates = True
+        self.differentiates |= func is torch.autograd.grad
+        self.has_hooks |= func is torch.Tensor.register_hook
         if not self._effects.known:
             self._note_changes(func, args, kwargs)
         result = self._call(func, args, kwargs)
@@ -135,6 +136,8 @@ class Tracing(TorchFunctionMode):
         if call == len(self._effects.layouts):
             self._effects.layouts.append(tensor.stride())
         stride = self._effects.layouts[call]
+        if stride == tensor.stride() and not self._stand_ins:  # as a checkpoint will call it again
+            return func(*args, **kwargs)
         if func in _LIKE:
             tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
             return func(tensor, *args[1:], **kwargs)

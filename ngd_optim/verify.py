@@ -5,7 +5,8 @@ would give silently wrong steps, so the first step compares with plain autograd.
 """
 
 import logging
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -16,7 +17,7 @@ from ngd_optim.cg import conjugate_gradient
 from ngd_optim.closure import Evaluation, ReplayedClosure
 from ngd_optim.curvature import Backend, OutputMetric, ScalarMetric, penalty_of
 from ngd_optim.distributed import Ranks
-from ngd_optim.graph import leaves, nodes
+from ngd_optim.graph import dtypes, leaves, nodes
 from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product, pull_back
@@ -27,9 +28,7 @@ logger = logging.getLogger("ngd_optim")
 ON_ANOTHER_RANK = "another rank needs it"
 
 _SMALL = 2**18
-"""In bytes. Where the mean result of an operation is smaller, calls take as long as the work that they do. Products are
-then pushed through the graph that is there: forward mode would run the closure once more, its Python code and all.
-"""
+"""In bytes. Where the mean result of an operation is smaller, calls take as long as the work that they do."""
 
 _REFUSED = {
     "CheckpointFunctionBackward": "reentrant checkpointing cannot be differentiated twice; "
@@ -46,19 +45,21 @@ class Experience:
     Attributes:
         complete: whether there was one.
         backend: what forms the products.
+        spare: whether forward mode is right as well, where that is double-backward.
         penalty: whether the loss depends on parameters around the outputs by a positive semidefinite Hessian.
         replays: whether a recorded product agrees with the direct one.
     """
 
     complete: bool = False
     backend: Backend = "torch.func"
+    spare: bool = False
     penalty: bool = False
     replays: bool = False
 
     def fall_back(self, reason: str) -> None:
-        """Form the products by double-backward from now on."""
-        logger.info("products by double-backward, because %s", reason)
-        self.backend = "double-backward"
+        """Form the products by the other backend from now on."""
+        self.backend, self.spare = "torch.func" if self.spare else "double-backward", False
+        logger.info("products by %s, because %s", self.backend, reason)
 
     def form_directly(self, reason: str) -> None:
         """Do not record products from now on."""
@@ -66,10 +67,26 @@ class Experience:
         self.replays = False
 
 
-def signature(traced: Evaluation) -> Hashable:
+def signature(
+    traced: Evaluation, metric: OutputMetric | ScalarMetric, memory: Memory, parameters: FlatParameters
+) -> Hashable:
     """What must be the same for what was learnt to hold: the operations of the graph, and what was seen in it."""
     names = tuple(node.name() for node in nodes([traced.loss]))
-    return names, tuple(z.requires_grad for z in traced.outputs), type(traced.metric)
+    is_faster = _double_backward_is_faster(traced, metric, memory, parameters)
+    return names, tuple(z.requires_grad for z in traced.outputs), type(traced.metric), is_faster
+
+
+def _double_backward_is_faster(
+    traced: Evaluation, metric: OutputMetric | ScalarMetric, memory: Memory, parameters: FlatParameters
+) -> bool:
+    """Whether the tensors of a closure are so small that its Python code takes as long as its arithmetic.
+
+    Double-backward pushes through the graph that is there, and forward mode would run that code once more. Hooks on
+    gradients are spared that: they would see gradients with a graph of their own, and may keep them.
+    """
+    has_hooks = traced.has_hooks or any(p._backward_hooks for p in parameters.tensors)
+    has_hooks = has_hooks or any(node.name() == "BackwardHookFunctionBackward" for node in nodes([traced.loss]))
+    return isinstance(metric, OutputMetric) and memory.bytes < _SMALL * memory.operations and not has_hooks
 
 
 def refuse_unsupported(traced: Evaluation) -> None:
@@ -106,22 +123,24 @@ def verify(
         RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed.
         ValueError: the parameters differ between ranks.
     """
-    dtypes = memory.dtypes | {t.dtype for t in [traced.loss, *traced.outputs, *parameters.tensors]}
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    ends = [traced.loss, *traced.outputs, *parameters.tensors]
+    noise = _coarsest({t.dtype for t in ends})
+    eps = max(noise, _coarsest(dtypes([traced.loss, *metric.outputs])))
     ranks.require_equal(parameters.theta)
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return
     plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(leaves(traced.loss)))))
-    _check_gradient(ranks.average(gradient), plain, ranks.average(traced.loss.detach().abs()).item(), eps)
+    floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
+    _check_gradient(ranks.average(gradient), plain, eps, floor)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
-    right, problem = ranks.together(lambda: _right_backends(run, metric, v, parameters, eps))
-    is_small = isinstance(metric, OutputMetric) and memory.bytes < _SMALL * memory.operations
-    if not ranks.all("torch.func" in right):
+    experience.backend, experience.spare = "torch.func", False
+    problem, both = ranks.together(lambda: _problem_of_forward_mode(run, metric, v, parameters, eps))
+    if not ranks.all(problem is None):
         experience.fall_back(problem or ON_ANOTHER_RANK)
-    elif ranks.all("double-backward" in right and is_small):
-        experience.backend = "double-backward"
+    elif ranks.all(both) and _double_backward_is_faster(traced, metric, memory, parameters):
+        experience.backend, experience.spare = "double-backward", True
     if metric.kind == "ggn":
         experience.penalty = ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
 
@@ -139,8 +158,11 @@ def verify(
     experience.complete = True
 
 
-def _check_gradient(gradient: Tensor, plain: Tensor, loss: float, eps: float) -> None:
-    floor = 100 * eps * (1 + loss)
+def _coarsest(dtypes: Iterable[torch.dtype]) -> float:
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+
+
+def _check_gradient(gradient: Tensor, plain: Tensor, eps: float, floor: float) -> None:
     if not _close(gradient, plain, eps, floor):
         difference = ((gradient - plain).norm() / plain.norm()).item()
         raise RuntimeError(
@@ -151,17 +173,17 @@ def _check_gradient(gradient: Tensor, plain: Tensor, loss: float, eps: float) ->
         )
 
 
-def _right_backends(
+def _problem_of_forward_mode(
     run: ReplayedClosure,
     metric: OutputMetric | ScalarMetric,
     flat: Tensor,
     parameters: FlatParameters,
     eps: float,
-) -> tuple[Collection[Backend], str]:
-    """Which backends can follow the closure, and what is wrong with forward mode if that cannot.
+) -> tuple[str | None, bool]:
+    """None where forward mode can follow the closure, else what is wrong with it; and whether double-backward agrees.
 
-    Forward mode and double-backward are independent. Where they differ, or only one of them works, autograd's plain
-    pull-back decides, whose adjoint they must be.
+    The two are independent. Where they differ, or only one of them works, autograd's plain pull-back decides, whose
+    adjoint they must be.
 
     Raises:
         RuntimeError: double-backward cannot follow the closure either.
@@ -173,39 +195,40 @@ def _right_backends(
         try:
             products[backend] = parameters.flatten(metric.product(run, parameters.tensors, backend)(v))
         except RuntimeError as error:
-            problems[backend] = cannot_follow(error, backend)
+            problems[backend] = why_not(error, backend)
     if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
-        return get_args(Backend), ""
-    finite = all(product.isfinite().all() for product in products.values())
-    for backend in list(products):
-        if not _is_right(backend, products, run, metric, v, parameters, eps):
+        return None, True
+    errors: dict[Backend, float] = {b: _adjoint_error(b, products, run, metric, v, parameters) for b in products}
+    best = min(errors.values(), default=math.inf)
+    for backend, error in errors.items():
+        if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
             problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
-            del products[backend]
-    if products:
-        return products, problems.get("torch.func", "")
-    if not finite:
-        return ["torch.func"], ""
+    finite = all(product.isfinite().all() for product in products.values())
+    if "torch.func" not in problems or ("double-backward" in problems and not finite):
+        return None, False
+    if "double-backward" not in problems:
+        return problems["torch.func"], False
     raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
 
 
-def _is_right(
+def _adjoint_error(
     backend: Backend,
     products: Mapping[Backend, Tensor],
     run: ReplayedClosure,
     metric: OutputMetric | ScalarMetric,
     v: Sequence[Tensor],
     parameters: FlatParameters,
-    eps: float,
-) -> bool:
-    """Whether ``⟨u, J v⟩ = ⟨Jᵀu, v⟩``; a Hessian is believed to double-backward, which sees what autograd sees."""
+) -> float:
+    """By how much ``⟨u, J v⟩ ≠ ⟨Jᵀu, v⟩``; a Hessian is believed to double-backward, which sees what autograd sees."""
     if isinstance(metric, ScalarMetric):
-        return backend == "double-backward" or "double-backward" not in products
+        return 0.0 if backend == "double-backward" or "double-backward" not in products else math.inf
     generator = torch.Generator().manual_seed(1)
     u = [torch.randn(z.shape, generator=generator).to(z) for z in metric.outputs]
     pushed = metric.push(run, parameters.tensors, backend)(v)
     pulled = pull_back(metric.outputs, parameters.tensors)(u)
     (at_outputs, size_there), (at_parameters, size_here) = _inner_product(u, pushed), _inner_product(pulled, v)
-    return abs(at_outputs - at_parameters) <= 50 * eps**0.5 * (size_there + size_here)
+    error = abs(at_outputs - at_parameters)
+    return error / (size_there + size_here) if error else 0.0
 
 
 def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
@@ -256,6 +279,6 @@ def _close(a: Tensor, b: Tensor, eps: float, floor: float) -> bool:
     return bool((a - b).norm() <= eps**0.5 * b.norm() + floor)
 
 
-def cannot_follow(error: RuntimeError, backend: str = "torch.func") -> str:
+def why_not(error: RuntimeError, backend: str) -> str:
     """Why a backend fails. A string: the error itself would keep the graph alive."""
     return f"{backend} cannot follow the closure: {type(error).__name__}: {error}".strip().splitlines()[0]

@@ -52,6 +52,124 @@ def test_where_double_backward_is_wrong_forward_mode_is_right():
     assert (point.curvature(v) - matrix @ v).norm() <= 1e-10 * (matrix @ v).norm()
 
 
+class HiddenFromTheSecond(torch.autograd.Function):
+    """A sine whose ``backward`` is right and says nothing of how it depends on what it is given."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach() * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "rounded to bfloat16"])
+@pytest.mark.parametrize("weight", [0.01, 0.1, 10.0])
+def test_where_the_backends_differ_the_better_one_is_taken(weight, rounded):
+    model, x, y = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(300, 6), torch.arange(300)
+
+    def point(sine):
+        def closure():
+            z = model(x.to(torch.bfloat16).float() if rounded else x)
+            return F.cross_entropy(z + weight * sine(z), y % 3)
+
+        return linearize(closure, model.parameters())
+
+    found, exact = point(HiddenFromTheSecond.apply), point(torch.sin)
+    v = torch.randn_like(found.gradient)
+    assert found.backend == "torch.func"
+    assert (found.curvature(v) - exact.curvature(v)).norm() <= 1e-5 * exact.curvature(v).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_changed_gradients_are_noticed_whatever_the_data_were_rounded_to(dtype):
+    model, x, y = nn.Linear(6, 3), torch.randn(30, 6), torch.arange(30) % 3
+
+    def clipped():
+        model.zero_grad()
+        loss = F.cross_entropy(model(x.to(dtype).float()), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        return loss
+
+    with pytest.raises(RuntimeError, match="the gradient of the traced closure differs"):
+        NaturalCG(model.parameters()).step(clipped)
+
+
+def test_large_and_small_batches_of_one_closure_go_their_own_ways():
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 5))
+    optimizer = NaturalCG(model.parameters())
+    backends = []
+    for rows in (50, 4_000, 50, 4_000):
+        x, y = torch.randn(rows, 20), torch.arange(rows) % 5
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        backends.append(optimizer.last_step.backend)
+    assert backends == ["double-backward", "torch.func"] * 2
+
+
+def hook_on_a_parameter(model, hook):
+    model[0].weight.register_hook(hook)
+
+
+def hook_on_a_module(model, hook):
+    model[2].register_full_backward_hook(lambda module, inputs, outputs: hook(outputs[0]))
+
+
+def hook_on_a_tensor(model, hook):
+    def forward_hook(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(hook)
+
+    model[0].register_forward_hook(forward_hook)
+
+
+@pytest.mark.parametrize("attach", [hook_on_a_parameter, hook_on_a_module, hook_on_a_tensor])
+def test_hooks_see_gradients_without_a_graph(attach):
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(20, 5), torch.arange(20) % 3
+    optimizer, seen = NaturalCG(model.parameters()), []
+    attach(model, lambda gradient: seen.append(gradient.requires_grad))
+    for step in range(4):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        if step == 0:
+            seen.clear()  # it compares with double-backward
+    assert seen
+    assert not any(seen)
+    assert optimizer.last_step.backend == "torch.func"
+
+
+def test_what_double_backward_can_no_longer_follow_goes_by_forward_mode(caplog):
+    class Changes(HiddenFromTheSecond):
+        fails = False
+
+        @staticmethod
+        def backward(ctx, g):
+            if Changes.fails:
+                g = torch.from_numpy(g.numpy())
+            return g * ctx.saved_tensors[0].cos()
+
+    model, x, y = nn.Linear(5, 3), torch.randn(20, 5), torch.arange(20) % 3
+    optimizer = NaturalCG(model.parameters())
+    backends = []
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        for step in range(4):
+            Changes.fails = step == 2
+            optimizer.step(lambda: F.cross_entropy(Changes.apply(model(x)), y))
+            assert optimizer.last_step.accepted
+            backends.append(optimizer.last_step.backend)
+    assert backends == ["double-backward"] * 2 + ["torch.func"] * 2
+    assert len([r for r in caplog.records if "products by torch.func, because" in r.message]) == 1
+
+
 def test_a_replay_never_changes_its_vector():
     w, layer, x, y = nn.Parameter(real(4, 4)), nn.Linear(4, 4).double(), real(8, 4), real(8, 4)
     params = [w, *layer.parameters()]

@@ -205,6 +205,14 @@ CASES = {
     "checkpoint": Case(
         "Non-reentrant checkpointing", lambda: Apply(lambda m, x: checkpoint(m.net, x, use_reentrant=False), net=mlp())
     ),
+    "checkpoint_transformer": Case(
+        "Non-reentrant checkpointing of a TransformerEncoderLayer",
+        lambda: Apply(
+            lambda m, x: m.head(checkpoint(m.layer, x.unflatten(0, (2, -1)), use_reentrant=False).flatten(0, 1)),
+            layer=nn.TransformerEncoderLayer(FEATURES, 2, 8, batch_first=True),
+            head=nn.Linear(FEATURES, CLASSES),
+        ),
+    ),
     "compiled": Case("torch.compile", lambda: torch.compile(mlp(), backend="eager")),
     "scripted": Case("TorchScript", lambda: torch.jit.script(mlp()), backend="double-backward"),
     "autograd_inside": Case(
