@@ -51,6 +51,11 @@ class Recording:
         self._seen: tuple[Tensor | None, int] = (None, 0)
         self._zero = torch.zeros_like(result) if self._output is None else None
 
+    @property
+    def length(self) -> int:
+        """How many operations a replay takes."""
+        return len(self._program)
+
     def take_result(self) -> Tensor:
         """``function(v)``, computed on the way; it is handed over once."""
         result, self._result = self._result, None

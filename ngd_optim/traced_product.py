@@ -101,7 +101,7 @@ class TracedProduct:
             recording = Recording(direct, v, self._memory)
             return _Attempt(recording.take_result(), recording)
         except CannotReplayError as error:
-            return _Attempt(cannot_replay=str(error))
+            return _Attempt(cannot_replay=f"they cannot be recorded: {error}")
         except RuntimeError as error:  # the closure now does what this backend cannot follow
             if self._experience.backend == "double-backward" and not self._experience.spare:
                 raise

@@ -201,6 +201,26 @@ def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
     assert optimizer.last_step.n_forward == optimizer.last_step.n_product + 2
 
 
+def test_long_chains_of_small_operations_are_not_recorded(caplog):
+    """Autograd's engine is as fast as a replay, and to record one takes long."""
+    model, x, y = nn.RNN(3, 4, batch_first=True).double(), torch.randn(5, 60, 3).double(), torch.randn(5, 4).double()
+
+    def point(steps):
+        return linearize(lambda: F.mse_loss(model(x[:, :steps])[1][0], y), model.parameters())
+
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        short, long = point(5), point(60)
+    assert (short.experience.replays, long.experience.replays) == (True, False)
+    assert [("small operations takes longer" in record.message) for record in caplog.records] == [True]
+    v = torch.randn_like(long.gradient)
+    product = long.curvature(v)
+    known = Experience(complete=True, replays=True)
+    parameters = FlatParameters([{"params": list(model.parameters())}])
+    run = ReplayedClosure(lambda: F.mse_loss(model(x)[1][0], y), parameters.tensors)
+    recorded = linearize_closure(run, parameters, "ggn", lambda *_: known)
+    assert (product - recorded.curvature(v)).norm() <= 1e-10 * product.norm()
+
+
 def test_rounding_in_the_middle_of_a_model_is_no_reason_against_a_recording():
     """Its outputs are float32, and what bfloat16 lost before is lost otherwise in a replay."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
