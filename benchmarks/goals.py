@@ -19,7 +19,7 @@ WHY = {
     "policy MLP": "within the spread; three quarters of a product are matrix products",
     "small": "the smaller the operations, the more of the time is Python's, for all ways alike",
     "MLP 784": "at the floor: by its operations a product of this network takes 1.22 times the multiplications",
-    "recording LSTM": "some 1,200 small operations, each noted in Python",
+    "recording LSTM": "some 900 small operations, and double-backward has a graph to build first",
     "recording": "each operation is noted in Python, which takes as long as the operation",
     "few samples": "where parameters outnumber activations the step holds some nine vectors of their length, "
     "the gradient two; conjugate gradients alone need four, the line search one",
