@@ -28,6 +28,11 @@ class Meta(NamedTuple):
         return self[:4]
 
     @property
+    def bytes(self) -> int:
+        """How large it is."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
     def place(self) -> tuple[torch.Size, tuple[int, ...], int]:
         """How it lies in its memory."""
         return self.shape, self.stride, self.offset

@@ -31,6 +31,10 @@ class Recording:
         v: the vector that it is recorded on.
         memory: of an earlier run of what the function does beside the vector, or None.
 
+    Attributes:
+        length: how many operations a replay takes.
+        bytes: how much they compute.
+
     Raises:
         CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
     """
@@ -48,13 +52,11 @@ class Recording:
         if self._output is not None:
             self._views, self._program = optimised(recorder.program, recorder.metas, self._output)
         self._values: list[Any] = [None] * len(recorder.metas)
+        self.length = len(self._program)
+        computed = [op for op in self._program if not facts(op.function).shares_memory]
+        self.bytes = sum(recorder.metas[slot].bytes for op in computed for _, slot in op.outputs)
         self._seen: tuple[Tensor | None, int] = (None, 0)
         self._zero = torch.zeros_like(result) if self._output is None else None
-
-    @property
-    def length(self) -> int:
-        """How many operations a replay takes."""
-        return len(self._program)
 
     def take_result(self) -> Tensor:
         """``function(v)``, computed on the way; it is handed over once."""

@@ -13,7 +13,7 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.products import flat_product
 from ngd_optim.recording import CannotReplayError, Recording
 from ngd_optim.root import Root, quick_diagonal, root_of
-from ngd_optim.verify import ON_ANOTHER_RANK, Experience, why_not
+from ngd_optim.verify import ON_ANOTHER_RANK, Experience, known_to, why_not
 
 
 class _Attempt(NamedTuple):
@@ -94,11 +94,11 @@ class TracedProduct:
 
     def _attempt(self, v: Tensor) -> _Attempt:
         try:
-            direct = self._direct()
+            direct, memory = self._direct(), known_to(self._experience.backend, self._memory)
             if not (self._record and self._experience.replays):
-                with Recall(self._memory):
+                with Recall(memory):
                     return _Attempt(direct(v), direct)
-            recording = Recording(direct, v, self._memory)
+            recording = Recording(direct, v, memory)
             return _Attempt(recording.take_result(), recording)
         except CannotReplayError as error:
             return _Attempt(cannot_replay=f"they cannot be recorded: {error}")

@@ -30,6 +30,9 @@ ON_ANOTHER_RANK = "another rank needs it"
 _SMALL = 2**18
 """In bytes. Where the mean result of an operation is smaller, calls take as long as the work that they do."""
 
+_CALL = 2**15
+"""Bytes that are computed in the time of a call."""
+
 _LONG = 400
 """Operations. It takes as long as some forty products to note so many small ones, and what a replay of them saves where
 autograd's engine pushes through a graph that is there is next to nothing.
@@ -145,7 +148,10 @@ def verify(
     if not ranks.all(problem is None):
         experience.fall_back(problem or ON_ANOTHER_RANK)
     elif ranks.all(both) and _double_backward_is_faster(traced, metric, memory, parameters):
-        experience.backend, experience.spare = "double-backward", True
+        costs = {b: _cost(b, run, metric, v, parameters, memory) for b in get_args(Backend)}
+        # Its products are almost as cheap, but for long sequences of plain recurrent cells.
+        if costs["double-backward"] <= 2 * costs["torch.func"]:
+            experience.backend, experience.spare = "double-backward", True
     if metric.kind == "ggn":
         experience.penalty = ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
 
@@ -153,7 +159,7 @@ def verify(
         direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
         other = v.flip(0)
         try:
-            recording = Recording(direct, v, memory)
+            recording = Recording(direct, v, known_to(experience.backend, memory))
             if experience.spare and recording.length > _LONG:
                 return f"to record their {recording.length} small operations takes longer than it saves"
             agrees = _close(recording(other), direct(other), eps, eps)
@@ -219,6 +225,31 @@ def _problem_of_forward_mode(
     if "double-backward" not in problems:
         return problems["torch.func"], False
     raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
+
+
+def _cost(
+    backend: Backend,
+    run: ReplayedClosure,
+    metric: OutputMetric | ScalarMetric,
+    v: Tensor,
+    parameters: FlatParameters,
+    memory: Memory,
+) -> float:
+    """Of replaying a product, in bytes; infinite where it cannot be recorded."""
+    direct = flat_product([metric.product(run, parameters.tensors, backend)], parameters)
+    try:
+        recording = Recording(direct, v, known_to(backend, memory))
+    except RuntimeError:
+        return math.inf
+    return _CALL * recording.length + recording.bytes
+
+
+def known_to(backend: Backend, memory: Memory) -> Memory:
+    """What a product may recall of the traced run, where it runs the closure again, from the first random number on.
+
+    Double-backward runs no more than the checkpoints in it, and these begin at another random number.
+    """
+    return memory if backend == "torch.func" else Memory()
 
 
 def _adjoint_error(

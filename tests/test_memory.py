@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import linearize, memory
 from ngd_optim.memory import Memory, Recall
@@ -211,3 +212,27 @@ def test_products_are_the_same_without_memory(module):
         point = linearize(lambda: F.cross_entropy(model(x), y), model.parameters())
         products.append([point.curvature(v) for v in torch.eye(len(point.gradient), dtype=torch.float64)])
     assert all(torch.equal(a, b) for a, b in zip(*products, strict=True))
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_checkpoint_recalls_no_random_numbers_of_another_pass(size, request):
+    if size == "large":
+        request.getfixturevalue("forward_mode")
+    x, y, inner, outer = torch.randn(512, 64), torch.arange(512) % 5, nn.Linear(64, 64), nn.Linear(64, 5)
+    params = [*inner.parameters(), *outer.parameters()]
+
+    def block(x):
+        return torch.tanh(inner(F.dropout(x, 0.5)))
+
+    def twice(checkpointed):
+        passes = [checkpoint(block, x, use_reentrant=False) if checkpointed else block(x) for _ in range(2)]
+        return sum(F.cross_entropy(outer(z), y) for z in passes)
+
+    v = torch.randn(sum(p.numel() for p in params))
+    products = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        point = linearize(lambda checkpointed=checkpointed: twice(checkpointed), params)
+        products.append([point.curvature(v), point.curvature(v)])
+    for plain, found in zip(*products, strict=True):
+        assert (found - plain).norm() <= 1e-6 * plain.norm()

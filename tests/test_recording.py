@@ -203,7 +203,7 @@ def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
 
 def test_long_chains_of_small_operations_are_not_recorded(caplog):
     """Autograd's engine is as fast as a replay, and to record one takes long."""
-    model, x, y = nn.RNN(3, 4, batch_first=True).double(), torch.randn(5, 60, 3).double(), torch.randn(5, 4).double()
+    model, x, y = nn.GRU(3, 4, batch_first=True).double(), torch.randn(5, 60, 3).double(), torch.randn(5, 4).double()
 
     def point(steps):
         return linearize(lambda: F.mse_loss(model(x[:, :steps])[1][0], y), model.parameters())
@@ -219,6 +219,13 @@ def test_long_chains_of_small_operations_are_not_recorded(caplog):
     run = ReplayedClosure(lambda: F.mse_loss(model(x)[1][0], y), parameters.tensors)
     recorded = linearize_closure(run, parameters, "ggn", lambda *_: known)
     assert (product - recorded.curvature(v)).norm() <= 1e-10 * product.norm()
+
+
+def test_long_sequences_of_plain_recurrent_cells_go_by_forward_mode():
+    """Double-backward fills a tensor of the whole sequence's size at each of its elements."""
+    model, x, y = nn.RNN(3, 32, batch_first=True), torch.randn(32, 100, 3), torch.randn(32, 100, 32)
+    point = linearize(lambda: F.mse_loss(model(x)[0], y), model.parameters())
+    assert (point.backend, point.experience.replays) == ("torch.func", True)
 
 
 def test_rounding_in_the_middle_of_a_model_is_no_reason_against_a_recording():
