@@ -1,7 +1,7 @@
 """A closure at one point: its loss, its gradient and its curvature product."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import get_args
@@ -16,9 +16,9 @@ from ngd_optim.memory import Memory
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.root import Root
 from ngd_optim.traced_product import TracedProduct
-from ngd_optim.verify import Experience, refuse_unsupported, signature, verify
+from ngd_optim.verify import Experience, Signature, refuse_unsupported, signature, verify
 
-Known = Callable[[ReplayedClosure, Hashable], Experience]
+Known = Callable[[ReplayedClosure, Signature], Experience]
 """Finds what earlier steps learnt of a closure whose trace has that signature."""
 
 Observer = Callable[[OutputMetric | ScalarMetric], None]
@@ -198,21 +198,22 @@ def linearize_closure(
     params = parameters.tensors
     memory = Memory()
 
-    def differentiated() -> tuple[Evaluation, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
+    def differentiated() -> tuple[Evaluation, Signature, Experience, OutputMetric | ScalarMetric, list[bool], Tensor]:
         with memory:
             traced = run.traced()
         metric = metric_of(traced, curvature)
-        experience = known(run, signature(traced, metric, memory, parameters))
+        seen = signature(traced, metric, memory, parameters)
+        experience = known(run, seen)
         if not experience.complete:
             refuse_unsupported(traced)
         gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
         reached = [gradient is not None for gradient in gradients]
-        return traced, experience, metric, reached, parameters.flatten(gradients)
+        return traced, seen, experience, metric, reached, parameters.flatten(gradients)
 
-    traced, experience, metric, reached, gradient = ranks.together(differentiated)
+    traced, seen, experience, metric, reached, gradient = ranks.together(differentiated)
     if not ranks.all(experience.complete):
         count = run.count
-        verify(experience, run, traced, metric, gradient, parameters, memory, ranks)
+        verify(experience, run, traced, metric, gradient, parameters, memory, ranks, is_quick=seen.is_quick)
         run.count = count
     ranks.together(lambda: observe(metric))
     kl = kl_of(traced)

@@ -1,7 +1,7 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from ngd_optim.solvers import (
     direct_solver,
 )
 from ngd_optim.trust_region import MaxKL, TrustRegion, chosen_max_kl
-from ngd_optim.verify import Experience
+from ngd_optim.verify import Experience, Signature
 
 Closures = Closure | Sequence[Closure]
 
@@ -303,7 +303,7 @@ class NaturalCG(Optimizer):
         known = partial(self._known, curvature)
         return linearize_mean(runs, parameters, curvature, known, ranks, observe).averaged(ranks)
 
-    def _known(self, curvature: Curvature, run: ReplayedClosure, signature: Hashable) -> Experience:
+    def _known(self, curvature: Curvature, run: ReplayedClosure, signature: Signature) -> Experience:
         """What earlier steps learnt of a closure with this code and this signature of its trace.
 
         It is not saved, and learnt anew if lost.

@@ -6,9 +6,9 @@ would give silently wrong steps, so the first step compares with plain autograd.
 
 import logging
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -75,26 +75,34 @@ class Experience:
         self.replays = False
 
 
+class Signature(NamedTuple):
+    """What must be the same for what was learnt of a closure to hold.
+
+    Attributes:
+        operations: of its graph.
+        differentiable: which of the outputs are.
+        metric: of what type it returned one.
+        is_quick: whether its tensors are so small that its Python code takes as long as its arithmetic. Double-backward
+            pushes through the graph that is there, where forward mode would run that code once more. Not so if hooks on
+            gradients are seen: they would be given gradients with a graph of their own, and may keep them.
+    """
+
+    operations: tuple[str, ...]
+    differentiable: tuple[bool, ...]
+    metric: type
+    is_quick: bool
+
+
 def signature(
     traced: Evaluation, metric: OutputMetric | ScalarMetric, memory: Memory, parameters: FlatParameters
-) -> Hashable:
-    """What must be the same for what was learnt to hold: the operations of the graph, and what was seen in it."""
-    names = tuple(node.name() for node in nodes([traced.loss]))
-    is_faster = _double_backward_is_faster(traced, metric, memory, parameters)
-    return names, tuple(z.requires_grad for z in traced.outputs), type(traced.metric), is_faster
-
-
-def _double_backward_is_faster(
-    traced: Evaluation, metric: OutputMetric | ScalarMetric, memory: Memory, parameters: FlatParameters
-) -> bool:
-    """Whether the tensors of a closure are so small that its Python code takes as long as its arithmetic.
-
-    Double-backward pushes through the graph that is there, and forward mode would run that code once more. Hooks on
-    gradients are spared that: they would see gradients with a graph of their own, and may keep them.
-    """
+) -> Signature:
+    """That of a closure that was traced within a memory."""
+    operations = tuple(node.name() for node in nodes([traced.loss]))
     has_hooks = traced.has_hooks or any(p._backward_hooks for p in parameters.tensors)
-    has_hooks = has_hooks or any(node.name() == "BackwardHookFunctionBackward" for node in nodes([traced.loss]))
-    return isinstance(metric, OutputMetric) and memory.bytes < _SMALL * memory.operations and not has_hooks
+    has_hooks = has_hooks or "BackwardHookFunctionBackward" in operations
+    is_small = isinstance(metric, OutputMetric) and memory.bytes < _SMALL * memory.operations
+    differentiable = tuple(z.requires_grad for z in traced.outputs)
+    return Signature(operations, differentiable, type(traced.metric), is_small and not has_hooks)
 
 
 def refuse_unsupported(traced: Evaluation) -> None:
@@ -122,10 +130,12 @@ def verify(
     parameters: FlatParameters,
     memory: Memory,
     ranks: Ranks,
+    *,
+    is_quick: bool,
 ) -> None:
     """Learn what the products of a closure need, and check them and the gradient.
 
-    Nothing is learnt where the loss or the gradient is not finite.
+    Nothing is learnt where the loss or the gradient is not finite. ``is_quick`` is the signature's.
 
     Raises:
         RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed.
@@ -147,7 +157,7 @@ def verify(
     problem, both = ranks.together(lambda: _problem_of_forward_mode(run, metric, v, parameters, eps))
     if not ranks.all(problem is None):
         experience.fall_back(problem or ON_ANOTHER_RANK)
-    elif ranks.all(both) and _double_backward_is_faster(traced, metric, memory, parameters):
+    elif ranks.all(both) and is_quick:
         costs = {b: _cost(b, run, metric, v, parameters, memory) for b in get_args(Backend)}
         # Its products are almost as cheap, but for long sequences of plain recurrent cells.
         if costs["double-backward"] <= 2 * costs["torch.func"]:
