@@ -23,7 +23,7 @@ WHY = {
     "recording": "each operation is noted in Python, which takes as long as the operation",
     "few samples": "where parameters outnumber activations the step holds some nine vectors of their length, "
     "the gradient two; conjugate gradients alone need four, the line search one",
-    "TRPO": "recording takes as long as four products, trace and line search too, and an update needs six to ten",
+    "TRPO": "more than half of an update is trace, recording and line search; it needs six to fifteen products",
 }
 
 

@@ -158,6 +158,22 @@ class ReplayedClosure:
         self._effects.rewind()
 
 
+def replayed(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosure]:
+    """A closure, or each of a list of them.
+
+    Raises:
+        TypeError: there is something that is no function.
+        ValueError: the list is empty.
+    """
+    closures = list(closure) if isinstance(closure, list | tuple) else [closure]
+    if not closures:
+        raise ValueError("step() needs at least one closure, got an empty list")
+    for function in closures:
+        if not callable(function):
+            raise TypeError(f"step() needs a closure that computes the loss, or a list of them, got {function!r}")
+    return [ReplayedClosure(function, params) for function in closures]
+
+
 @contextmanager
 def rewound_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
     """Undo the side effects of closures, which first ran in this order, if the block raises."""

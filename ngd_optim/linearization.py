@@ -8,6 +8,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from ngd_optim.closure import Closure, Evaluation, ReplayedClosure, twice_differentiable
 from ngd_optim.curvature import Backend, Curvature, Kind, OutputMetric, ScalarMetric, kl_of, metric_of
@@ -206,7 +207,13 @@ def linearize_closure(
         experience = known(run, seen)
         if not experience.complete:
             refuse_unsupported(traced)
-        gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
+        except CheckpointError as error:
+            raise RuntimeError(
+                "a checkpointed part of the closure was not the same when it ran again; "
+                "with an LSTM in it, set torch.backends.mkldnn.enabled = False"
+            ) from error
         reached = [gradient is not None for gradient in gradients]
         return traced, seen, experience, metric, reached, parameters.flatten(gradients)
 

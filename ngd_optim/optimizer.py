@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.carried import Carried
-from ngd_optim.closure import Closure, ReplayedClosure, rewound_on_error, twice_differentiable
+from ngd_optim.closure import Closure, ReplayedClosure, replayed, rewound_on_error, twice_differentiable
 from ngd_optim.curvature import Curvature
 from ngd_optim.damping import Damping, DampingLimit, damping_range
 from ngd_optim.descent import Descent
@@ -234,8 +234,8 @@ class NaturalCG(Optimizer):
         settings = shared_settings(self.param_groups)
         parameters, lr = FlatParameters(self.param_groups), self._per_group("lr")
         last = Carried(parameters, self.state)
-        runs = _replayed(closure, parameters)
-        others = [] if curvature_closure is None else _replayed(curvature_closure, parameters)
+        runs = replayed(closure, parameters.tensors)
+        others = [] if curvature_closure is None else replayed(curvature_closure, parameters.tensors)
         with parameters.restored_on_error(), rewound_on_error([*runs, *others]), twice_differentiable():
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
             preconditioning = preconditioning_of(
@@ -387,13 +387,3 @@ def _require(flags: Sequence[bool], what: str) -> None:
             f"{what} depends on none of the optimizer's parameters; was the model copied or built anew after the "
             "optimizer was made?"
         )
-
-
-def _replayed(closure: Any, parameters: FlatParameters) -> list[ReplayedClosure]:
-    closures = list(closure) if isinstance(closure, list | tuple) else [closure]
-    if not closures:
-        raise ValueError("step() needs at least one closure, got an empty list")
-    for function in closures:
-        if not callable(function):
-            raise TypeError(f"step() needs a closure that computes the loss, or a list of them, got {function!r}")
-    return [ReplayedClosure(function, parameters.tensors) for function in closures]

@@ -34,8 +34,8 @@ _CALL = 2**15
 """Bytes that are computed in the time of a call."""
 
 _LONG = 400
-"""Operations. It takes as long as some forty products to note so many small ones, and what a replay of them saves where
-autograd's engine pushes through a graph that is there is next to nothing.
+"""Operations. To note so many small ones pays after some forty products only: where autograd's engine pushes through a
+graph that is there, it is almost as fast as a replay.
 """
 
 _REFUSED = {
@@ -65,8 +65,9 @@ class Experience:
     replays: bool = False
 
     def fall_back(self, reason: str) -> None:
-        """Form the products by the other backend from now on."""
+        """Form the products by the other backend from now on, whose recordings have not been compared with anything."""
         self.backend, self.spare = "torch.func" if self.spare else "double-backward", False
+        self.replays = False
         logger.info("products by %s, because %s", self.backend, reason)
 
     def form_directly(self, reason: str) -> None:
