@@ -44,7 +44,7 @@ docs: $(READY)  ## build the site in site/, to read offline
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
 readme: $(READY)  ## write the tables of what works into README and docs
-	$(BIN)/python tests/what_works.py
+	PYTHONPATH=tests $(BIN)/python -m helpers.what_works
 
 clean:  ## remove the environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site

@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmin.function import ScalarFunction
 
 import ngd_optim
-from ngd_optim.closure import ReplayedClosure
-from ngd_optim.linearization import Linearization, linearize_closure
+from ngd_optim.linearization.checks import Experience
+from ngd_optim.linearization.linearize import Linearization, linearize_closure
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.verify import Experience
+from ngd_optim.tracing.closure import ReplayedClosure
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ngd_optim"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.closure import ReplayedClosure
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.tracing.closure import ReplayedClosure
 
 
 class GradientHooks:

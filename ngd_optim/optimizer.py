@@ -10,21 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.carried import Carried
-from ngd_optim.closure import Closure, ReplayedClosure, replayed, rewound_on_error, twice_differentiable
-from ngd_optim.curvature import Curvature
-from ngd_optim.damping import Damping, DampingLimit, damping_range
-from ngd_optim.descent import Descent
+from ngd_optim.curvature.metric import Curvature
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
-from ngd_optim.layers import Layer
-from ngd_optim.linearization import Linearization, Observer, linearize_mean, unseen
+from ngd_optim.jacobian.layers import Layer
+from ngd_optim.linearization.checks import Experience, Signature
+from ngd_optim.linearization.linearize import Linearization, Observer, linearize_mean, unseen
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
-from ngd_optim.quadratic_model import QuadraticModel
+from ngd_optim.preconditioners.base import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_saved, check_settings, plain_numbers, shared_settings
-from ngd_optim.solvers import (
+from ngd_optim.solvers.direct import (
     ConjugateGradients,
     DampingScale,
     Solver,
@@ -33,8 +29,12 @@ from ngd_optim.solvers import (
     curvature_diagonal,
     direct_solver,
 )
-from ngd_optim.trust_region import MaxKL, TrustRegion, chosen_max_kl
-from ngd_optim.verify import Experience, Signature
+from ngd_optim.solvers.quadratic_model import QuadraticModel
+from ngd_optim.step.damping import Damping, DampingLimit, damping_range
+from ngd_optim.step.descend import Descent
+from ngd_optim.step.last_step import Carried
+from ngd_optim.step.trust_region import MaxKL, TrustRegion, chosen_max_kl
+from ngd_optim.tracing.closure import Closure, ReplayedClosure, replayed, rewound_on_error, twice_differentiable
 
 Closures = Closure | Sequence[Closure]
 

@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ngd_optim.curvature import Curvature
-from ngd_optim.preconditioners import PreconditionerName
-from ngd_optim.sketches import Diagonal, Nystrom
-from ngd_optim.solvers import DampingScale, SolverName
-from ngd_optim.trust_region import TrustRegion
+from ngd_optim.curvature.metric import Curvature
+from ngd_optim.preconditioners.base import PreconditionerName
+from ngd_optim.preconditioners.nystrom import Diagonal, Nystrom
+from ngd_optim.solvers.direct import DampingScale, SolverName
+from ngd_optim.step.trust_region import TrustRegion
 
 PER_GROUP = ("lr", "damping", "weight_decay")
 """Settings that may differ between parameter groups."""

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
-from ngd_optim import verify
+from ngd_optim.linearization import checks as verify
 
 
 def _declare_missing_torchvision_schemas() -> torch.library.Library | None:

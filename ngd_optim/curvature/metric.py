@@ -1,0 +1,240 @@
+"""What the curvature is: a metric at the model's outputs, or the Hessian of a scalar; and how far a KL has gone."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ngd_optim.curvature import kl as distributions
+from ngd_optim.curvature.vector_products import (
+    Map,
+    hessian,
+    hessian_by_forward_mode,
+    pull_back,
+    push_by_double_backward,
+    push_forward,
+)
+from ngd_optim.tracing.closure import Evaluation, ReplayedClosure
+
+Tensors = Sequence[Tensor]
+Curvature = Literal["auto", "fisher", "ggn", "hessian"]
+Kind = Literal["fisher", "ggn", "hessian"]
+Backend = Literal["torch.func", "double-backward"]
+
+_LARGEST_KL_AT_START = 1e-3
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """A metric that lives at the model's outputs: the curvature is ``Jᵀ H_z J`` with ``J = ∂z/∂θ``.
+
+    Attributes:
+        outputs: the outputs ``z``, tensors of any shapes, with their graph.
+        weigh: ``u ↦ H_z u`` for tangents shaped like the outputs.
+        select: finds the same outputs in another evaluation of the closure.
+        kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the parameters around the
+            outputs counts as well.
+    """
+
+    outputs: Tensors
+    weigh: Map
+    select: Callable[[Evaluation], Tensors]
+    kind: Kind
+
+    def push(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
+        """``v ↦ J v``."""
+        if backend == "torch.func":
+            return push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
+        return push_by_double_backward(self.outputs, params)
+
+    def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
+        """``v ↦ Jᵀ H_z J v``, one tensor per parameter."""
+        push, pull = self.push(run, params, backend), pull_back(self.outputs, params)
+        return lambda v: pull(self.weigh(push(v)))
+
+
+@dataclass(frozen=True)
+class ScalarMetric:
+    """The Hessian of a scalar in the parameters: a KL that the closure returned, or the loss itself.
+
+    Attributes:
+        scalar: 0-dim, with its graph.
+        select: finds the same scalar in another evaluation of the closure.
+        kind: ``"fisher"`` for a KL, ``"hessian"`` for the loss.
+    """
+
+    scalar: Tensor
+    select: Callable[[Evaluation], Tensor]
+    kind: Kind
+
+    @property
+    def outputs(self) -> Tensors:
+        """What depends on the parameters."""
+        return [self.scalar]
+
+    def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
+        """``v ↦ (∂² scalar / ∂θ²) v``, one tensor per parameter."""
+        if backend == "torch.func":
+            return hessian_by_forward_mode(lambda *stand_ins: self.select(run(stand_ins)), params)
+        return hessian(self.scalar, params)
+
+
+def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | ScalarMetric:
+    """The metric that the closure offers and ``curvature`` asks for.
+
+    Raises:
+        ValueError: the closure does not offer it, or what it returned has no graph.
+        NotImplementedError: torch has no closed-form KL for a distribution; the message names the way out.
+    """
+    if curvature == "fisher" and evaluation.metric is None:
+        raise ValueError("curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)")
+    if curvature in ("auto", "fisher") and evaluation.metric is not None:
+        return _hessian_of_kl(evaluation) if isinstance(evaluation.metric, Tensor) else fisher(evaluation)
+    if curvature in ("auto", "ggn"):
+        metric = gauss_newton(evaluation)
+        if metric is not None:
+            return metric
+        if curvature == "ggn":
+            raise ValueError(
+                "curvature='ggn' needs a loss that comes from a recognised loss function of torch.nn.functional, such "
+                "as cross_entropy or mse_loss, called in the closure on the model's output"
+            )
+    return ScalarMetric(evaluation.loss, lambda other: other.loss, "hessian")
+
+
+def kl_of(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
+    """``other ↦`` mean KL from the prediction here to another evaluation's, in nats per sample; None if unknown."""
+    metric = evaluation.metric
+    if metric is None:
+        return lambda other: None
+    if isinstance(metric, Tensor):
+        return _returned_kl
+    try:
+        old = [_frozen(head) for head in distributions.heads(metric)]
+    except NotImplementedError:
+        return lambda other: None
+
+    def kl(other: Evaluation) -> Tensor | None:
+        pairs = zip(old, distributions.heads(other.metric), strict=True)
+        try:
+            return sum_of(distributions.mean_kl(before, after) for before, after in pairs)
+        except NotImplementedError:
+            return None
+
+    return kl
+
+
+def fisher(evaluation: Evaluation) -> OutputMetric:
+    """The Fisher information of the returned distributions: the Hessian of the mean KL(old ‖ new), summed over heads.
+
+    Source: Amari (1998); Schulman et al. (2015), appendix C.
+
+    Raises:
+        ValueError: a distribution does not depend on anything that requires a gradient.
+        NotImplementedError: torch has no closed-form KL for it; the message names the way out.
+    """
+    heads = list(distributions.heads(evaluation.metric))
+    if not heads:
+        raise TypeError("the metric that the closure returns holds no distribution")
+    values = [distributions.parameters(head) for head in heads]
+    for head, of_head in zip(heads, values, strict=True):
+        distributions.mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
+        if not any(value.requires_grad for value in of_head.values()):
+            raise ValueError(
+                f"the parameters of the returned {type(head).__name__} are detached from the graph; return the "
+                "distribution as the model computed it, not under no_grad"
+            )
+    learned = [(i, name) for i, of_head in enumerate(values) for name, value in of_head.items() if value.requires_grad]
+
+    def select(other: Evaluation) -> Tensors:
+        others = [distributions.parameters(head) for head in distributions.heads(other.metric)]
+        return [others[i][name] for i, name in learned]
+
+    moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
+    for i, name in learned:
+        moving[i][name] = moving[i][name].clone().requires_grad_()
+    with torch.enable_grad():
+        divergence = sum_of(
+            distributions.local_divergence(_frozen(head), distributions.rebuild(head, of_head))
+            for head, of_head in zip(heads, moving, strict=True)
+        )
+    return OutputMetric(
+        outputs=[values[i][name] for i, name in learned],
+        weigh=hessian(divergence, [moving[i][name] for i, name in learned]),
+        select=select,
+        kind="fisher",
+    )
+
+
+def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
+    """The generalised Gauss-Newton metric: the Hessian of all that the loss does after the model's outputs.
+
+    Weights, reductions, label smoothing and sums of several losses are followed by autograd (Schraudolph 2002). None if
+    the loss depends on no recognised loss function's input.
+    """
+    candidates = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
+    if not candidates:
+        return None
+    reached = torch.autograd.grad(
+        evaluation.loss, [evaluation.outputs[i] for i in candidates], retain_graph=True, allow_unused=True
+    )
+    used = [i for i, gradient in zip(candidates, reached, strict=True) if gradient is not None]
+    if not used:
+        return None
+
+    def select(other: Evaluation) -> Tensors:
+        if len(other.outputs) != len(evaluation.outputs):
+            raise RuntimeError(
+                f"the closure saw {len(evaluation.outputs)} model outputs at loss functions in one run and "
+                f"{len(other.outputs)} in the next; it must compute the same thing each time that it runs"
+            )
+        return [other.outputs[i] for i in used]
+
+    outputs = select(evaluation)
+    return OutputMetric(outputs, hessian(evaluation.loss, outputs), select, "ggn")
+
+
+def penalty_of(run: ReplayedClosure, params: Tensors) -> Map | None:
+    """The Hessian of what the loss takes from the parameters around the outputs, such as a weight penalty, if any."""
+    loss = run(cut=True).loss
+    if not loss.requires_grad:
+        return None
+    reached = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return None if all(gradient is None for gradient in reached) else hessian(loss, params)
+
+
+def sum_of(scalars: Iterable[Tensor]) -> Tensor:
+    """The sum of some one-element tensors, 0-dim."""
+    return torch.stack([scalar.reshape(()) for scalar in scalars]).sum()
+
+
+def _frozen(head: Distribution) -> Distribution:
+    return distributions.rebuild(head, {k: v.detach() for k, v in distributions.parameters(head).items()})
+
+
+def _returned_kl(other: Evaluation) -> Tensor | None:
+    kl = other.metric.detach().reshape(())
+    if kl != 0:
+        return kl
+    warnings.warn(
+        "the returned kl is exactly zero after the step as well: the closure compares the prediction with itself, so "
+        "max_kl bounds only the KL's quadratic model; measure it from a prediction that was kept before the step",
+        stacklevel=2,
+    )
+    return None
+
+
+def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
+    kl = evaluation.metric.reshape(())
+    if not kl.requires_grad:
+        raise ValueError("the returned kl has no graph to differentiate: it was detached or computed under no_grad")
+    if abs(kl.item()) > _LARGEST_KL_AT_START:
+        raise ValueError(
+            f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; measure it from a detached "
+            "copy of the current prediction"
+        )
+    return ScalarMetric(kl, lambda other: other.metric.reshape(()), "fisher")

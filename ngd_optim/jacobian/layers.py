@@ -1,0 +1,167 @@
+"""Where a closure's graph uses its weights.
+
+A parameter may enter the graph as a factor of a matrix product or as the kernel of a convolution. Its gradient is then
+a sum of outer products ``Σₙ lₙ rₙᵀ`` of what comes back from the output and what went in. The autograd graph shows all
+such uses, whatever code made them: modules, functional calls, attention, recurrent cells, the derivatives of a network
+in a PDE residual.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ngd_optim.autograd_graph import leaf, nodes
+
+_TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
+_SAME_VALUES = {*_TRANSPOSES, "AliasBackward0", "ToCopyBackward0"}
+
+
+class Layer(NamedTuple):
+    """A weight, seen as matrices with one pair of factors each, and the bias that shares them.
+
+    Attributes:
+        weight, bias: indexes of parameters.
+        flipped: whether the matrix is the weight's transpose: that of ``x @ weight + bias``.
+        groups: how many matrices: those of a convolution.
+    """
+
+    weight: int
+    bias: int | None
+    flipped: bool
+    groups: int
+
+    def shape(self, params: Sequence[Tensor]) -> tuple[int, int, int]:
+        """That of :meth:`join`: (groups, rows, columns)."""
+        n_out, *rest = params[self.weight].shape
+        rows, columns = n_out // self.groups, math.prod(rest)
+        rows, columns = (columns, rows) if self.flipped else (rows, columns)
+        return self.groups, rows, columns + (self.bias is not None)
+
+    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Tensors shaped like the parameters → (groups, rows, columns), with the bias as last column."""
+        matrix = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        matrix = matrix.mT if self.flipped else matrix
+        return matrix if bias is None else torch.cat([matrix, bias.reshape(self.groups, -1, 1)], -1)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inverse of :meth:`join`, but for the shapes."""
+        weight, bias = (matrix, None) if self.bias is None else (matrix[..., :-1], matrix[..., -1])
+        return (weight.mT if self.flipped else weight), bias
+
+
+class Use(NamedTuple):
+    """A node of the graph that uses a weight.
+
+    Attributes:
+        node: its gradient function.
+        layer: the weight.
+        adds_bias: whether the layer's bias is added here.
+        length: ``n``, how many rows there are.
+        rows: makes of the gradient at the node ``l`` and ``r`` for the weight as it is, not flipped: (groups, n, rows
+            of the weight) and (groups, n, columns).
+    """
+
+    node: Node
+    layer: Layer
+    adds_bias: bool
+    length: int
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def zeros(self) -> Tensor:
+        """The gradient at the node where nothing comes back."""
+        out = self.node._input_metadata[0]  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.zeros(out.shape, dtype=out.dtype, device=out.device)
+
+
+def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
+    """Every use of a parameter in a matrix product or a convolution, in the graph that leads to some tensors."""
+    index = {id(p): i for i, p in enumerate(params)}
+    uses = (_use(node, index, params) for node in nodes(roots))
+    found = [use for use in uses if use is not None and params[use.layer.weight].numel()]
+    layers: dict[int, Layer] = {}
+    taken: set[int | None] = {None}
+    for use in sorted(found, key=lambda use: use.layer.bias is None):
+        layer = use.layer if use.layer.bias not in taken else use.layer._replace(bias=None)
+        taken.add(layers.setdefault(layer.weight, layer).bias)
+    return [
+        use._replace(layer=layer, adds_bias=use.layer == layer)
+        for use in found
+        if (layer := layers[use.layer.weight]).groups == use.layer.groups
+    ]
+
+
+def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    if node._input_metadata and node._input_metadata[0].dtype.is_complex:
+        return None
+    if node.name() in ("AddmmBackward0", "MmBackward0"):
+        return _matrix_product(node, index, params)
+    if node.name() == "ConvolutionBackward0" and not node._saved_transposed:
+        return _convolution(node, index, params)
+    return None
+
+
+def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    """``a b`` or ``bias + a b``, with a parameter or its transpose as one of ``a`` and ``b``."""
+    *bias_node, a_node, b_node = (parent for parent, _ in node.next_functions)
+    (a, a_transposed), (b, b_transposed) = _parameter(a_node, index), _parameter(b_node, index)
+    if (a is None) == (b is None) or (bias_node and not node._saved_alpha == node._saved_beta == 1):
+        return None
+    shape = node._input_metadata[0].shape
+    if a is not None:
+
+        def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+            pair = gradient.mT, node._saved_mat2.to_dense().mT
+            return pair[a_transposed][None], pair[not a_transposed][None]
+
+        layer = Layer(a, None, flipped=False, groups=1)
+        return Use(node, layer, adds_bias=False, length=shape[1], rows=rows)
+    assert b is not None
+
+    def rows_of_second(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        pair = gradient, (node._saved_mat1 if bias_node else node._saved_self).to_dense()
+        return pair[not b_transposed][None], pair[b_transposed][None]
+
+    bias, _ = _parameter(bias_node[0], index) if bias_node else (None, False)
+    if bias is not None and params[bias].shape != params[b].shape[not b_transposed :][:1]:
+        bias = None
+    layer = Layer(b, bias, flipped=not b_transposed, groups=1)
+    return Use(node, layer, adds_bias=bias is not None, length=shape[0], rows=rows_of_second)
+
+
+def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    (weight, transposed), (bias, _) = (_parameter(parent, index) for parent, _ in node.next_functions[1:])
+    if weight is None or transposed:
+        return None
+    groups = node._saved_groups
+
+    def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        patches = F.pad(node._saved_input, [side for size in reversed(node._saved_padding) for side in (size, size)])
+        sizes = zip(params[weight].shape[2:], node._saved_stride, node._saved_dilation, strict=True)
+        for dim, (size, stride, dilation) in enumerate(sizes, start=2):
+            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        spatial = gradient.ndim - 2
+        back = gradient.unflatten(1, (groups, -1)).flatten(3).movedim(1, 0).mT
+        # (batch, channels, *positions, *kernel) → (groups, batch, positions, channels of a group × kernel)
+        into = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial).flatten(4).permute(1, 0, 3, 2, 4)
+        return back.flatten(1, 2), into.flatten(3).flatten(1, 2)
+
+    layer = Layer(weight, bias, flipped=False, groups=groups)
+    positions = math.prod(node._input_metadata[0].shape) // params[weight].shape[0]
+    return Use(node, layer, adds_bias=bias is not None, length=positions, rows=rows)
+
+
+def _parameter(node: Any, index: Mapping[int, int]) -> tuple[int | None, bool]:
+    """The parameter behind an argument of an operation, and whether it, a matrix, is transposed on the way."""
+    transposed = False
+    while node is not None and node.name() in _SAME_VALUES:
+        if node.name() in _TRANSPOSES:
+            if len(node._input_metadata[0].shape) != 2:
+                return None, False
+            transposed ^= node.name() != "PermuteBackward0" or node._saved_dims[0] % 2 == 1  # −1 is saved unsigned
+        node = node.next_functions[0][0]
+    return index.get(id(leaf(node))), transposed

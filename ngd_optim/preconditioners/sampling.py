@@ -1,0 +1,67 @@
+"""Draw vectors at the model's outputs whose covariance is the metric there."""
+
+import torch
+from torch import Tensor
+
+from ngd_optim.curvature.metric import OutputMetric
+
+_PROBES = 4
+_AGREES = 1e-2
+
+
+@torch.no_grad()
+def draw(metric: OutputMetric, generator: torch.Generator) -> list[Tensor]:
+    """Random ``u``, shaped like the outputs, with ``E[u uᵀ] = H_z``.
+
+    Two kinds of metric are known by what they do to a random vector: diagonal ones (least squares, independent
+    likelihoods) and those of a softmax, ``w (diag p − p pᵀ)`` along one dimension, where a class is drawn from the
+    predictive distribution. Of any other, only the diagonal counts, as estimated from a few probes (Hutchinson 1990).
+    """
+    # Normal numbers, and not signs: a metric that turns them into zero is zero.
+    probes = [_normal(z, generator) for z in metric.outputs]
+    images = metric.weigh(probes)
+    sums = metric.weigh([torch.ones_like(z) for z in metric.outputs])
+    draws: list[Tensor | None] = []
+    for z, v, image, total in zip(metric.outputs, probes, images, sums, strict=True):
+        if _close(v * total, image):
+            draws.append(v.sign() * total.clamp(min=0).sqrt())
+        else:
+            draws.append(_of_softmax(z.detach(), v, image, generator))
+    if any(u is None for u in draws):
+        roots = [d.clamp(min=0).sqrt() for d in _diagonals(metric, generator)]
+        draws = [v.sign() * root if u is None else u for u, v, root in zip(draws, probes, roots, strict=True)]
+    return [u for u in draws if u is not None]
+
+
+def _of_softmax(z: Tensor, v: Tensor, image: Tensor, generator: torch.Generator) -> Tensor | None:
+    """A draw for ``w (diag p − p pᵀ)``, if that is what turned ``v`` into ``image``."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    for dim in dict.fromkeys((z.ndim - 1, min(1, z.ndim - 1), 0)):
+        p = z.softmax(dim, dtype)
+        centred = v - (p * v).sum(dim, keepdim=True)
+        variance = (p * centred.square()).sum(dim, keepdim=True)
+        weight = torch.where(variance > 0, (centred * image).sum(dim, keepdim=True) / variance, 0)
+        if _close(weight * p * centred, image):
+            flat = p.movedim(dim, -1).reshape(-1, p.shape[dim]).to(generator.device, torch.float32)
+            drawn = torch.multinomial(flat, 1, generator=generator).to(p.device)
+            one = torch.zeros_like(p).movedim(dim, -1)
+            one = one.scatter(-1, drawn.view(*one.shape[:-1], 1), 1.0).movedim(-1, dim)
+            return (weight.clamp(min=0).sqrt() * (one - p)).to(z.dtype)
+    return None
+
+
+def _diagonals(metric: OutputMetric, generator: torch.Generator) -> list[Tensor]:
+    total = [torch.zeros_like(z) for z in metric.outputs]
+    for _ in range(_PROBES):
+        signs = [_normal(z, generator).sign() for z in metric.outputs]
+        for t, s, image in zip(total, signs, metric.weigh(signs), strict=True):
+            t.add_(s * image, alpha=1 / _PROBES)
+    return total
+
+
+def _normal(z: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(z.shape, generator=generator, device=generator.device).to(z)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= _AGREES * b.norm())

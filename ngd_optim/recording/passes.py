@@ -1,0 +1,249 @@
+"""Rewrites that make a recorded program shorter and cheaper without changing what it computes."""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.recording.aten import facts
+from ngd_optim.recording.program import Meta, Operation, Sharing, note_last_uses, without_dead_code
+
+_aten = torch.ops.aten
+_MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}
+_FUSED = set(_MATMUL_AND_ADD.values())
+
+
+def optimised(program: list[Operation], metas: list[Meta], output: int) -> tuple[list[Operation], list[Operation]]:
+    """A program that computes the same output slot from slot 0, with fewer and cheaper operations.
+
+    In two parts: the operations that only look at slot 0 in other ways, and what follows.
+    """
+    sharing = Sharing()
+    shifts = _shifts(program, metas)
+    program = _without_added_zeros(program, metas, output, sharing)
+    program = _without_copies(program, metas, sharing)
+    program = _without_chains_of_views(program, metas, output, shifts)
+    program = without_dead_code(program, metas, [output], sharing)
+    program = _with_fused_products(program, metas, output)
+    program = _with_constant_softmax(program, metas)
+    program = without_dead_code(program, metas, [output], sharing)
+    views, rest = _views_first(program)
+    _reuse_memory([*views, *rest], metas, output, sharing)
+    note_last_uses([*views, *rest], [output])
+    return views, rest
+
+
+def _views_first(program: list[Operation]) -> tuple[list[Operation], list[Operation]]:
+    views, rest, slots = [], [], {0}
+    for operation in program:
+        if facts(operation.function).shares_memory and slots.issuperset(operation.slots):
+            slots.update(slot for _, slot in operation.outputs)
+            views.append(operation)
+        else:
+            rest.append(operation)
+    return views, rest
+
+
+def _rename(operation: Operation, same: dict[int, int]) -> None:
+    """Let an operation read other slots in place of some."""
+    if not same.keys().isdisjoint(operation.slots):
+        operation.read([(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs])
+
+
+def _without_added_zeros(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> list[Operation]:
+    """``x + 0``, which derivatives make of what has no tangent, is ``x``, expanded.
+
+    If it has to be expanded, only where pointwise operations read it, which do not mind how it lies in memory.
+    """
+    particular = {output} | {slot for op in program if not facts(op.function).pointwise for slot in op.slots}
+    changed = {metas[slot].memory for op in program for slot in op.written}
+    zeros = {op.outputs[0][1] for op in program if op.function is _aten.zeros_like.default}
+    zeros = {slot for slot in zeros if metas[slot].memory not in changed}
+
+    def is_zero(operation: Operation, position: int) -> bool:
+        slots = [slot for place, key, slot in operation.inputs if place is operation.args and key == position]
+        other = operation.args[position]
+        return slots[0] in zeros if slots else isinstance(other, Tensor) and not other.any()
+
+    same: dict[int, int] = {}
+    kept = []
+    for operation in program:
+        _rename(operation, same)
+        kept.append(operation)
+        if operation.function is not _aten.add.Tensor or operation.kwargs or len(operation.args) != 2:
+            continue
+        result = operation.outputs[0][1]
+        for _, position, slot in operation.inputs:
+            meta = metas[slot]
+            if meta.dtype != metas[result].dtype or not is_zero(operation, 1 - position):
+                continue
+            untouched = changed.isdisjoint((meta.memory, metas[result].memory))
+            if untouched and meta.kind == metas[result].kind and result != output:
+                kept.pop()
+                same[result] = slot
+                sharing.join(metas[result].memory, meta.memory)
+            elif result not in particular:
+                shape = metas[result].shape
+                operation.function, operation.args = _aten.expand.default, [None, list(shape)]
+                operation.read([(operation.args, 0, slot)])
+                sharing.join(metas[result].memory, meta.memory)
+                expanded = torch.empty_strided(meta.shape, meta.stride, device="meta").expand(shape)
+                metas[result] = metas[result]._replace(stride=expanded.stride())
+            break
+    return kept
+
+
+def _without_copies(program: list[Operation], metas: list[Meta], sharing: Sharing) -> list[Operation]:
+    """A fresh tensor that is only filled with a copy of another is that other."""
+    written = Counter(metas[slot].memory for op in program for slot in op.written)
+    fresh = {op.outputs[0][1] for op in program if op.function is _aten._new_zeros_with_same_feature_meta.default}
+    same: dict[int, int] = {}
+    kept = []
+    for operation in program:
+        _rename(operation, same)
+        if operation.function is _aten.copy_.default and len(operation.inputs) == 2 and operation.slots[0] in fresh:
+            target, source = operation.slots
+            untouched = written[metas[target].memory] == 1 and metas[source].memory not in written
+            if untouched and metas[target].kind == metas[source].kind:
+                same[target] = source
+                sharing.join(metas[target].memory, metas[source].memory)
+                continue
+        kept.append(operation)
+    return kept
+
+
+def _shifts(program: list[Operation], metas: list[Meta]) -> dict[int, int]:
+    """How far views begin after what they are views of."""
+    views = [op for op in program if facts(op.function).shares_memory and len(op.inputs) == 1]
+    return {slot: metas[slot].offset - metas[op.slots[0]].offset for op in views for _, slot in op.outputs}
+
+
+def _without_chains_of_views(
+    program: list[Operation], metas: list[Meta], output: int, shifts: dict[int, int]
+) -> list[Operation]:
+    """A view of a view is one view of the tensor below; one that lies as another is that one.
+
+    How the vector itself lies is known only when it comes.
+    """
+    if any(facts(op.function).shares_memory and op.writes for op in program):
+        return program  # a tensor was turned into a view of itself
+    root: dict[int, int] = {0: 0}
+    found: dict[Any, int] = {}
+    same: dict[int, int] = {}
+    kept = []
+    for operation in program:
+        _rename(operation, same)
+        if not facts(operation.function).shares_memory or len(operation.inputs) != 1:
+            kept.append(operation)
+            continue
+        (source,) = operation.slots
+        below = root.get(source, source)
+        root.update({slot: below for _, slot in operation.outputs})
+        if below == 0 or any(metas[slot].kind[2:] != metas[below].kind[2:] for _, slot in operation.outputs):
+            kept.append(operation)
+            continue
+        found[(below, *metas[below].place)] = below
+        for _, slot in operation.outputs:
+            metas[slot] = metas[slot]._replace(offset=metas[source].offset + shifts.get(slot, 0))
+            place = below, *metas[slot].place
+            if place in found and slot != output:
+                same[slot] = found[place]
+            else:
+                found[place] = slot
+                args = [None, *metas[slot].place]
+                kept.append(Operation(_aten.as_strided.default, args, {}, [(args, 0, below)], [(None, slot)]))
+    return kept
+
+
+def _with_fused_products(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
+    """``x + A B`` in one operation, where nothing else needs ``A B``."""
+    uses = Counter([output, *(slot for operation in program for slot in operation.slots)])
+    products = {op.outputs[0][1]: op for op in program if op.function in _MATMUL_AND_ADD}
+    for operation in program:
+        if operation.function is not _aten.add.Tensor or operation.kwargs or len(operation.args) != 2:
+            continue
+        for place, position, slot in reversed(operation.inputs):
+            product = products.get(slot)
+            same_layout = metas[slot].kind == metas[operation.outputs[0][1]].kind
+            if product is None or not same_layout or place is not operation.args or uses[slot] > 1:
+                continue
+            added = operation.args[1 - position]
+            added_slots = [s for _, key, s in operation.inputs if key == 1 - position]
+            operation.function = _MATMUL_AND_ADD[product.function]
+            operation.args = [added, *product.args]
+            inputs = [(operation.args, 0, s) for s in added_slots]
+            operation.read(inputs + [(operation.args, key + 1, s) for _, key, s in product.inputs])
+            break
+    return program
+
+
+def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> None:
+    """Let a pointwise operation, or a fused product, write its result over an argument that ends there."""
+
+    def memory(slot: int) -> int:
+        return sharing.of(metas[slot].memory)
+
+    end = len(program)
+    last = {memory(slot): i for i, op in enumerate(program) for slot in [*op.slots, *(s for _, s in op.outputs)]}
+    last |= {memory(0): end, memory(output): end}
+    for index, operation in enumerate(program):
+        fused = operation.function in _FUSED
+        if operation.writes or operation.kwargs or not (fused or facts(operation.function).pointwise):
+            continue
+        variant, result = _out_variant(operation.function), operation.outputs[0][1]
+        meta = metas[result]
+        used = Counter(memory(slot) for slot in operation.slots)
+        for place, position, slot in operation.inputs:
+            over = memory(slot)
+            ends_here = last[over] == index and used[over] == 1
+            alike = metas[slot].kind == meta.kind and metas[slot].offset == meta.offset
+            if variant is None or not (ends_here and alike) or place is not operation.args or (fused and position != 0):
+                continue
+            operation.function, name = variant
+            operation.kwargs = {name: None}
+            operation.read([*operation.inputs, (operation.kwargs, name, slot)])
+            last[over] = last[memory(result)]
+            sharing.join(memory(result), over)
+            break
+
+
+@cache
+def _out_variant(function: Any) -> tuple[Any, str] | None:
+    """The overload that writes its result to a given tensor, and that argument's name."""
+    packet = function.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        arguments = overload._schema.arguments
+        outs = [a.name for a in arguments if a.is_out]
+        if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+            return overload, outs[0]
+    return None
+
+
+def _with_constant_softmax(program: list[Operation], metas: list[Meta]) -> list[Operation]:
+    """``g − softmax · Σ g`` with the softmax computed once: of the cost of cross-entropy, the larger part."""
+    kept = []
+    for operation in program:
+        kept.append(operation)
+        if operation.function is not _aten._log_softmax_backward_data.default or len(operation.inputs) != 1:
+            continue
+        (place, key, slot), result = operation.inputs[0], operation.outputs[0][1]
+        _, log_softmax, dim, _ = operation.args
+        one_dtype = metas[slot].dtype == metas[result].dtype == log_softmax.dtype
+        if place is not operation.args or key != 0 or not one_dtype:
+            continue
+        total = len(metas)
+        shape = torch.Size(1 if d == dim % log_softmax.ndim else n for d, n in enumerate(log_softmax.shape))
+        like = torch.empty(shape, device="meta")
+        memory = 1 + max(meta.memory for meta in metas)
+        metas.append(Meta(shape, like.stride(), metas[slot].dtype, (False, False), 0, memory))
+        args = [None, [dim], True]
+        kept[-1] = Operation(_aten.sum.dim_IntList, args, {}, [(args, 0, slot)], [(None, total)])
+        args = [None, log_softmax.exp(), None]
+        kept.append(
+            Operation(_aten.addcmul.default, args, {"value": -1}, [(args, 0, slot), (args, 2, total)], [(None, result)])
+        )
+    return kept

@@ -1,0 +1,165 @@
+"""Record what a linear map does to a vector, once, and replay it on others.
+
+A curvature product runs the model in forward mode, weighs, and pulls back. Only a part of that work depends on the
+vector: the rest, the primal pass above all, is the same for every product at a point. The recording keeps the aten
+operations that depend on the vector, with everything else as constants.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.recording.aten import Mode, facts, tensors_of, written
+from ngd_optim.recording.memory import Memory, Recall
+from ngd_optim.recording.passes import optimised
+from ngd_optim.recording.program import Meta, Operation, run
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+class CannotReplayError(RuntimeError):
+    """An operation that depends on the vector would not do the same again."""
+
+
+class Recording:
+    """``v ↦ function(v)`` for a linear function of a flat vector, replayed without its code, autograd or primal pass.
+
+    Args:
+        function: linear; everything that it uses beside the vector must stay as it is while the recording is used.
+        v: the vector that it is recorded on.
+        memory: of an earlier run of what the function does beside the vector, or None.
+
+    Attributes:
+        length: how many operations a replay takes.
+        bytes: how much they compute.
+
+    Raises:
+        CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor, memory: Memory | None = None) -> None:
+        v = v.detach()
+        recall = Recall(memory or Memory())
+        recorder = Recorder(v, recall)
+        with torch.no_grad(), recorder:
+            result = function(v)
+        recall.fulfil_all()
+        self._result: Tensor | None = result
+        self._output = recorder.slot_of(result)
+        self._views, self._program = [], []
+        if self._output is not None:
+            self._views, self._program = optimised(recorder.program, recorder.metas, self._output)
+        self._values: list[Any] = [None] * len(recorder.metas)
+        self.length = len(self._program)
+        computed = [op for op in self._program if not facts(op.function).shares_memory]
+        self.bytes = sum(recorder.metas[slot].bytes for op in computed for _, slot in op.outputs)
+        self._seen: tuple[Tensor | None, int] = (None, 0)
+        self._zero = torch.zeros_like(result) if self._output is None else None
+
+    def take_result(self) -> Tensor:
+        """``function(v)``, computed on the way; it is handed over once."""
+        result, self._result = self._result, None
+        assert result is not None
+        return result
+
+    @torch.no_grad()
+    def __call__(self, v: Tensor) -> Tensor:
+        """The function's value at another vector.
+
+        A vector that comes again, with other values in it, is looked at in the same ways.
+        """
+        if self._output is None:
+            assert self._zero is not None
+            return self._zero.clone()  # linear, and the same for every vector
+        if self._seen[0] is not v or self._seen[1] != v.data_ptr():
+            self._seen = v, v.data_ptr()
+            self._values[0] = v
+            run(self._views, self._values)
+        values = self._values.copy()
+        run(self._program, values)
+        return values[self._output]
+
+
+class Recorder(Mode):
+    """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
+
+    It holds none of them: they are freed as they would be without a recording. What it notes of tensors and storages
+    are attributes of theirs, because dictionaries of weak references take longer than the operations.
+    """
+
+    def __init__(self, v: Tensor, recall: Recall) -> None:
+        super().__init__()
+        self._recall = recall
+        self._mark = object()
+        self._memories = 0
+        self.program: list[Operation] = []
+        self.metas: list[Meta] = []
+        self._new_slot(v)
+
+    def slot_of(self, tensor: Tensor) -> int | None:
+        """The slot of a tensor, None if it does not depend on the vector."""
+        return self._noted(tensor, "_slot")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fact = facts(func)
+        if fact.asks_about_shapes:
+            return func(*args, **kwargs)
+        inputs: list[tuple[Any, Any, int]] = []
+        own_args = self._own(list(args), inputs)
+        own_kwargs = self._own(dict(kwargs), inputs) if kwargs else {}
+        if not inputs:
+            return self._recall.compute(func, args, kwargs)
+        if func in _ALIASES:
+            result = func(*args, **kwargs)
+            self._note(result, "_slot", inputs[0][2])
+            return result
+        if not fact.replayable and not (fact.by_constants and all(p is own_args and key == 0 for p, key, _ in inputs)):
+            raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
+        if fact.in_place and any(self._memory(t) is None for t in written(func, args, kwargs)):
+            raise CannotReplayError(f"{func} writes what depends on the vector to memory from elsewhere")
+        self._recall.fulfil(own_args, own_kwargs)
+        result = func(*args, **kwargs)
+        slots = [(index, self._new_slot(tensor)) for index, tensor in tensors_of(result)]
+        self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
+        return result
+
+    def _own(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
+        """A copy of nested arguments with the tensors that depend on the vector taken out, and their places noted."""
+        for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
+            if isinstance(value, Tensor):
+                slot = self.slot_of(value)
+                if slot is not None:
+                    inputs.append((place, key, slot))
+                    place[key] = None
+            elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+                place[key] = self._own(list(value), inputs)
+        return place
+
+    def _new_slot(self, tensor: Tensor) -> int:
+        slot = self.slot_of(tensor)
+        if slot is not None:
+            return slot
+        memory = self._memory(tensor)
+        if memory is None:
+            memory = self._memories
+            self._memories += 1
+            self._note(tensor.untyped_storage(), "_memory", memory)
+        flags = (tensor.is_conj(), tensor.is_neg())
+        offset = int(tensor.storage_offset())
+        self.metas.append(Meta(tensor.shape, tensor.stride(), tensor.dtype, flags, offset, memory))
+        self._note(tensor, "_slot", len(self.metas) - 1)
+        return len(self.metas) - 1
+
+    def _memory(self, tensor: Tensor) -> int | None:
+        """A number for each piece of memory that depends on the vector, None for others."""
+        return self._noted(tensor.untyped_storage(), "_memory")
+
+    def _note(self, thing: Tensor | torch.UntypedStorage, name: str, number: int) -> None:
+        setattr(thing, name, (self._mark, number))
+
+    def _noted(self, thing: Tensor | torch.UntypedStorage, name: str) -> int | None:
+        mark, number = getattr(thing, name, (None, None))
+        return number if mark is self._mark else None

@@ -1,0 +1,272 @@
+"""How the linear system of a step is solved: by conjugate gradients, or exactly.
+
+A solver takes a :class:`~ngd_optim.solvers.quadratic_model.QuadraticModel` and gives a :class:`~ngd_optim.CGResult`.
+One that is exact keeps all that does not depend on the damping, so that another damping at the same point costs no new
+Jacobian.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ngd_optim.jacobian.square_root import NotSemidefiniteError, Root
+from ngd_optim.linalg.cg import CGResult, conjugate_gradient
+from ngd_optim.linearization.linearize import Linearization
+from ngd_optim.solvers.quadratic_model import QuadraticModel
+
+DampingScale = Literal["auto", "identity", "diagonal"]
+SolverName = Literal["auto", "cg", "dense", "sample"]
+
+
+class Solver(Protocol):
+    """Solves ``(F + W + diag(λ)) x = b`` at one point.
+
+    Attributes:
+        name: ``"cg"``, ``"dense"`` or ``"sample"``.
+        diagonal: that of ``F``, where the solver knows it.
+    """
+
+    @property
+    def name(self) -> SolverName: ...  # noqa: D102
+
+    @property
+    def diagonal(self) -> Tensor | None: ...  # noqa: D102
+
+    def solve(self, model: QuadraticModel) -> CGResult:
+        """The solution for a model with this point's curvature."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConjugateGradients:
+    """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
+
+    ``precondition`` forms the preconditioner for a model.
+    """
+
+    x0: Tensor
+    max_iters: int
+    tol: float
+    progress_tol: float
+    boundary: float | None
+    precondition: Callable[[QuadraticModel], Callable[[Tensor], Tensor] | None]
+    diagonal: Tensor | None = None
+    name: SolverName = "cg"
+
+    def solve(self, model: QuadraticModel) -> CGResult:
+        """By products with the curvature only."""
+        return conjugate_gradient(
+            model.system,
+            model.right_side,
+            x0=self.x0,
+            max_iters=self.max_iters,
+            tol=self.tol,
+            progress_tol=self.progress_tol,
+            boundary=self.boundary,
+            preconditioner=self.precondition(model),
+        )
+
+
+_FEW = 4096
+"""Direct solvers are chosen for so many unknowns at most: parameters or outputs, whichever are fewer."""
+
+_LARGEST_JACOBIAN = 2**30
+"""And for a Jacobian of so many bytes at most."""
+
+_NEEDS_OUTPUTS = (
+    "needs one closure in one process, with a recognised loss function or a returned distribution: no other loss, no "
+    "scalar KL, no list of closures, and no penalty on the weights within the loss (weight_decay is allowed)"
+)
+
+
+def choose_solver(name: SolverName, point: Linearization) -> SolverName:
+    """``"cg"``, ``"dense"`` or ``"sample"``.
+
+    ``"auto"`` is a direct solver for :func:`~ngd_optim.least_squares`, where the step is only as good as the solution:
+    ``"dense"``, or ``"sample"`` where there are fewer outputs than parameters. It is ``"cg"`` for every other loss, and
+    for what is too large.
+
+    Raises:
+        ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one model.
+    """
+    m, n = point.root_shape
+    if name == "sample" and not m:
+        raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
+    if not point.gradient.isfinite().all():
+        return "cg"  # which says so
+    if name != "auto":
+        return name
+    few = n if not m else min(m, n)
+    bytes_needed = point.gradient.element_size() * n * (m or n)
+    if not point.is_least_squares or few > _FEW or bytes_needed > _LARGEST_JACOBIAN:
+        return "cg"
+    return "sample" if m and m < n else "dense"
+
+
+def direct_solver(name: SolverName, point: Linearization) -> "Solver":
+    """The solver of that name, ``"dense"`` or ``"sample"``, at a point."""
+    if not point.root_shape[0]:
+        return Matrix(point.curvature, point.gradient)
+    try:
+        root = point.root()
+    except NotSemidefiniteError:
+        if name == "sample":
+            raise
+        return Matrix(point.curvature, point.gradient)
+    return SampleSpace(root) if name == "sample" else LeastSquares(root)
+
+
+def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
+    """The diagonal of ``F``, exactly; to be asked before any product.
+
+    Raises:
+        ValueError: neither the solver knows it nor the outputs tell.
+    """
+    if solver.diagonal is not None:
+        return solver.diagonal
+    if not point.root_shape[0]:
+        raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
+    return point.root().rows.square().sum(0)
+
+
+class LeastSquares:
+    """The damped least-squares problem ``min ‖A x + s‖² + xᵀ(W + λ)x + 2 xᵀrest`` by QR, for few parameters.
+
+    ``A`` is reduced to a triangle once; each damping then costs the QR of that triangle and a diagonal, as in MINPACK
+    (Moré 1978). The condition number is that of ``A``, where normal equations would square it.
+    """
+
+    name: SolverName = "dense"
+
+    def __init__(self, root: Root) -> None:
+        n = root.rows.shape[1]
+        self.root = root
+        self._factor = root.rows
+        self.diagonal = root.rows.square().sum(0)
+        triangle = torch.linalg.qr(torch.cat([root.rows, root.slope.unsqueeze(1)], 1), mode="r").R
+        self._triangle = triangle[:n]
+
+    def solve(self, model: QuadraticModel) -> CGResult:
+        """By orthogonal transformations."""
+        n = self.root.rows.shape[1]
+        shift = model.shift
+        damped = torch.cat([shift.sqrt().diag(), torch.zeros_like(shift).unsqueeze(1)], 1)
+        R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
+        R, c = R[:n, :n], R[:n, n:]
+        self._factor = R
+        rest = _beside(self.root, model)
+        if rest is not None:
+            c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
+        return _result(-torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.root.rows, model)
+
+    def pulled_back(self, u: Tensor) -> Tensor:
+        """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
+        right = (self.root.rows.T @ u).unsqueeze(1)
+        half = torch.linalg.solve_triangular(self._factor.mT, right, upper=False)
+        return torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
+
+
+class SampleSpace:
+    """The system in the space of the model's outputs, of which there are fewer than parameters.
+
+    ``x = −D⁻¹(rest + Aᵀ y)`` with ``(I + A D⁻¹ Aᵀ) y = s − A D⁻¹ rest`` and ``D = W + diag(λ)`` (Woodbury; Chen &
+    Heyl 2024, Rende et al. 2024).
+    """
+
+    name: SolverName = "sample"
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self._unit: Tensor | None = None
+        self._factor = self._gram = root.rows
+        self.diagonal = root.rows.square().sum(0)
+
+    def solve(self, model: QuadraticModel) -> CGResult:
+        """By the Cholesky factor of a matrix with a row for each output."""
+        A, s, _ = self.root
+        size = model.shift.mean()
+        unit = model.shift / size
+        if self._unit is None or not torch.allclose(unit, self._unit, rtol=1e-12, atol=0):
+            self._unit, self._gram = unit, _gram(A * unit.rsqrt())
+        rest = _beside(self.root, model)
+        pulled = None if rest is None else rest / model.shift
+        L, info = torch.linalg.cholesky_ex(self._gram + size * torch.eye(len(s)).to(s))
+        if info:
+            return _failed(model)
+        self._factor = L
+        x = self.pulled_back(s if pulled is None else s - A @ pulled)
+        return _result(-(x if pulled is None else x + pulled), A, model)
+
+    def pulled_back(self, u: Tensor) -> Tensor:
+        """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
+        assert self._unit is not None
+        return self.root.rows.T @ torch.cholesky_solve(u.unsqueeze(1), self._factor).squeeze(1) / self._unit
+
+
+class Matrix:
+    """The n×n matrix from products, for any curvature with few parameters."""
+
+    name: SolverName = "dense"
+
+    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        columns = torch.stack([product(unit) for unit in torch.eye(len(like)).to(like)])
+        self._matrix = (columns + columns.T) / 2
+        self.diagonal = self._matrix.diagonal()
+
+    def solve(self, model: QuadraticModel) -> CGResult:
+        """By its Cholesky factor; where it has none, more damping must come to the rescue."""
+        L, info = torch.linalg.cholesky_ex(self._matrix + model.shift.diag())
+        if info:
+            return _failed(model)
+        x = torch.cholesky_solve(model.right_side.unsqueeze(1), L).squeeze(1)
+        image = self._matrix @ x + model.shift * x
+        return _exact(x, model, image, torch.dot(x, image).item())
+
+
+def _gram(A: Tensor) -> Tensor:
+    """``A Aᵀ``, of which only a half is computed."""
+    if len(A) < 256:
+        return A @ A.T
+    half = len(A) // 2
+    K = A.new_empty(len(A), len(A))
+    K[:half, :half] = _gram(A[:half])
+    K[half:, half:] = _gram(A[half:])
+    torch.mm(A[half:], A[:half].T, out=K[half:, :half])
+    K[:half, half:] = K[half:, :half].T
+    return K
+
+
+def _beside(root: Root, model: QuadraticModel) -> Tensor | None:
+    """``−b − Aᵀs``: the part of the right-hand side that is not the residuals'; None where it is rounding."""
+    rest = -model.right_side - root.rows.T @ root.slope
+    noise = torch.finfo(rest.dtype).eps * math.sqrt(len(root.slope)) * root.rows.norm() * root.slope.norm()
+    return rest if rest.norm() > 10 * noise else None
+
+
+def _result(x: Tensor, A: Tensor, model: QuadraticModel) -> CGResult:
+    pushed = A @ x
+    image = A.T @ pushed + model.shift * x
+    return _exact(x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item())
+
+
+def _exact(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> CGResult:
+    b = model.right_side
+    x_dot_b = torch.dot(x, b).item()
+    finite = math.isfinite(x_dot_ax) and math.isfinite(x_dot_b)
+    return CGResult(
+        solution=x if finite else torch.zeros_like(x),
+        iterations=0,
+        products=0,
+        residual=((b - image).norm() / b.norm()).item() if b.any() else 0.0,
+        stop="exact" if finite else "not_finite",
+        x_dot_b=x_dot_b if finite else 0.0,
+        x_dot_r=x_dot_b - x_dot_ax if finite else 0.0,
+    )
+
+
+def _failed(model: QuadraticModel) -> CGResult:
+    return CGResult(torch.zeros_like(model.gradient), 0, 0, 1.0, "indefinite", 0.0, 0.0)

@@ -1,0 +1,57 @@
+"""Geodesic acceleration: a Gauss-Newton step that follows the bend of its valley.
+
+Along a step ``d`` the residuals move by ``J d + ½ r″``. The second term, their second derivative along ``d``, is what
+leads a straight step out of a curved valley. The correction ``a = −½ (F + λ)⁻¹ Jᵀ r″`` takes it back, for one more run
+of the closure and one more solution with the same factors (Transtrum & Sethna 2012, sections 2 and 3).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ngd_optim.solvers.direct import LeastSquares, SampleSpace
+from ngd_optim.solvers.quadratic_model import QuadraticModel, Step
+
+_PROBE = 0.1
+"""Part of the step at which the residuals are looked at."""
+
+_LARGEST_BEND = 0.75
+"""A correction may be so large, ``2 |a| ÷ |d|`` in the norm of the damping; else the straight step is tried."""
+
+
+def bent(
+    step: Step, solver: LeastSquares | SampleSpace, model: QuadraticModel, theta: Tensor, move: Callable[[float], None]
+) -> Step:
+    """The step with its correction, or as it was.
+
+    What the model says of the step stays that of ``d``, the minimum of the model.
+
+    Args:
+        step: a full step, neither scaled nor cut.
+        solver: what solved for it, last.
+        model: the system that it solved.
+        theta: the parameters, flat.
+        move: puts the parameters at a fraction of the step.
+    """
+    d = step.direction
+    move(_PROBE)
+    change = solver.root.displaced()
+    if change is None:
+        return step
+    second = 2 / _PROBE * (change / _PROBE - solver.root.rows @ d)
+    a = solver.pulled_back(second).mul_(-0.5)
+    if not 2 * _norm(a, model.shift) <= _LARGEST_BEND * _norm(d, model.shift):
+        return step
+    direction = d + a
+    return replace(
+        step,
+        direction=direction,
+        decay_slope=torch.dot(theta, model.decay * direction).item(),
+        decay_quadratic=torch.dot(direction, model.decay * direction).item(),
+    )
+
+
+def _norm(v: Tensor, weights: Tensor) -> float:
+    return torch.dot(v, weights * v).sqrt().item()

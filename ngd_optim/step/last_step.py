@@ -1,0 +1,88 @@
+"""What one step leaves for the next: where its conjugate gradients start, and what it compares new data with."""
+
+import math
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.linearization.linearize import Linearization
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.step.descend import Outcome
+
+
+class Carried:
+    """The last step, in the optimizer's state.
+
+    That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not rejected, the first also has
+    ``slope``, that of the objective along the step at its start, ``new_loss``, the loss at its end, and ``lr``, the
+    rate of each parameter.
+
+    Args:
+        parameters: of the step that is now taken.
+        state: the optimizer's.
+    """
+
+    def __init__(self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        self._parameters = parameters
+        self._state = state
+        self._largest: Tensor | None = None
+
+    @property
+    def moved(self) -> bool:
+        """Whether there was a step, and it was not rejected."""
+        return bool(self._first.get("slope"))
+
+    def solution(self, used: Sequence[bool]) -> Tensor:
+        """A new flat vector: what the last system was solved by; 0 for parameters that are not used now."""
+        return self._parameters.flatten(
+            self._state[p].get("solution") if flag else None
+            for p, flag in zip(self._parameters.tensors, used, strict=True)
+        )
+
+    def slope_on_new_data(self, point: Linearization, gradient: Tensor) -> float:
+        """That of the objective along the last step ÷ its steepness at that step's start; NaN if the data are the same.
+
+        They are taken for the same where the loss is what it was at the last step's end. Also NaN if the step had other
+        parameters. Of a step that was bent, it is the straight one.
+
+        Args:
+            point: where the step ended, seen by the data of this one.
+            gradient: of the objective there, flat.
+        """
+        lr, change = self._first.get("lr", []), abs(point.loss.item() - self._first.get("new_loss", 0.0))
+        if not self.moved or len(lr) != len(self._parameters.tensors) or not point.rounding < change < math.inf:
+            return math.nan
+        return self._along(self.solution(point.used), gradient, lr) / abs(self._first["slope"])
+
+    def largest_curvature(self, diagonal: Tensor) -> Tensor:
+        """The largest diagonal so far, flat, with this one, to be kept; what is not finite is left out."""
+        before = self._parameters.flatten(self._state[p].get("largest_curvature") for p in self._parameters.tensors)
+        self._largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
+        return self._largest
+
+    def keep(self, outcome: Outcome, new_loss: float, lr: Sequence[float]) -> None:
+        """For the next step; ``lr`` is one per group."""
+        for entry in self._state.values():
+            for name in ("slope", "new_loss", "lr"):
+                entry.pop(name, None)  # of a step that began with another parameter
+        x, moved, rates = outcome.solution.solution, outcome.trial.accepted, self._parameters.by_parameter(lr)
+        self._write("solution", x)
+        if self._largest is not None:
+            self._write("largest_curvature", self._largest)
+        if moved:
+            slope = self._along(x, outcome.model.gradient, rates)
+            self._state[self._parameters.tensors[0]] |= {"slope": slope, "new_loss": new_loss, "lr": rates}
+
+    @property
+    def _first(self) -> dict[str, Any]:
+        return self._state.get(self._parameters.tensors[0], {})
+
+    def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
+        parts = zip(self._parameters.views(solution), self._parameters.views(gradient), lr, strict=True)
+        return sum(rate * torch.dot(x.flatten(), g.flatten()) for x, g, rate in parts).item()  # pyright: ignore
+
+    def _write(self, name: str, flat: Tensor) -> None:
+        for p, part in zip(self._parameters.tensors, self._parameters.unflatten(flat), strict=True):
+            self._state[p][name] = part

@@ -1,0 +1,213 @@
+"""The loss functions of torch that define a Gauss-Newton matrix, and the Hessian that each has at its inputs.
+
+Most are convex in the model's output, and autograd finds their Hessian. The others are *bent*: their value and gradient
+are kept, and their Hessian is replaced by the positive semidefinite one of the likelihood (or least squares) that they
+stand for: the Fisher information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from inspect import Signature, signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from ngd_optim.tracing.least_squares import least_squares
+
+
+class Loss:
+    """How a loss function is differentiated twice.
+
+    Attributes:
+        outputs: names of the arguments that are outputs of the model, or tuples of them.
+        bend: ``(result, *arguments) ↦ result`` with another Hessian; None where the loss is convex in the outputs.
+    """
+
+    def __init__(self, *outputs: str, bend: Callable[..., Tensor] | None = None) -> None:
+        self.outputs = outputs
+        self.bend = bend
+
+
+def _bent(
+    loss: Tensor, outputs: Sequence[Tensor], metric: Sequence[tuple[Tensor, Tensor]], sample_dims: tuple[int, ...]
+) -> Tensor:
+    """A tensor with the value and the gradient of ``loss``, and the Hessian of ``½ Σ h (u − u₀)²``.
+
+    Args:
+        loss: scalar, or one value per sample.
+        outputs: what it is differentiated at, where they require a gradient.
+        metric: pairs of coordinates ``u``, computed from the outputs, and their weights ``h``.
+        sample_dims: the dimensions of outputs and coordinates that make up one sample's loss.
+    """
+    outputs = [z for z in outputs if z.requires_grad]
+    gradients = torch.autograd.grad(loss.sum(), outputs, retain_graph=True)
+    result = loss.detach()
+    terms = [g * (z - z.detach()) for z, g in zip(outputs, gradients, strict=True)]
+    terms += [0.5 * h.detach() * (u - u.detach()).square() for u, h in metric]
+    for term in terms:
+        result = result + (term.sum(sample_dims) if loss.ndim and sample_dims else term.sum_to_size(loss.shape))
+    return result
+
+
+def _reduced(per_sample: Tensor, reduction: str) -> Tensor:
+    """The weight of each sample in the result."""
+    return per_sample / per_sample.sum() if reduction == "mean" else per_sample
+
+
+def _nll(
+    loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: object = None,
+    ignore_index: int = -100,
+    reduce: object = None,
+    reduction: str = "mean",
+) -> Tensor:
+    class_dim = 0 if input.ndim == 1 else 1
+    per_sample = F.nll_loss(-torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none")
+    share = _reduced(per_sample, reduction).unsqueeze(class_dim)
+    return _bent(loss, [input], [(input, share * input.exp())], (class_dim,))
+
+
+def _kl_div(
+    loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: object = None,
+    reduce: object = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    share = {"mean": 1 / input.numel(), "batchmean": 1 / input.shape[0]}.get(reduction, 1.0)
+    return _bent(loss, [input], [(input, share * input.exp())], ())
+
+
+def _ctc(
+    loss: Tensor,
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    frames = log_probs.shape[0]
+    lengths, target_lengths = (
+        torch.as_tensor(n, device=log_probs.device).reshape(-1) for n in (input_lengths, target_lengths)
+    )
+    seen = torch.arange(frames, device=log_probs.device).unsqueeze(1) < lengths
+    targets_per_sample = target_lengths.clamp(min=1).to(log_probs.dtype)
+    share = 1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
+    weights = (seen * share).reshape(*log_probs.shape[:-1], 1)
+    return _bent(loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1))
+
+
+def _gaussian_nll(
+    loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    if not isinstance(var, Tensor):
+        return loss
+    if var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    mean, target, variance = torch.broadcast_tensors(input, target, var)
+    loss = F.gaussian_nll_loss(mean, target, variance, full=full, eps=eps, reduction=reduction)
+    share = _reduced(torch.ones_like(mean), reduction)
+    clamped = variance.detach().clamp(min=eps)
+    return _bent(loss, [mean, variance], [(mean, share / clamped), (variance, share / (2 * clamped.square()))], ())
+
+
+def _cosine_embedding(
+    loss: Tensor,
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0.0,
+    size_average: object = None,
+    reduce: object = None,
+    reduction: str = "mean",
+) -> Tensor:
+    # 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖²: least squares.
+    per_sample = F.cosine_embedding_loss(input1, input2, target, margin, reduction="none")
+    share = _reduced(torch.ones_like(per_sample), reduction)
+    weights = torch.where((target > 0) | (per_sample > 0), share, 0.0).unsqueeze(-1)
+    difference = F.normalize(input1, dim=-1) - F.normalize(input2, dim=-1)
+    return _bent(loss, [input1, input2], [(difference, weights)], (-1,))
+
+
+LOSSES: dict[Callable[..., Any], Loss] = {
+    F.binary_cross_entropy: Loss("input"),
+    F.binary_cross_entropy_with_logits: Loss("input"),
+    F.cosine_embedding_loss: Loss("input1", "input2", bend=_cosine_embedding),
+    F.cross_entropy: Loss("input"),
+    F.ctc_loss: Loss("log_probs", bend=_ctc),
+    F.gaussian_nll_loss: Loss("input", "var", bend=_gaussian_nll),
+    F.huber_loss: Loss("input", "target"),
+    F.kl_div: Loss("input", bend=_kl_div),
+    F.mse_loss: Loss("input", "target"),
+    F.multilabel_soft_margin_loss: Loss("input"),
+    F.nll_loss: Loss("input", bend=_nll),
+    F.poisson_nll_loss: Loss("input"),
+    F.smooth_l1_loss: Loss("input", "target"),
+    F.soft_margin_loss: Loss("input"),
+    least_squares: Loss("residuals"),
+}
+"""The recognised loss functions."""
+
+
+def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Call a recognised loss function; return its result and the outputs of the model that it saw.
+
+    It sees an alias of each output: differentiating at the alias leaves out the output's other uses. With ``cut`` the
+    alias has no history, so that the result depends on the outputs and on nothing before them.
+    """
+    loss = LOSSES[func]
+    call = _signature(func).bind(*args, **kwargs)
+    outputs: list[Tensor] = []
+    for name in loss.outputs:
+        z = call.arguments.get(name)
+        if isinstance(z, tuple):
+            call.arguments[name] = tuple(_alias(part, cut) for part in z)
+            outputs += call.arguments[name]
+        elif isinstance(z, Tensor):
+            call.arguments[name] = _alias(z, cut)
+            outputs.append(call.arguments[name])
+    result = func(*call.args, **call.kwargs)
+    if loss.bend is not None and any(z.requires_grad for z in outputs):
+        if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
+            flags = call.arguments.pop("size_average", None), call.arguments.pop("reduce", None)
+            call.arguments["reduction"] = _reduction.legacy_get_string(*flags, emit_warning=False)
+        others = [t for t in call.arguments.values() if isinstance(t, Tensor) and t.requires_grad]
+        others = [t for t in others if not any(t is z for z in outputs)]
+        bent = loss.bend(result, *call.args, **call.kwargs)
+        return _with_first_order(bent, result, others), outputs
+    return result, outputs
+
+
+def _alias(z: Any, cut: bool) -> Any:
+    if not isinstance(z, Tensor):
+        return z  # the loss function refuses it
+    return z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
+
+
+def _with_first_order(bent: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Add the gradient that ``loss`` has in other arguments, such as a learned target."""
+    for t in others:
+        (gradient,) = torch.autograd.grad(loss.sum(), t, retain_graph=True)
+        bent = bent + (gradient * (t - t.detach())).sum_to_size(bent.shape)
+    return bent
+
+
+@cache
+def _signature(func: Callable[..., Any]) -> Signature:
+    return signature(func)

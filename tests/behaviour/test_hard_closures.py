@@ -1,0 +1,396 @@
+"""Closures that are easily got wrong without a sound: what changes, what is hidden, what is not linear."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.problems import real
+from torch import nn
+from torch.distributions import Normal
+
+from ngd_optim import NaturalCG, linearize
+
+DTYPE = torch.float64
+
+
+def dense_gauss_newton(outputs, loss, params):
+    """JᵀHJ row by row in plain autograd."""
+    z = outputs()
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, params, retain_graph=True, materialize_grads=True)])
+        for value in z.flatten()
+    ]
+    jacobian, z = torch.stack(rows), z.detach()
+    return jacobian.T @ torch.func.hessian(lambda flat: loss(flat.view_as(z)))(z.flatten()) @ jacobian
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+def test_a_function_that_is_differentiable_once_is_refused():
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)).double(), real(8, 5), real(8, 1)
+    with pytest.raises(RuntimeError, match="no curvature product can be formed"):
+        linearize(lambda: F.mse_loss(model[1](OnceDifferentiable.apply(model[0](x))), y), model.parameters())
+
+
+def test_where_double_backward_is_wrong_forward_mode_is_right():
+    a, y = nn.Parameter(real(3, 4)), real(3, 4)
+    point = linearize(lambda: F.mse_loss(a.logcumsumexp(1), y), [a])
+    matrix = dense_gauss_newton(lambda: a.logcumsumexp(1), lambda z: F.mse_loss(z, y), [a])
+    v = real(12)
+    assert point.backend == "torch.func"
+    assert (point.curvature(v) - matrix @ v).norm() <= 1e-10 * (matrix @ v).norm()
+
+
+class HiddenFromTheSecond(torch.autograd.Function):
+    """A sine whose ``backward`` is right and says nothing of how it depends on what it is given."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach() * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "rounded to bfloat16"])
+@pytest.mark.parametrize("weight", [0.01, 0.1, 10.0])
+def test_where_the_backends_differ_the_better_one_is_taken(weight, rounded):
+    model, x, y = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(300, 6), torch.arange(300)
+
+    def point(sine):
+        def closure():
+            z = model(x.to(torch.bfloat16).float() if rounded else x)
+            return F.cross_entropy(z + weight * sine(z), y % 3)
+
+        return linearize(closure, model.parameters())
+
+    found, exact = point(HiddenFromTheSecond.apply), point(torch.sin)
+    v = torch.randn_like(found.gradient)
+    assert found.backend == "torch.func"
+    assert (found.curvature(v) - exact.curvature(v)).norm() <= 1e-5 * exact.curvature(v).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_changed_gradients_are_noticed_whatever_the_data_were_rounded_to(dtype):
+    model, x, y = nn.Linear(6, 3), torch.randn(30, 6), torch.arange(30) % 3
+
+    def clipped():
+        model.zero_grad()
+        loss = F.cross_entropy(model(x.to(dtype).float()), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        return loss
+
+    with pytest.raises(RuntimeError, match="the gradient of the traced closure differs"):
+        NaturalCG(model.parameters()).step(clipped)
+
+
+def test_large_and_small_batches_of_one_closure_go_their_own_ways():
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 5))
+    optimizer = NaturalCG(model.parameters())
+    backends = []
+    for rows in (50, 4_000, 50, 4_000):
+        x, y = torch.randn(rows, 20), torch.arange(rows) % 5
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        backends.append(optimizer.last_step.backend)
+    assert backends == ["double-backward", "torch.func"] * 2
+
+
+def hook_on_a_parameter(model, hook):
+    model[0].weight.register_hook(hook)
+
+
+def hook_on_a_module(model, hook):
+    model[2].register_full_backward_hook(lambda module, inputs, outputs: hook(outputs[0]))
+
+
+def hook_on_a_tensor(model, hook):
+    def forward_hook(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(hook)
+
+    model[0].register_forward_hook(forward_hook)
+
+
+@pytest.mark.parametrize("attach", [hook_on_a_parameter, hook_on_a_module, hook_on_a_tensor])
+def test_hooks_see_gradients_without_a_graph(attach):
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(20, 5), torch.arange(20) % 3
+    optimizer, seen = NaturalCG(model.parameters()), []
+    attach(model, lambda gradient: seen.append(gradient.requires_grad))
+    for step in range(4):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        if step == 0:
+            seen.clear()  # it compares with double-backward
+    assert seen
+    assert not any(seen)
+    assert optimizer.last_step.backend == "torch.func"
+
+
+def test_what_double_backward_can_no_longer_follow_goes_by_forward_mode(caplog):
+    class Changes(HiddenFromTheSecond):
+        fails = False
+
+        @staticmethod
+        def backward(ctx, g):
+            if Changes.fails:
+                g = torch.from_numpy(g.numpy())
+            return g * ctx.saved_tensors[0].cos()
+
+    model, x, y = nn.Linear(5, 3), torch.randn(20, 5), torch.arange(20) % 3
+    optimizer = NaturalCG(model.parameters())
+    backends = []
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        for step in range(4):
+            Changes.fails = step == 2
+            optimizer.step(lambda: F.cross_entropy(Changes.apply(model(x)), y))
+            assert optimizer.last_step.accepted
+            backends.append(optimizer.last_step.backend)
+    assert backends == ["double-backward"] * 2 + ["torch.func"] * 2
+    assert len([r for r in caplog.records if "products by torch.func, because" in r.message]) == 1
+
+
+def test_a_replay_never_changes_its_vector():
+    w, layer, x, y = nn.Parameter(real(4, 4)), nn.Linear(4, 4).double(), real(8, 4), real(8, 4)
+    params = [w, *layer.parameters()]
+
+    def outputs():
+        return layer(x @ (w.T - w.T.mm(w.T))).tanh()
+
+    point = linearize(lambda: F.mse_loss(outputs(), y), params)
+    matrix = dense_gauss_newton(outputs, lambda z: F.mse_loss(z, y), params)
+    for _ in range(3):
+        v = real(len(matrix))
+        kept = v.clone()
+        product = point.curvature(v)
+        assert torch.equal(v, kept)
+        assert (product - matrix @ v).norm() <= 1e-10 * product.norm()
+
+
+@pytest.mark.parametrize("switched", ["operations", "penalty", "weight"])
+def test_a_closure_that_changes_between_steps_is_learnt_anew(switched):
+    w, layer, x, y = nn.Parameter(real(4, 4)), nn.Linear(4, 4).double(), real(8, 4), real(8, 4)
+    weight = [0.0]
+
+    def closure():
+        on = weight[0] > 0
+        matrix = w.T - w.T.mm(w.T) if switched == "operations" and on else w
+        loss = F.mse_loss(layer(x @ matrix).tanh(), y)
+        if switched == "penalty" and on:
+            loss = loss + 5.0 * layer.weight.square().sum()
+        if switched == "weight":
+            loss = loss + weight[0] * layer.weight.square().sum()
+        return loss
+
+    settings = {"warm_start": 0.0, "adapt_damping": False, "preconditioner": None}
+    used = NaturalCG([w, *layer.parameters()], **settings)
+    used.step(closure)
+    weight[0] = 5.0
+    start = copy.deepcopy([p.detach() for p in (w, *layer.parameters())])
+    used.step(closure)
+    after = [p.detach().clone() for p in (w, *layer.parameters())]
+    with torch.no_grad():
+        for p, value in zip((w, *layer.parameters()), start, strict=True):
+            p.copy_(value)
+    fresh = NaturalCG([w, *layer.parameters()], **settings)
+    fresh.step(closure)
+    for p, value in zip((w, *layer.parameters()), after, strict=True):
+        assert torch.allclose(p, value, rtol=1e-9, atol=1e-12)
+    assert used.last_step.reduction_ratio == pytest.approx(fresh.last_step.reduction_ratio, rel=1e-6)
+
+
+class TestHooks:
+    @pytest.mark.parametrize("hook", [lambda g: g.clamp(-0.01, 0.01), lambda g: g / (g.norm() + 1e-12)])
+    def test_that_are_not_linear_are_refused(self, hook):
+        model, x, y = nn.Linear(5, 1).double(), real(8, 5), real(8, 1)
+        model.weight.register_hook(hook)
+        with pytest.raises(RuntimeError, match="not linear"):
+            NaturalCG(model.parameters()).step(lambda: F.mse_loss(model(x), y))
+
+    def test_that_only_look_are_fine(self):
+        model, x, y = nn.Linear(5, 1).double(), real(8, 5), real(8, 1)
+        seen = []
+        model.weight.register_hook(lambda g: seen.append(g.norm()))
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+        assert seen
+        assert optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("flags", [{"size_average": False}, {"reduce": False}])
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+def test_legacy_reductions(flags):
+    model, x, y = nn.Linear(5, 4).double(), real(8, 5), torch.randint(0, 4, (8,))
+    v = real(24)
+    old, new = (
+        linearize(lambda k=k: F.nll_loss(model(x).log_softmax(1), y, **k).sum(), model.parameters()).curvature(v)
+        for k in (flags, {"reduction": "sum"})
+    )
+    assert (old - new).norm() <= 1e-12 * new.norm()
+
+
+@pytest.mark.parametrize("loss", ["kl_div", "gaussian_nll"])
+def test_a_learned_target_keeps_its_gradient(loss):
+    model, other, x = nn.Linear(5, 4).double(), nn.Linear(5, 4).double(), real(8, 5)
+    params = [*model.parameters(), *other.parameters()]
+
+    def closure():
+        if loss == "kl_div":
+            return F.kl_div(model(x).log_softmax(1), other(x).softmax(1), reduction="batchmean")
+        return F.gaussian_nll_loss(model(x), other(x), model(x).exp())
+
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(closure(), params)])
+    assert (linearize(closure, params).gradient - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_complex_intermediates_are_replayed():
+    a, y = nn.Parameter(real(3, 4)), real(3, 4)
+    point = linearize(lambda: F.mse_loss(torch.polar(a.exp(), a).real, y), [a])
+    matrix = dense_gauss_newton(lambda: torch.polar(a.exp(), a).real, lambda z: F.mse_loss(z, y), [a])
+    for _ in range(2):
+        v = real(12)
+        assert (point.curvature(v) - matrix @ v).norm() <= 1e-10 * (matrix @ v).norm()
+
+
+@pytest.mark.parametrize("make", [torch.rand_like, torch.randn_like, lambda h: F.dropout(h, 0.3) * 0.1])
+@pytest.mark.usefixtures("forward_mode")
+def test_noise_in_any_memory_layout(make):
+    layer = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
+    x = real(2, 3, 6, 6).to(memory_format=torch.channels_last)
+
+    def closure():
+        h = layer(x)
+        return F.mse_loss(h + make(h), torch.zeros_like(h))
+
+    optimizer = NaturalCG(layer.parameters())
+    optimizer.step(closure)
+    assert optimizer.last_step.backend == "torch.func"
+    assert optimizer.last_step.accepted
+
+
+def test_advanced_indexing_is_recorded(caplog):
+    model, x, y = nn.Linear(5, 4).double(), real(8, 5), torch.randint(0, 4, (8,))
+    keep = torch.tensor([True, False] * 4)
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        linearize(lambda: F.cross_entropy(model(x)[keep], y[keep]), model.parameters())
+        linearize(lambda: -model(x).log_softmax(1)[torch.arange(8), y].mean(), model.parameters())
+    assert not caplog.records
+
+
+def test_a_trial_point_outside_the_domain_is_turned_down(caplog):
+    scale, model, x, y = (
+        nn.Parameter(torch.tensor(0.3, dtype=DTYPE)),
+        nn.Linear(5, 1).double(),
+        real(16, 5),
+        real(16, 1),
+    )
+    optimizer = NaturalCG([*model.parameters(), scale])
+    for _ in range(30):
+        optimizer.step(lambda: -Normal(model(x), scale, validate_args=True).log_prob(0.01 * y).mean())
+        assert scale > 0
+    assert "not defined at a trial point" in caplog.text
+
+
+def test_gradients_of_other_modules_are_left_alone():
+    critic, generator, x = nn.Linear(5, 1), nn.Linear(5, 5), torch.randn(8, 5)
+    optimizer = NaturalCG(generator.parameters())
+    kept = torch.full_like(critic.weight, 3.0)
+    critic.weight.grad = kept
+
+    def closure():
+        loss = F.softplus(-critic(generator(x))).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+        assert critic.weight.grad is kept
+        assert (kept == 3).all()
+        assert critic.bias.grad is None
+
+
+@pytest.mark.parametrize("arguments", [{"create_graph": True}, {"inputs": []}])
+def test_backward_for_derivatives_inside_the_closure_names_the_way_out(arguments):
+    model, x = nn.Linear(5, 1), torch.randn(8, 5)
+
+    def closure():
+        loss = F.mse_loss(model(x), torch.zeros(8, 1))
+        loss.backward(**arguments)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad"):
+        NaturalCG(model.parameters()).step(closure)
+
+
+def test_parameters_that_share_memory_are_refused():
+    a = nn.Parameter(torch.randn(3))
+    b = nn.Parameter(a.data)
+    expanded = nn.Parameter(torch.zeros(1).expand(3))
+    for params in ([a, b], [expanded]):
+        with pytest.raises(ValueError, match="share the same memory"):
+            NaturalCG(params).step(lambda params=params: sum(p.square().sum() for p in params))
+
+
+@pytest.mark.parametrize("metric", [[], {}])
+def test_an_empty_metric(metric):
+    model, x = nn.Linear(5, 1), torch.randn(8, 5)
+    with pytest.raises(TypeError, match="no distribution"):
+        NaturalCG(model.parameters()).step(lambda: (model(x).mean(), metric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("change", ["in place", "replaced", "removed", None])
+def test_gradient_hooks_may_look_and_not_touch(change, accumulated, dtype):
+    model, x, y = nn.Linear(5, 1).to(dtype), torch.randn(8, 5).to(dtype), torch.randn(8, 1).to(dtype)
+    optimizer = NaturalCG(model.parameters())
+    before = [torch.ones_like(p) if accumulated else None for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), before, strict=True):
+        p.grad = gradient
+
+    def closure():
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    calls = []
+
+    def hook(optimizer):
+        calls.append(model.weight.grad.norm())
+        if change == "in place":
+            model.weight.grad.mul_(0.5)
+        elif change == "replaced":
+            model.weight.grad = model.weight.grad * 0.5
+        elif change == "removed":
+            model.weight.grad = None
+
+    optimizer.register_gradient_hook(hook)
+    if change is None:
+        optimizer.step(closure)
+        optimizer.step(closure)
+        assert len(calls) == 2
+        return
+    with pytest.raises(RuntimeError, match="a hook changed the gradients"):
+        optimizer.step(closure)
+    for p, gradient in zip(model.parameters(), before, strict=True):
+        assert p.grad is gradient

@@ -1,0 +1,180 @@
+"""Every kind of model, against matrices built row by row with plain autograd."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import (
+    BATCH,
+    CASES,
+    CLASSES,
+    FEATURES,
+    LOSSES,
+    STEPS,
+    Apply,
+    Problem,
+    as_problem,
+    mlp,
+    tokens,
+    vector,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ngd_optim import NaturalCG, linearize
+from ngd_optim.linearization.checks import Experience
+from ngd_optim.linearization.linearize import linearize_closure
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.tracing.closure import ReplayedClosure
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("forward_mode")
+def test_gradient_and_product_are_the_dense_ones(name, loss, dtype):
+    problem = Problem(CASES[name], loss, dtype)
+    gradient, matrix = problem.dense()
+    point = linearize(problem.closure, problem.params)
+    assert point.backend == CASES[name].backend
+    v = torch.randn_like(gradient)
+    rtol = 1e-9 if dtype == torch.float64 else 2e-4
+    assert (point.gradient - gradient).norm() <= rtol * gradient.norm()
+    assert (point.curvature(v) - matrix @ v).norm() <= rtol * (matrix @ v).norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_small_tensors_go_by_double_backward(name):
+    """It runs the closure once less, and is right as well."""
+    problem = Problem(CASES[name], "cross_entropy", torch.float64)
+    _, matrix = problem.dense()
+    point = linearize(problem.closure, problem.params)
+    assert point.backend == "double-backward"
+    v = torch.randn_like(point.gradient)
+    assert (point.curvature(v) - matrix @ v).norm() <= 1e-9 * (matrix @ v).norm()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.backend == "torch.func"])
+def test_backends_agree(name):
+    problem = Problem(CASES[name], "cross_entropy", torch.float64)
+    parameters = FlatParameters([{"params": problem.params}])
+    v = torch.randn(sum(p.numel() for p in problem.params), dtype=torch.float64)
+    products = []
+    for backend in ("torch.func", "double-backward"):
+        state = torch.get_rng_state()
+        run = ReplayedClosure(problem.closure, problem.params)
+        known = Experience(complete=True, backend=backend)
+        point = linearize_closure(run, parameters, "ggn", lambda *_, known=known: known)
+        products.append(point.curvature(v))
+        torch.set_rng_state(state)
+    assert (products[0] - products[1]).norm() <= 1e-10 * products[1].norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_steps_lower_the_loss(name):
+    problem = Problem(CASES[name], "cross_entropy", torch.float64)
+    optimizer = NaturalCG(problem.model.parameters())
+    for _ in range(3):
+        before = optimizer.step(problem.closure)
+        report = optimizer.last_step
+        assert report.accepted
+        assert report.new_loss < report.loss == before.item()
+
+
+def test_batch_norm_statistics_move_once_a_step():
+    problem = Problem(CASES["batch_norm"], "cross_entropy", torch.float64)
+    reference = copy.deepcopy(problem.model)
+    optimizer = NaturalCG(problem.model.parameters())
+    for step in range(1, 4):
+        reference.load_state_dict(dict(problem.model.named_parameters()), strict=False)
+        reference(problem.x)
+        optimizer.step(problem.closure)
+        assert problem.model[1].num_batches_tracked == step
+        for mine, plain in zip(problem.model.buffers(), reference.buffers(), strict=True):
+            assert torch.equal(mine, plain)
+
+
+def test_a_hidden_dependence_is_found_and_named(caplog):
+    model = torch.jit.script(mlp())
+    x, y = vector(), torch.randint(0, CLASSES, (BATCH,))
+    with caplog.at_level("INFO", logger="ngd_optim"):
+        optimizer = NaturalCG(model.parameters())
+        for _ in range(2):
+            optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.last_step.backend == "double-backward"
+    assert [record.message for record in caplog.records if "double-backward" in record.message] == [
+        "products by double-backward, because torch.func misses a dependence on parameters that autograd sees"
+    ]
+
+
+def test_a_gradient_changed_after_backward_is_refused():
+    model, x, y = mlp(), vector(), torch.randint(0, CLASSES, (BATCH,))
+    optimizer = NaturalCG(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        return loss
+
+    with pytest.raises(RuntimeError, match="differs from plain autograd's"):
+        optimizer.step(closure)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+class TestRefusals:
+    def test_reentrant_checkpointing(self):
+        model = Apply(lambda m, x: checkpoint(m.net, x.requires_grad_(), use_reentrant=True), net=mlp())
+        x, y = vector(), torch.randint(0, CLASSES, (BATCH,))
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
+
+    def test_sparse_gradients(self):
+        model = Apply(
+            lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(7, 4, sparse=True), head=nn.Linear(4, CLASSES)
+        )
+        x, y = tokens(), torch.randint(0, CLASSES, (BATCH,))
+        with pytest.raises(ValueError, match="Embedding\\(sparse=False\\)"):
+            NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
+
+    def test_a_checkpointed_lstm_says_what_it_needs(self):
+        model = nn.LSTM(FEATURES, CLASSES, batch_first=True)
+        x, y = torch.randn(BATCH, STEPS, FEATURES), torch.randn(BATCH, STEPS, CLASSES)
+
+        def closure():
+            return F.mse_loss(checkpoint(lambda x: model(x)[0], x, use_reentrant=False), y)
+
+        optimizer = NaturalCG(model.parameters())
+        with pytest.raises(RuntimeError, match=r"set torch\.backends\.mkldnn\.enabled = False"):
+            optimizer.step(closure)
+        with torch.backends.mkldnn.flags(enabled=False):
+            optimizer.step(closure)
+        assert optimizer.last_step.accepted
+
+    def test_float16(self):
+        model, x, y = mlp().half(), vector().half(), torch.randint(0, CLASSES, (BATCH,))
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
+
+
+def test_bfloat16_autocast_solves_in_float32():
+    model, x, y = mlp(), vector(), torch.randint(0, CLASSES, (BATCH,))
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x), y)
+
+    _, matrix = Problem.dense(as_problem(model, x, y))
+    point = linearize(closure, model.parameters())
+    v = torch.randn(len(matrix))
+    assert point.curvature(v).dtype == point.gradient.dtype == torch.float32
+    assert (point.curvature(v) - matrix @ v).norm() <= 0.03 * (matrix @ v).norm()
+    optimizer = NaturalCG(model.parameters())
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted

@@ -1,0 +1,511 @@
+"""What every torch optimizer promises, in the spirit of torch/testing/_internal/common_optimizers.py."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.problems import assert_near, dense_gauss_newton, flat_function, flatten, make_model
+from torch import nn
+from torch.optim import SGD, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ngd_optim import NaturalCG
+
+
+class Task:
+    """A regression that takes several steps, with its model and closures."""
+
+    def __init__(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(12, 3, generator=generator, dtype=torch.float64).to(dtype)
+        self.y = torch.randn(12, 2, generator=generator, dtype=torch.float64).to(dtype)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+    def closure(self):
+        return F.mse_loss(self.model(self.x), self.y)
+
+    @property
+    def theta(self):
+        return flatten(self.model.parameters())
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+def train(task, optimizer, steps):
+    reports = []
+    for _ in range(steps):
+        optimizer.step(task.closure)
+        reports.append(optimizer.last_step.as_dict())
+    return reports
+
+
+# How an optimizer and its model come back later.
+def by_state_dict(task, optimizer):
+    return load(task, optimizer.state_dict())
+
+
+def by_saved_state_dict(task, optimizer):
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return load(task, torch.load(buffer, weights_only=True))
+
+
+def load(task, state_dict):
+    """Into an optimizer that was made with other settings."""
+    twin = Task(task.x.dtype)
+    twin.model.load_state_dict(task.model.state_dict())
+    optimizer = NaturalCG(twin.model.parameters(), lr=0.1, damping=7.0, max_kl=None, trust_region="clip")
+    optimizer.load_state_dict(state_dict)
+    return twin, optimizer
+
+
+def by_deepcopy(task, optimizer):
+    return copy.deepcopy((task, optimizer))
+
+
+def by_pickle(task, optimizer):
+    return pickle.loads(pickle.dumps((task, optimizer)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_kl": 0.01, "trust_region": "boundary", "weight_decay": 0.1, "max_cg_iters": 5}]
+)
+@pytest.mark.parametrize("comes_back", [by_state_dict, by_saved_state_dict, by_deepcopy, by_pickle])
+def test_resumed_run_is_bit_identical(comes_back, settings, dtype):
+    task = Task(dtype)
+    optimizer = NaturalCG(task.model.parameters(), lr=0.9, **settings)
+    train(task, optimizer, 3)
+    twin, resumed = comes_back(task, optimizer)
+    assert resumed.last_step is None or comes_back is by_deepcopy
+    assert resumed.param_groups[0]["damping"] == optimizer.param_groups[0]["damping"] != 1e-2
+    before = task.theta
+    assert train(task, optimizer, 3) == train(twin, resumed, 3)
+    assert equal(task, twin)
+    assert not torch.equal(task.theta, before)
+    assert twin.model is not task.model
+
+
+def test_resumed_run_needs_the_state():
+    """The warm start and the adapted damping matter: without them the run is another one."""
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters(), max_cg_iters=3)
+    train(task, optimizer, 3)
+    twin = Task()
+    twin.model.load_state_dict(task.model.state_dict())
+    train(task, optimizer, 1)
+    train(twin, NaturalCG(twin.model.parameters(), max_cg_iters=3), 1)
+    assert not equal(task, twin)
+
+
+def test_state_dict_is_plain_and_its_own():
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters())
+    assert optimizer.state_dict()["state"] == {}
+    train(task, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert [s["solution"].shape for s in saved["state"].values()] == [p.shape for p in task.model.parameters()]
+    twin, resumed = load(task, saved)
+    train(twin, resumed, 2)
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert torch.equal(entry["solution"], saved["state"][key]["solution"])
+    assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+    assert NaturalCG.last_step is None
+
+
+def test_state_dict_of_other_groups_is_refused():
+    task = Task()
+    parts = [{"params": [p]} for p in task.model.parameters()]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        NaturalCG(parts).load_state_dict(NaturalCG(task.model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_add_param_group(steps_before):
+    task = Task()
+    optimizer = NaturalCG(task.model[2].parameters(), max_kl=None)
+    first = flatten(task.model[0].parameters())
+    train(task, optimizer, steps_before)
+    assert torch.equal(flatten(task.model[0].parameters()), first)
+    optimizer.add_param_group({"params": task.model[0].parameters(), "lr": 0.5, "weight_decay": 0.1})
+    assert [g["lr"] for g in optimizer.param_groups] == [1.0, 0.5]
+    assert optimizer.param_groups[1]["max_kl"] is None
+    train(task, optimizer, 2)
+    assert not torch.equal(flatten(task.model[0].parameters()), first)
+    assert optimizer.last_step.accepted
+    assert len(optimizer.state) == 4
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.8**epoch),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, start_factor=0.2, total_iters=4),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.9, total_steps=6, cycle_momentum=False),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_set_the_learning_rate_of_the_step(name):
+    task = Task()
+    # Every step is lr times one to the edge of the region.
+    optimizer = NaturalCG(
+        task.model.parameters(), lr=0.8, max_kl=1e-6, trust_region="boundary", max_backtracks=0, adapt_damping=False
+    )
+    reference = SGD([nn.Parameter(torch.ones(1))], lr=0.8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR's own, in torch 2.8 and before
+        scheduler, expected = SCHEDULERS[name](optimizer), SCHEDULERS[name](reference)
+        used = []
+        for _ in range(5):
+            optimizer.step(task.closure)
+            reference.step()
+            used.append(reference.param_groups[0]["lr"])
+            assert optimizer.param_groups[0]["lr"] == used[-1]
+            # Here the report's kl is ½ dᵀF d, for d = lr · (a step to the boundary).
+            assert optimizer.last_step.kl == pytest.approx(used[-1] ** 2 * 1e-6, rel=1e-6)
+            metrics = (1.0,) if name == "ReduceLROnPlateau" else ()
+            scheduler.step(*metrics)
+            expected.step(*metrics)
+    assert len(set(used)) > 1
+
+
+def test_learning_rate_may_be_a_tensor():
+    number, tensor = Task(), Task()
+    tensor.model.load_state_dict(number.model.state_dict())
+    train(number, NaturalCG(number.model.parameters(), lr=0.5), 2)
+    train(tensor, NaturalCG(tensor.model.parameters(), lr=torch.tensor(0.5)), 2)
+    assert equal(number, tensor)
+
+
+def test_zero_learning_rate_moves_nothing():
+    task = Task()
+    before = task.theta
+    train(task, NaturalCG(task.model.parameters(), lr=0.0), 2)
+    assert torch.equal(task.theta, before)
+
+
+def test_zero_gradient_moves_nothing():
+    task = Task()
+    task.y = task.model(task.x).detach()
+    optimizer, before = NaturalCG(task.model.parameters()), task.theta
+    train(task, optimizer, 2)
+    assert torch.equal(task.theta, before)
+    assert optimizer.last_step.grad_norm == optimizer.last_step.step_norm == 0
+
+
+def test_step_hooks_run_in_order():
+    task, events = Task(), []
+    optimizer = NaturalCG(task.model.parameters())
+
+    def note(event):
+        return lambda o, args, kwargs: events.append((event, o is optimizer, args, kwargs))
+
+    handles = [
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
+        optimizer.register_step_pre_hook(note("pre")),
+        optimizer.register_step_post_hook(note("post")),
+    ]
+    try:
+        optimizer.step(task.closure)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [event for event, *_ in events] == ["global pre", "pre", "post", "global post"]
+    assert all(mine for _, mine, *_ in events)
+    optimizer.step(closure=task.closure)
+    assert len(events) == 4
+
+
+def test_pre_hook_may_change_the_closure():
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters())
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((args[0], lambda: 3 * task.closure()), kwargs))
+    expected = 3 * task.closure().item()
+    assert optimizer.step(task.closure).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_state_dict_hooks_run():
+    task, events = Task(), []
+    optimizer = NaturalCG(task.model.parameters())
+    optimizer.register_state_dict_pre_hook(lambda o: events.append("save"))
+    optimizer.register_load_state_dict_post_hook(lambda o: events.append("load"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert events == ["save", "load"]
+
+
+def test_zero_grad_and_repr():
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters(), max_kl=0.125)
+    task.closure().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert not any(p.grad.any() for p in task.model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in task.model.parameters())
+    assert repr(optimizer).startswith("NaturalCG (")
+    assert "max_kl: 0.125" in repr(optimizer)
+
+
+def test_loss_is_the_detached_one_before_the_step():
+    task = Task()
+    expected = task.closure().item()
+    loss = NaturalCG(task.model.parameters()).step(task.closure)
+    assert (loss.item(), loss.shape, loss.requires_grad, loss.dtype) == (expected, (), False, torch.float64)
+    assert task.closure().item() < expected
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("inside", [torch.enable_grad, lambda: lambda closure: closure])
+def test_gradient_mode_around_the_step_does_not_matter(around, inside):
+    task, plain = Task(), Task()
+    plain.model.load_state_dict(task.model.state_dict())
+    train(plain, NaturalCG(plain.model.parameters()), 1)
+    with around():
+        enabled = torch.is_grad_enabled()
+        NaturalCG(task.model.parameters()).step(inside()(task.closure))
+        assert torch.is_grad_enabled() == enabled
+    assert equal(task, plain)
+    assert all(p.requires_grad and p.grad_fn is None for p in task.model.parameters())
+
+
+def test_frozen_parameters_are_left_alone():
+    task = Task()
+    task.model[0].weight.requires_grad_(False)
+    task.model[2].bias.requires_grad_(False)
+    optimizer = NaturalCG(task.model.parameters(), weight_decay=0.1)
+    frozen = [task.model[0].weight.clone(), task.model[2].bias.clone()]
+    train(task, optimizer, 3)
+    assert torch.equal(frozen[0], task.model[0].weight)
+    assert torch.equal(frozen[1], task.model[2].bias)
+    assert not task.model[0].weight.requires_grad
+    assert len(optimizer.state) == 2
+    task.model[0].weight.requires_grad_(True)
+    train(task, optimizer, 1)
+    assert not torch.equal(frozen[0], task.model[0].weight)
+
+
+@pytest.mark.parametrize("form", ["ggn", "fisher", "kl"])
+def test_parameters_that_the_closure_does_not_use_are_left_alone(form):
+    task = Task()
+    heads = nn.ModuleList(nn.Linear(4, 2).double() for _ in range(2))
+
+    def closure(head):
+        z = heads[head](task.model[:2](task.x))
+        normal = torch.distributions.Normal(z, 1.0)
+        old = torch.distributions.Normal(old_mean, 1.0)
+        metric = {"ggn": None, "fisher": normal, "kl": torch.distributions.kl_divergence(old, normal).mean()}[form]
+        return F.mse_loss(z, task.y), metric
+
+    params = [*task.model[:2].parameters(), *heads.parameters()]
+    optimizer = NaturalCG(params, weight_decay=0.2, max_cg_iters=4)
+    for head in (0, 0, 1, 1, 0):
+        idle = heads[1 - head]
+        idle_before, busy_before = flatten(idle.parameters()), flatten(heads[head].parameters())
+        old_mean = heads[head](task.model[:2](task.x)).detach()
+        optimizer.step(lambda head=head: closure(head))
+        assert optimizer.last_step.accepted
+        assert torch.equal(flatten(idle.parameters()), idle_before)
+        assert not torch.equal(flatten(heads[head].parameters()), busy_before)
+
+
+def test_parameter_that_only_the_metric_uses_moves_by_weight_decay():
+    scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    task = Task()
+
+    def closure():
+        z = task.model(task.x)
+        return F.mse_loss(z, task.y), torch.distributions.Normal(z, scale)
+
+    NaturalCG([*task.model.parameters(), scale], weight_decay=0.2).step(closure)
+    assert scale.item() < 1
+
+
+class TestGradients:
+    """``.grad`` after a step is what an ordinary backward pass leaves."""
+
+    def check(self, closure_body, fill):
+        task, plain = Task(), Task()
+        plain.model.load_state_dict(task.model.state_dict())
+        unused = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+        optimizer = NaturalCG([*task.model.parameters(), unused[0]])
+        reference = SGD([*plain.model.parameters(), unused[1]], lr=0.1)
+        if fill:
+            for p in [*task.model.parameters(), *plain.model.parameters(), *unused]:
+                p.grad = torch.ones_like(p)
+        for _ in range(2):
+            plain.model.load_state_dict(task.model.state_dict())
+            optimizer.step(lambda: closure_body(task, optimizer))
+            closure_body(plain, reference)
+            for a, b in zip([*task.model.parameters(), unused[0]], [*plain.model.parameters(), unused[1]], strict=True):
+                assert (a.grad is None) == (b.grad is None)
+                if b.grad is not None:
+                    torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-15)
+                    assert (a.grad.requires_grad, a.grad.dtype) == (False, a.dtype)
+        return optimizer
+
+    @pytest.mark.parametrize("fill", [False, True])
+    @pytest.mark.parametrize("set_to_none", [False, True])
+    def test_zero_grad_and_backward(self, fill, set_to_none):
+        def body(task, optimizer):
+            optimizer.zero_grad(set_to_none)
+            loss = task.closure()
+            loss.backward()
+            return loss
+
+        self.check(body, fill)
+
+    @pytest.mark.parametrize("fill", [False, True])
+    def test_accumulation(self, fill):
+        def body(task, optimizer):
+            for part in (slice(0, 5), slice(5, 12)):
+                (F.mse_loss(task.model(task.x[part]), task.y[part]) / 2).backward()
+            return torch.zeros(())
+
+        self.check(body, fill)
+
+    def test_rejected_step(self):
+        def body(task, optimizer):
+            optimizer.zero_grad()
+            away = (task.theta - starts.setdefault(id(task), task.theta)).norm()
+            loss = task.closure() + 1e9 * away
+            loss.backward()
+            return loss
+
+        starts = {}
+        assert not self.check(body, fill=True).last_step.accepted
+
+    @pytest.mark.parametrize("fill", [False, True])
+    def test_without_backward(self, fill):
+        self.check(lambda task, optimizer: task.closure(), fill)
+
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+
+
+class MixedTask(Task):
+    """One layer in each precision."""
+
+    def __init__(self, dtypes):
+        super().__init__()
+        self.dtypes = dtypes
+        for layer, dtype in zip(self.model[::2], dtypes, strict=True):
+            layer.to(dtype)
+
+    def closure(self):
+        first, last = self.dtypes
+        z = self.model[2](self.model[0](self.x.to(first)).tanh().to(last))
+        return F.mse_loss(z.double(), self.y)
+
+
+@pytest.mark.parametrize("first", DTYPES)
+@pytest.mark.parametrize("last", DTYPES)
+def test_mixed_precision(first, last):
+    exact, task = Task(), MixedTask((first, last))
+    exact.model.load_state_dict(task.model.state_dict())
+    start = exact.theta
+    assert torch.equal(task.theta.double(), start)
+    settings = {"damping": 0.1, "max_kl": None, "warm_start": 0.0, "max_backtracks": 0}
+    settings |= {"cg_progress_tol": 0.0, "cg_tol": 1e-10}  # rounding is compared, not where a solve stops
+    optimizer = NaturalCG(task.model.parameters(), **settings)
+    train(task, optimizer, 1)
+    train(exact, NaturalCG(exact.model.parameters(), **settings), 1)
+    # Parameters of size one are rounded after a step a little shorter than that, and every product is rounded.
+    eps = max(torch.finfo(first).eps, torch.finfo(last).eps)
+    assert_near(task.theta.double() - start, exact.theta - start, max(16 * eps, 1e-8))
+    train(task, optimizer, 4)
+    assert [p.dtype for p in task.model.parameters()] == [first, first, last, last]
+    assert [optimizer.state[p]["solution"].dtype for p in task.model.parameters()] == [first, first, last, last]
+    assert task.closure().item() < exact.closure().item()
+
+
+def test_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.bias = nn.Linear(3, 4, bias=False), nn.Parameter(torch.randn(3))
+            self.head = nn.Linear(4, 3, bias=False)
+            self.head.weight = nn.Parameter(self.embed.weight.T.contiguous())
+            self.head.weight = self.embed.weight
+            self.double()
+
+        def forward(self, x):
+            return F.linear(self.embed(x).tanh(), self.head.weight.T, self.bias)
+
+    model, x = Tied(), torch.randn(5, 3, dtype=torch.float64)
+    y = torch.randn(5, 3, dtype=torch.float64)
+    assert len(list(model.parameters())) == 2
+    output, theta, loss = flat_function(model, x), flatten(model.parameters()), lambda z: F.mse_loss(z, y)
+    A = dense_gauss_newton(output, theta, loss) + 0.1 * torch.eye(len(theta), dtype=theta.dtype)
+    d = -torch.linalg.solve(A, torch.func.grad(lambda t: loss(output(t)))(theta))
+    NaturalCG(model.parameters(), damping=0.1, max_kl=None, max_backtracks=0, cg_tol=1e-13, cg_progress_tol=0).step(
+        lambda: loss(model(x))
+    )
+    assert_near(flatten(model.parameters()) - theta, d)
+
+
+WAYS_TO_PASS = {
+    "generator": lambda m: (p for p in m.parameters()),
+    "list": lambda m: list(m.parameters()),
+    "named": lambda m: m.named_parameters(),
+    "groups": lambda m: [{"params": m[0].parameters()}, {"params": list(m[2].parameters())}],
+    "named_groups": lambda m: [{"params": m[0].named_parameters()}, {"params": list(m[2].named_parameters())}],
+    "single_tensors": lambda m: [{"params": p} for p in m.parameters()],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_PASS)
+def test_ways_to_pass_parameters(way):
+    task, plain = Task(), Task()
+    plain.model.load_state_dict(task.model.state_dict())
+    optimizer = NaturalCG(WAYS_TO_PASS[way](task.model))
+    train(task, optimizer, 2)
+    train(plain, NaturalCG(plain.model.parameters()), 2)
+    assert equal(task, plain)
+    names = [name for group in optimizer.state_dict()["param_groups"] for name in group.get("param_names", [])]
+    expected = {
+        "named": ["0.weight", "0.bias", "2.weight", "2.bias"],
+        "named_groups": ["weight", "bias", "weight", "bias"],
+    }
+    assert names == expected.get(way, [])
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (lambda m: [], ValueError, "empty parameter list"),
+        (lambda m: m[0].weight, TypeError, "iterable of Tensors or dicts"),
+        (lambda m: [m[0].weight * 2], ValueError, "non-leaf"),
+        (lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}], ValueError, "more than one parameter group"),
+        (lambda m: [3], TypeError, "can only optimize Tensors"),
+    ],
+)
+def test_parameters_that_torch_refuses(params, error, message):
+    with pytest.raises(error, match=message):
+        NaturalCG(params(make_model("mlp", 2)[0]))
+
+
+def test_several_optimizers_do_not_meet():
+    task, alone = Task(), Task()
+    alone.model.load_state_dict(task.model.state_dict())
+    other = Task()
+    first, second = NaturalCG(task.model.parameters()), NaturalCG(other.model.parameters(), damping=5.0)
+    for _ in range(3):
+        first.step(task.closure)
+        second.step(other.closure)
+    train(alone, NaturalCG(alone.model.parameters()), 3)
+    assert equal(task, alone)
+    assert first.last_step != second.last_step

@@ -1,0 +1,96 @@
+"""The documentation: its code runs, it builds without a warning, and it shows everything that it should."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ngd_optim import NaturalCG, StepReport
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PACKAGES = ("ngd_optim", "ngd_lightning", "ngd_rl")
+PUBLIC = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
+
+
+def load(path: Path) -> Any:
+    """A file of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = load(ROOT / "docs" / "hooks.py")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_blocks_of_a_page_run_one_after_another(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path):
+    # Not --quiet, with which mkdocs does not count warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in PAGES:
+        html = (tmp_path / page.with_suffix(".html").name).read_text()
+        assert not re.search(r"<!-- README|:(class|func|meth|attr):", html)
+        assert not re.findall(r'(?:src|<link[^>]* href)="?(https?:[^" >]*)', html)
+        for picture in re.findall(r'<img[^>]* src="?([^" >]+)', html):
+            assert (tmp_path / picture).is_file()
+    examples = (tmp_path / "examples.html").read_text()
+    assert all(f'id="{path.stem}"' in examples or f"id={path.stem}" in examples for path in ROOT.glob("examples/*.py"))
+
+
+def test_the_pictures_can_be_drawn_again(tmp_path: Path):
+    load(ROOT / "docs" / "pictures.py").main(tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
+
+
+def test_every_option_and_every_field_of_a_report_is_explained():
+    options = {name: p.default for name, p in inspect.signature(NaturalCG).parameters.items() if name != "params"}
+    cells = re.findall(r"^\| (`.+?) \| (.+?) \|", hooks.readme_section("Options"), re.MULTILINE)
+    explained = {
+        name: default
+        for names, defaults in cells
+        for name, default in zip(re.findall(r"`(\w+)`", names), re.split(", ", defaults.replace("`", "")), strict=True)
+    }
+    assert {name: ast.literal_eval(default) for name, default in explained.items()} == options
+    page = (ROOT / "docs" / "settings.md").read_text()
+    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
+    assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
+
+
+def test_the_api_page_has_every_public_name():
+    paths = re.findall(r"^::: (.+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(paths) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("path", PUBLIC)
+def test_a_public_name_has_a_docstring_with_an_example_that_runs(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    package, _, name = path.partition(".")
+    public = getattr(importlib.import_module(package), name)
+    assert inspect.getdoc(public)
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(public) or "")
+    assert examples, f"{path} has no example"
+    test = doctest.DocTest(examples, {}, path, None, None, None)
+    output: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append)
+    assert result.failed == 0, "".join(output)

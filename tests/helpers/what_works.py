@@ -1,0 +1,65 @@
+"""The tables of what works, in the README and in the documentation, from the tables that the tests check.
+
+Run it to write them.
+"""
+
+from pathlib import Path
+
+from helpers import models
+from helpers.models import CASES
+from ngd_optim.tracing.losses import LOSSES
+
+ROOT = Path(__file__).parents[2]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "what_works.md"
+REFUSED = [
+    ("Reentrant checkpointing", "use `use_reentrant=False`"),
+    ("Checkpointing of an `LSTM`", "set `torch.backends.mkldnn.enabled = False`"),
+    ("`Embedding(sparse=True)`", "use `sparse=False`"),
+    ("float16, GradScaler", "use bfloat16"),
+    ("Complex parameters; parameters on several devices; `DataParallel`", "use real parts; one device; DDP"),
+]
+
+
+def summary() -> str:
+    """The README's table: what works how."""
+    by_backend = {
+        backend: ", ".join(case.label for case in CASES.values() if case.backend == backend)
+        for backend in ("torch.func", "double-backward")
+    }
+    losses = ", ".join(sorted(f"`{function.__name__}`" for function in LOSSES))
+    lines = [
+        "| | how |",
+        "|---|---|",
+        f"| {by_backend['torch.func']} | forward mode; double-backward where tensors are small |",
+        f"| {by_backend['double-backward']} | double-backward, chosen by itself |",
+        f"| Losses of closure form (a): {losses} | Gauss-Newton |",
+        *(f"| {what} | refused: {instead} |" for what, instead in REFUSED),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def models_and_losses() -> str:
+    """The documentation's table: model × loss, as `test_gradient_and_product_are_the_dense_ones` goes through them."""
+    losses = list(models.LOSSES)
+    lines = [
+        "| model | " + " | ".join(f"`{loss}`" for loss in losses) + " | products by |",
+        "|---|" + "---|" * (len(losses) + 1),
+        *(f"| {case.label} | " + "✓ | " * len(losses) + f"{case.backend} |" for case in CASES.values()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {README: ("what works", summary), PAGE: ("models and losses", models_and_losses)}
+
+
+def with_table(path: Path) -> str:
+    """The file's text, with its table as the tests have it now."""
+    name, table = TABLES[path]
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, rest = path.read_text().split(begin)
+    return before + begin + table() + end + rest.split(end)[-1]
+
+
+if __name__ == "__main__":
+    for path in TABLES:
+        path.write_text(with_table(path))

@@ -1,0 +1,164 @@
+"""A list of closures, and a closure of its own for the curvature."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Categorical
+
+from ngd_optim import NaturalCG
+from ngd_optim.linearization.checks import Experience
+from ngd_optim.linearization.linearize import linearize_mean
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.tracing.closure import ReplayedClosure
+
+
+def make_model(*extra):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), *extra, nn.Linear(6, 3)).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(12, 5, generator=generator).double(), torch.randint(0, 3, (12,), generator=generator)
+
+
+def cross_entropy(model, x, y):
+    return lambda: F.cross_entropy(model(x), y)
+
+
+def policy_gradient(model, x, y):
+    old = model(x).log_softmax(-1).detach()
+
+    def closure():
+        dist = Categorical(logits=model(x))
+        return -(dist.log_prob(y) - old[range(len(y)), y]).exp().mean(), dist
+
+    return closure
+
+
+@pytest.mark.parametrize("form", [cross_entropy, policy_gradient])
+def test_micro_batches_make_the_step_of_the_whole_batch(form):
+    x, y = data()
+    whole, parts = make_model(), make_model()
+    one, many = (NaturalCG(model.parameters(), damping=0.1, preconditioner=None) for model in (whole, parts))
+    for _ in range(3):
+        one.step(form(whole, x, y))
+        many.step([form(parts, x[i : i + 3], y[i : i + 3]) for i in range(0, 12, 3)])
+        a, b = one.last_step, many.last_step
+        assert (a.accepted, a.backtracks) == (b.accepted, b.backtracks)
+        for field in ("loss", "new_loss", "kl", "grad_norm", "step_norm", "reduction_ratio"):
+            assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-8)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-10)
+
+
+def test_micro_batches_hold_one_graph_at_a_time():
+    """The graphs of the others are gone when one is traced."""
+    x, y = data()
+    model = make_model()
+    alive, peak = 0, 0
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            nonlocal alive, peak
+            alive += 1
+            peak = max(peak, alive)
+            ctx.token = Token()
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    class Token:
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def closure(part):
+        return lambda: F.cross_entropy(Counted.apply(model(x[part])), y[part])
+
+    closures = [closure(slice(i, i + 2)) for i in range(0, 12, 2)]
+    params = list(model.parameters())
+    runs = [ReplayedClosure(function, params) for function in closures]
+    known = Experience(complete=True, backend="double-backward")
+    point = linearize_mean(runs, FlatParameters([{"params": params}]), "ggn", lambda *_: known)
+    point.curvature(point.gradient)
+    assert peak == 1
+
+
+def test_buffers_and_random_numbers_move_as_in_one_pass():
+    x, y = data()
+    model, reference = (make_model(nn.BatchNorm1d(6), nn.Dropout(0.5)) for _ in range(2))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for i in range(0, 12, 4):
+            reference(x[i : i + 4])
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    NaturalCG(model.parameters()).step([cross_entropy(model, x[i : i + 4], y[i : i + 4]) for i in range(0, 12, 4)])
+    assert torch.equal(torch.rand(3), expected)
+    for mine, plain in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_gradients_are_the_mean():
+    x, y = data()
+    model = make_model()
+    optimizer = NaturalCG(model.parameters(), max_backtracks=0)
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+
+    def closure(part):
+        def run():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[part]), y[part])
+            loss.backward()
+            return loss
+
+        return run
+
+    optimizer.step([closure(slice(0, 6)), closure(slice(6, 12))])
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-10, atol=1e-14)
+
+
+class TestCurvatureClosure:
+    def test_curvature_comes_from_it_and_the_rest_from_the_closure(self):
+        x, y = data()
+        model = make_model()
+        params = list(model.parameters())
+        theta = torch.cat([p.detach().flatten() for p in params])
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), params)])
+        jacobian = torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(z, params, retain_graph=True)])
+                for z in model(x[:4]).flatten()
+            ]
+        )
+        z = model(x[:4]).detach()
+        hessian = torch.func.hessian(lambda u: F.cross_entropy(u.view_as(z), y[:4]))(z.flatten())
+        matrix = jacobian.T @ hessian @ jacobian
+        optimizer = NaturalCG(params, max_kl=None, damping=0.1, max_backtracks=0, cg_tol=1e-14, cg_progress_tol=0)
+        loss = optimizer.step(cross_entropy(model, x, y), curvature_closure=cross_entropy(model, x[:4], y[:4]))
+        expected = theta - torch.linalg.solve(matrix + 0.1 * torch.eye(len(theta), dtype=torch.float64), gradient)
+        moved = torch.cat([p.detach().flatten() for p in params])
+        assert (moved - expected).norm() <= 1e-10 * (expected - theta).norm()
+        assert optimizer.last_step.new_loss == pytest.approx(F.cross_entropy(model(x), y).item())
+        assert loss.item() == optimizer.last_step.loss
+
+    def test_kl_is_measured_on_the_closure(self):
+        x, y = data()
+        model = make_model()
+        before = Categorical(logits=model(x).detach())
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(policy_gradient(model, x, y), curvature_closure=policy_gradient(model, x[:4], y[:4]))
+        after = Categorical(logits=model(x).detach())
+        measured = torch.distributions.kl_divergence(before, after).mean().item()
+        assert optimizer.last_step.kl == pytest.approx(measured)
+
+    def test_it_must_be_callable(self):
+        model = make_model()
+        with pytest.raises(TypeError, match="closure"):
+            NaturalCG(model.parameters()).step(cross_entropy(model, *data()), curvature_closure=3)

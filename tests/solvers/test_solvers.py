@@ -1,0 +1,408 @@
+"""Direct solvers: the Jacobian, the root of the curvature and the step, against dense float64 matrices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.problems import (
+    BATCH,
+    FAMILIES,
+    assert_near,
+    dense_fisher,
+    dense_gauss_newton,
+    flat_function,
+    flatten,
+    make_model,
+)
+from torch import nn
+from torch.func import hessian, jacrev, vmap
+
+from ngd_optim import NaturalCG, least_squares, linearize
+from ngd_optim.jacobian.jacobian import jacobian
+from ngd_optim.jacobian.square_root import NotSemidefiniteError
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
+from ngd_optim.solvers.quadratic_model import QuadraticModel
+
+N = 40
+X = torch.rand(N, 2, dtype=torch.float64)
+EDGE = torch.rand(9, 2, dtype=torch.float64)
+
+
+def tanh_net(outputs=1):
+    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+
+
+def laplacian_by_autograd(net):
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return sum(torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2))
+
+
+def slope_and_bend(net):
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return slope[:, 0] - torch.autograd.grad(slope[:, 1].sum(), x, create_graph=True)[0][:, 1]
+
+
+def laplacian_by_torch_func(net):
+    return vmap(lambda x: hessian(lambda y: net(y).squeeze())(x).trace())(X)
+
+
+def both_ends(net):
+    u = net(torch.cat([X, EDGE]))
+    return [u[:N], u[N:]]
+
+
+# What a network's outputs may be made of; whether the rows can be told apart in one pull-back.
+OUTPUTS = {
+    "plain": (lambda: tanh_net(), lambda net: [net(X)], True),
+    "several per sample": (lambda: tanh_net(3), lambda net: [net(X)], True),
+    "laplacian by autograd": (lambda: tanh_net(), lambda net: [laplacian_by_autograd(net), net(EDGE)], True),
+    "laplacian by torch.func": (lambda: tanh_net(), lambda net: [laplacian_by_torch_func(net), net(EDGE)], True),
+    "one derivative of several": (lambda: tanh_net(), lambda net: [slope_and_bend(net), net(EDGE)], True),
+    "one batch, two residuals": (lambda: tanh_net(), both_ends, True),
+    "a sample in two rows": (lambda: tanh_net(), lambda net: [net(X) - net(X.flip(0) + 1.0)], True),
+    "rows of one batch compared": (lambda: tanh_net(), lambda net: [(lambda u: u[:20] - u[20:])(net(X))], True),
+    "a grid": (lambda: tanh_net(), lambda net: [net(X).view(5, 8)], True),
+    "sequences": (lambda: tanh_net(), lambda net: [net(X.view(20, 2, 2)).sum((1, 2)), net(X)[:15]], True),
+    "a layer used by half": (lambda: nn.Linear(2, 34).double(), lambda m: [m(X)[:, :33]], True),
+    "convolution": (lambda: nn.Conv2d(1, 2, 3).double(), lambda m: [m(torch.ones(9, 1, 4, 4).double())], False),
+    "batch norm": (lambda: nn.Sequential(tanh_net(2), nn.BatchNorm1d(2)).double(), lambda m: [m(X)], False),
+    "mean over the batch": (lambda: tanh_net(), lambda net: [(lambda u: u - u.mean(0))(net(X))], False),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_jacobian_is_that_of_single_pull_backs(case, caplog):
+    make, outputs_of, apart = OUTPUTS[case]
+    model = make()
+    parameters = FlatParameters([{"params": list(model.parameters())}])
+    outputs = outputs_of(model)
+    flat = torch.cat([z.reshape(-1) for z in outputs])
+    truth = torch.stack(
+        [
+            parameters.flatten(torch.autograd.grad(z, parameters.tensors, retain_graph=True, allow_unused=True))
+            for z in flat
+        ]
+    )
+    caplog.set_level("INFO", "ngd_optim")
+    assert_near(jacobian(outputs, parameters), truth, 1e-12)
+    assert ("row by row" in caplog.text) is not apart
+
+
+def test_jacobian_of_a_few_formulas():
+    theta = nn.Parameter(torch.tensor([1.5, 0.3, 2.0], dtype=torch.float64))
+    t = torch.linspace(0, 2, 50, dtype=torch.float64)
+
+    def residuals(b):
+        return b[0] * (1 - torch.exp(-b[1] * t)) + b[2] / (1 + t * b[0])
+
+    found = jacobian([residuals(theta)], FlatParameters([{"params": [theta]}]))
+    assert_near(found, jacrev(residuals)(theta.detach()), 1e-12)
+
+
+class Problem:
+    """A closure, with its gradient and its curvature as a dense matrix."""
+
+    def __init__(self, form, theta=None):
+        torch.manual_seed(1)
+        self.model, x = make_model("mlp", 3 if form != "normal" else 4)
+        if theta is not None:
+            nn.utils.vector_to_parameters(theta, self.model.parameters())
+        self.output = flat_function(self.model, x)
+        self.theta = flatten(self.model.parameters())
+        y = torch.randn(BATCH, 3, dtype=torch.float64)
+        labels = torch.arange(BATCH) % 3
+        if form == "normal":
+            family = FAMILIES["normal"]
+            ones = torch.ones(BATCH, 2, dtype=torch.float64)
+            self.loss = lambda z: -family.predict(z).log_prob(ones).mean()
+
+            def closure():
+                prediction = family.predict(self.model(x))
+                return -prediction.log_prob(ones).mean(), prediction
+
+            self.closure = closure
+            self.curvature = dense_fisher(self.output, self.theta, family.predict)
+        else:
+            losses = {
+                "least_squares": lambda z: least_squares(z[:, :2] - y[:, :2], z[:, 2].sin(), weights=(2.0, 0.3)),
+                "cross_entropy": lambda z: F.cross_entropy(z, labels),
+                "class_weights": lambda z: F.cross_entropy(z, labels, y[0].abs()),
+                "mse": lambda z: F.mse_loss(z, y),
+            }
+            self.loss = losses[form]
+            self.closure = lambda: self.loss(self.model(x))
+            inner = (lambda z: torch.cat([z[:, :2], z[:, 2:].sin()], 1)) if form == "least_squares" else (lambda z: z)
+            outer = (
+                self.loss
+                if form != "least_squares"
+                else (lambda z: least_squares(z[:, :2] - y[:, :2], z[:, 2], weights=(2.0, 0.3)))
+            )
+            self.curvature = dense_gauss_newton(lambda t: inner(self.output(t)), self.theta, outer)
+        self.gradient = torch.func.grad(lambda t: self.loss(self.output(t)))(self.theta)
+
+
+def identity(like):
+    return torch.eye(len(like), dtype=torch.float64)
+
+
+FORMS = ["least_squares", "cross_entropy", "class_weights", "mse", "normal"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_root_of_the_curvature(form):
+    problem = Problem(form)
+    root = linearize(problem.closure, problem.model.parameters()).root()
+    assert_near(root.rows.T @ root.rows, problem.curvature, 1e-12)
+    assert_near(root.rows.T @ root.slope, problem.gradient, 1e-10)
+
+
+@pytest.mark.parametrize("scale", ["identity", "diagonal"])
+@pytest.mark.parametrize("solver", ["dense", "sample"])
+@pytest.mark.parametrize("form", FORMS)
+def test_step_is_that_of_the_dense_matrix_and_of_exact_conjugate_gradients(form, solver, scale):
+    fixed = {"damping": 1e-3, "adapt_damping": False, "damping_scale": scale, "weight_decay": 1e-2}
+    problem = Problem(form)
+    steps = {}
+    for name in (solver, "cg"):
+        twin = Problem(form)
+        optimizer = NaturalCG(
+            twin.model.parameters(),
+            solver=name,
+            cg_tol=1e-14,
+            cg_progress_tol=0.0,
+            max_kl=None,
+            max_backtracks=0,
+            **fixed,
+        )
+        optimizer.step(twin.closure)
+        steps[name] = flatten(twin.model.parameters()) - twin.theta
+        report = optimizer.last_step
+        assert report.solver == name
+        assert report.cg_stop == ("tolerance" if name == "cg" else "exact")
+        predicted = 0.5 * steps[name] @ problem.curvature @ steps[name]
+        assert report.kl == pytest.approx(predicted.item(), rel=1e-6) or form == "normal"
+    diagonal = problem.curvature.diagonal()
+    damping = 1e-3 * (torch.ones_like(diagonal) if scale == "identity" else diagonal.where(diagonal > 0, 1))
+    system = problem.curvature + (damping + 1e-2).diag()
+    truth = -torch.linalg.solve(system, problem.gradient + 1e-2 * problem.theta)
+    assert_near(steps[solver], truth, 1e-9)
+    assert_near(steps[solver], steps["cg"], 1e-8)
+
+
+@pytest.mark.parametrize("solver", ["dense", "sample"])
+def test_gradient_from_elsewhere(solver):
+    """The curvature may come from another closure, in whose rows the gradient does not lie."""
+    problem, other = Problem("least_squares"), Problem("cross_entropy")
+    optimizer = NaturalCG(
+        problem.model.parameters(),
+        solver=solver,
+        damping=0.1,
+        adapt_damping=False,
+        max_backtracks=0,
+        damping_scale="identity",
+    )
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    labels = torch.arange(BATCH) % 3
+    optimizer.step(problem.closure, curvature_closure=lambda: F.cross_entropy(problem.model(x), labels))
+    curvature = dense_gauss_newton(flat_function(other.model, x), problem.theta, lambda z: F.cross_entropy(z, labels))
+    truth = -torch.linalg.solve(curvature + 0.1 * identity(curvature), problem.gradient)
+    assert_near(flatten(problem.model.parameters()) - problem.theta, truth, 1e-9)
+
+
+def test_dense_solver_of_a_hessian_raises_the_damping_until_it_is_definite():
+    theta = nn.Parameter(torch.tensor([0.1, 0.2], dtype=torch.float64))
+    optimizer = NaturalCG([theta], solver="dense", damping=1e-3, damping_scale="identity")
+
+    def closure():
+        return -(theta[0] ** 2) + theta[0] ** 4 + theta[1] ** 2
+
+    for _ in range(30):
+        optimizer.step(closure)
+    assert optimizer.last_step.solver == "dense"
+    assert closure().item() == pytest.approx(-0.25, abs=1e-12)
+
+
+def test_more_damping_needs_no_new_jacobian():
+    problem = Problem("least_squares")
+    parameters = FlatParameters([{"params": list(problem.model.parameters())}])
+    root = linearize(problem.closure, parameters.tensors).root()
+    for solver in (LeastSquares(root), SampleSpace(root), Matrix(lambda v: problem.curvature @ v, problem.gradient)):
+        for damping in (1.0, 1e-2, 3.0):
+            model = QuadraticModel(problem.gradient, lambda v: problem.curvature @ v, 0.0, damping)
+            system = problem.curvature + damping * identity(problem.curvature)
+            result = solver.solve(model)
+            assert_near(result.solution, -torch.linalg.solve(system, problem.gradient), 1e-10)
+            assert result.residual < 1e-10
+            assert result.x_dot_ax == pytest.approx((result.solution @ system @ result.solution).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "samples", "chosen"), [(1, 12, "sample"), (1, 80, "dense"), (2, 12, "sample"), (2, 40, "dense")]
+)
+def test_auto_solves_where_it_is_cheaper(outputs, samples, chosen):
+    model = tanh_net(outputs)  # 59 parameters, or 65
+    x = torch.rand(samples, 2, dtype=torch.float64)
+    optimizer = NaturalCG(model.parameters())
+    optimizer.step(lambda: least_squares(model(x) - 1.0))
+    assert optimizer.last_step.solver == chosen
+    optimizer.step(lambda: F.mse_loss(model(x), torch.ones(samples, outputs).double()))
+    assert optimizer.last_step.solver == "cg"
+
+
+def test_auto_leaves_large_problems_to_conjugate_gradients():
+    model = nn.Linear(80, 80)
+    x = torch.randn(100, 80)
+    optimizer = NaturalCG(model.parameters())
+    optimizer.step(lambda: least_squares(model(x) - x))  # 6,480 parameters and 8,000 residuals
+    assert optimizer.last_step.solver == "cg"
+
+
+def test_a_rejected_solution_is_solved_again_at_the_same_jacobian():
+    theta = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    optimizer = NaturalCG([theta], damping=1e-6)
+
+    def closure():  # Rosenbrock
+        return least_squares(torch.stack([10 * (theta[1] - theta[0] ** 2), 1 - theta[0]]))
+
+    before = optimizer.step(closure).item()
+    report = optimizer.last_step
+    assert report.accepted
+    assert report.backtracks > 0
+    assert report.damping > 1e-6
+    assert report.new_loss < before
+    assert report.n_forward == 1 + 2 * (report.backtracks + 1)  # for each solution a look along it and a trial
+
+
+@pytest.mark.parametrize("solver", ["dense", "sample"])
+def test_geodesic_acceleration_is_the_second_order_path(solver):
+    """The correction is −½ (F + λ)⁻¹ Jᵀ r″ with r″ the residuals' second derivative along the step."""
+    steps = {}
+    for geodesic in (False, True):
+        theta = nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
+        x = torch.linspace(0, 1, 2 if solver == "sample" else 7, dtype=torch.float64)
+
+        def residuals(b, x=x):
+            return b[0] * (b[1] * x).exp() + b[2] * x - 0.5
+
+        optimizer = NaturalCG(
+            [theta], solver=solver, damping=1.0, adapt_damping=False, damping_scale="identity", geodesic=geodesic
+        )
+        before = theta.detach().clone()
+        optimizer.step(lambda theta=theta, residuals=residuals: least_squares(residuals(theta)))
+        assert optimizer.last_step.step_scale == 1.0
+        steps[geodesic] = theta.detach() - before
+    J, d = jacrev(residuals)(before), steps[False]
+    second = torch.func.jvp(lambda b: torch.func.jvp(residuals, (b,), (d,))[1], (before,), (d,))[1]
+    correction = torch.linalg.solve(J.T @ J / len(x) + identity(J.T), -0.5 * J.T @ second / len(x))
+    assert_near(steps[True] - d, correction, 1e-2)  # a finite difference over a tenth of the step
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense", "sample"])
+def test_momentum_is_spring(solver):
+    """``x = argmin ½ ‖A x + s‖² + ½ λ ‖x − μ x_before‖²`` (Goldshlager, Abrahamsen & Lin 2024, equation 23)."""
+    problem = Problem("least_squares")
+    optimizer = NaturalCG(
+        problem.model.parameters(),
+        solver=solver,
+        momentum=0.9,
+        damping=0.3,
+        adapt_damping=False,
+        damping_scale="identity",
+        max_backtracks=0,
+        geodesic=False,
+        cg_tol=1e-14,
+        cg_progress_tol=0.0,
+    )
+    last = torch.zeros_like(problem.theta)
+    for _ in range(3):
+        theta = flatten(problem.model.parameters())
+        twin = Problem("least_squares", theta)
+        system = twin.curvature + 0.3 * identity(twin.curvature)
+        last = torch.linalg.solve(system, 0.3 * 0.9 * last - twin.gradient)
+        optimizer.step(problem.closure)
+        assert_near(flatten(problem.model.parameters()) - theta, last, 1e-8)
+
+
+def test_momentum_that_leads_uphill_is_left_out():
+    problem = Problem("least_squares")
+    optimizer = NaturalCG(problem.model.parameters(), solver="dense", momentum=0.99, damping=10.0)
+    optimizer.step(problem.closure)
+    point = linearize(problem.closure, problem.model.parameters())
+    uphill = FlatParameters(optimizer.param_groups).unflatten(10 * point.gradient / point.gradient.norm())
+    for p, wrong in zip(problem.model.parameters(), uphill, strict=True):
+        optimizer.state[p]["solution"] = wrong
+    optimizer.step(problem.closure)
+    assert optimizer.last_step.accepted
+    assert optimizer.last_step.new_loss < optimizer.last_step.loss
+
+
+def test_sample_solver_refuses_what_has_no_outputs():
+    theta = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="solver='sample' needs one closure"):
+        NaturalCG([theta], solver="sample").step(lambda: theta.square().sum())
+    model = nn.Linear(2, 1)
+    closures = [lambda: least_squares(model(torch.ones(3, 2)))] * 2
+    with pytest.raises(ValueError, match="solver='sample' needs one closure"):
+        NaturalCG(model.parameters(), solver="sample").step(closures)
+
+
+def test_indefinite_metric_at_the_outputs():
+    model = nn.Linear(2, 3).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+
+    def closure():  # weighs one sample's loss negatively
+        return (F.mse_loss(model(x), x[:, :1], reduction="none") * torch.tensor([1.0, -1.0, 1.0])).mean()
+
+    with pytest.warns(UserWarning, match="target size"), pytest.raises(NotSemidefiniteError):
+        NaturalCG(model.parameters(), solver="sample").step(closure)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("solver", "qr"), ("damping_scale", "trace"), ("momentum", 1.0), ("momentum", -0.1)]
+)
+def test_bad_settings(name, value):
+    with pytest.raises(ValueError, match=name):
+        NaturalCG([nn.Parameter(torch.ones(1))], **{name: value})
+
+
+def test_scaled_damping_with_cg_needs_the_diagonal():
+    x = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([x], solver="cg", damping_scale="diagonal")
+    with pytest.raises(ValueError, match=r"damping_scale='diagonal' needs one closure.* else use 'identity'"):
+        optimizer.step(lambda: x.pow(4).sum())
+    assert torch.equal(x, torch.ones(3))
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_a_diagonal_that_is_not_finite_is_forgotten(solver):
+    x = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([x], solver=solver, damping_scale="diagonal")
+    optimizer.step(lambda: least_squares(x * torch.nan))
+    assert not optimizer.last_step.accepted
+    optimizer.step(lambda: least_squares(2 * x))
+    assert optimizer.last_step.accepted
+    assert_near(optimizer.state[x]["largest_curvature"], torch.full((3,), 4 / 3), 1e-6)
+
+
+@pytest.mark.parametrize("fails", [2, 4])
+def test_an_exception_while_solving_again_leaves_the_damping(fails):
+    x = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    optimizer = NaturalCG([x], geodesic=False)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == fails:
+            raise KeyboardInterrupt
+        too_high = 1e3 if 1 < len(calls) < fails else 0.0  # every trial point is turned down
+        return least_squares(10 * (x[1] - x[0] ** 2) + too_high, 1 - x[0])
+
+    calls += [1] * fails  # the first step learns how to form the products, undisturbed
+    optimizer.step(closure)
+    damping = optimizer.param_groups[0]["damping"]
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert optimizer.param_groups[0]["damping"] == damping
