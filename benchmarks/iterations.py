@@ -115,7 +115,7 @@ def decreases(problem: Problem, model: nn.Module, optimizer: NaturalCG, precondi
 
         return conjugate_gradient(product, b, preconditioner=observed, **settings)
 
-    with patch("ngd_optim.solvers.direct.conjugate_gradient", solve):
+    with patch("ngd_optim.solvers.iterative.conjugate_gradient", solve):
         optimizer.step(lambda: problem.closure(model))
     return list(accumulate(found))
 

@@ -25,7 +25,7 @@ from torchmin.function import ScalarFunction
 
 import ngd_optim
 from ngd_optim.linearization.checks import Experience
-from ngd_optim.linearization.linearize import Linearization, linearize_closure
+from ngd_optim.linearization.point import Linearization, linearize_closure
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing.closure import ReplayedClosure
 

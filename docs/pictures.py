@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG, conjugate_gradient, linearize, plot_history
-from ngd_optim.step.trust_region import SUFFICIENT_DECREASE, line_search
+from ngd_optim.step.line_search import SUFFICIENT_DECREASE, line_search
 
 FOLDER = Path(__file__).with_name("images")
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe & Ito 2008

@@ -1,12 +1,12 @@
 """Natural-gradient and Gauss-Newton optimization by truncated conjugate gradients."""
 
-from ngd_optim.linalg.cg import CGResult, conjugate_gradient
-from ngd_optim.linearization.linearize import Linearization, linearize
+from ngd_optim.linalg import CGResult, conjugate_gradient
+from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
 from ngd_optim.plotting import plot_history
-from ngd_optim.preconditioners.nystrom import Diagonal, Nystrom
+from ngd_optim.preconditioners import Diagonal, Nystrom
 from ngd_optim.report import StepReport
-from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing import least_squares
 
 __all__ = [
     "CGResult",

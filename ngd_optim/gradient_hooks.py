@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing.closure import ReplayedClosure
+from ngd_optim.tracing import ReplayedClosure
 
 
 class GradientHooks:

@@ -10,31 +10,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.curvature.metric import Curvature
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
-from ngd_optim.jacobian.layers import Layer
-from ngd_optim.linearization.checks import Experience, Signature
-from ngd_optim.linearization.linearize import Linearization, Observer, linearize_mean, unseen
+from ngd_optim.jacobian import Layer
+from ngd_optim.linearization import Experience, Linearization, Observer, Signature, linearize_mean, unseen
+from ngd_optim.names import Curvature, DampingLimit, DampingScale, MaxKL, SolverName, TrustRegion
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners.base import Preconditioner, Preconditioning, preconditioning_of
+from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.report import StepReport, report_of
 from ngd_optim.settings import check_saved, check_settings, plain_numbers, shared_settings
-from ngd_optim.solvers.direct import (
+from ngd_optim.solvers import (
     ConjugateGradients,
-    DampingScale,
+    QuadraticModel,
     Solver,
-    SolverName,
     choose_solver,
     curvature_diagonal,
     direct_solver,
 )
-from ngd_optim.solvers.quadratic_model import QuadraticModel
-from ngd_optim.step.damping import Damping, DampingLimit, damping_range
-from ngd_optim.step.descend import Descent
-from ngd_optim.step.last_step import Carried
-from ngd_optim.step.trust_region import MaxKL, TrustRegion, chosen_max_kl
-from ngd_optim.tracing.closure import Closure, ReplayedClosure, replayed, rewound_on_error, twice_differentiable
+from ngd_optim.step import Carried, Damping, Descent, chosen_max_kl, damping_range
+from ngd_optim.tracing import Closure, ReplayedClosure, replayed, rewound_on_error, twice_differentiable
 
 Closures = Closure | Sequence[Closure]
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
-from ngd_optim.linearization.linearize import Linearization
-from ngd_optim.step.descend import Outcome
+from ngd_optim.linearization import Linearization
+from ngd_optim.step import Outcome
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,8 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ngd_optim.curvature.metric import Curvature
-from ngd_optim.preconditioners.base import PreconditionerName
-from ngd_optim.preconditioners.nystrom import Diagonal, Nystrom
-from ngd_optim.solvers.direct import DampingScale, SolverName
-from ngd_optim.step.trust_region import TrustRegion
+from ngd_optim.names import Curvature, DampingScale, PreconditionerName, SolverName, TrustRegion
+from ngd_optim.preconditioners import Diagonal, Nystrom
 
 PER_GROUP = ("lr", "damping", "weight_decay")
 """Settings that may differ between parameter groups."""

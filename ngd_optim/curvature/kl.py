@@ -28,7 +28,7 @@ _USE_FORM_C = "return (loss, kl) from the closure instead, with your own scalar 
 Metric = Distribution | list["Metric"] | tuple["Metric", ...] | dict[str, "Metric"]
 
 
-def heads(metric: object) -> Iterator[Distribution]:
+def distributions_in(metric: object) -> Iterator[Distribution]:
     """The distributions in nested lists, tuples and dicts, in order.
 
     Raises:
@@ -38,10 +38,10 @@ def heads(metric: object) -> Iterator[Distribution]:
         yield metric
     elif isinstance(metric, list | tuple):
         for part in metric:
-            yield from heads(part)
+            yield from distributions_in(part)
     elif isinstance(metric, Mapping):
         for part in metric.values():
-            yield from heads(part)
+            yield from distributions_in(part)
     else:
         raise TypeError(
             "the metric that the closure returns must be a torch.distributions.Distribution, a list, tuple or dict of "
@@ -49,7 +49,7 @@ def heads(metric: object) -> Iterator[Distribution]:
         )
 
 
-def parameters(distribution: Distribution) -> dict[str, Tensor]:
+def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
     """The tensors that define a distribution, by constructor argument.
 
     Raises:
@@ -62,7 +62,7 @@ def parameters(distribution: Distribution) -> dict[str, Tensor]:
         )
     base = _wrapped(distribution)
     if base is not None:
-        return parameters(base)
+        return parameters_of(base)
     names = [name for name in distribution.arg_constraints if name not in _REDUNDANT]
     if distribution.arg_constraints.keys() == {"probs"}:
         names = ["probs"]
@@ -71,7 +71,7 @@ def parameters(distribution: Distribution) -> dict[str, Tensor]:
 
 
 def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distribution:
-    """The same distribution with other parameters, as :func:`parameters` names them.
+    """The same distribution with other parameters, as :func:`parameters_of` names them.
 
     Raises:
         NotImplementedError: the constructor does not take them.

@@ -3,13 +3,12 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ngd_optim.curvature import kl as distributions
+from ngd_optim.curvature.kl import distributions_in, local_divergence, mean_kl, parameters_of, rebuild
 from ngd_optim.curvature.vector_products import (
     Map,
     hessian,
@@ -18,12 +17,10 @@ from ngd_optim.curvature.vector_products import (
     push_by_double_backward,
     push_forward,
 )
-from ngd_optim.tracing.closure import Evaluation, ReplayedClosure
+from ngd_optim.names import Backend, Curvature, Kind
+from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 Tensors = Sequence[Tensor]
-Curvature = Literal["auto", "fisher", "ggn", "hessian"]
-Kind = Literal["fisher", "ggn", "hessian"]
-Backend = Literal["torch.func", "double-backward"]
 
 _LARGEST_KL_AT_START = 1e-3
 
@@ -114,14 +111,14 @@ def kl_of(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
     if isinstance(metric, Tensor):
         return _returned_kl
     try:
-        old = [_frozen(head) for head in distributions.heads(metric)]
+        old = [_frozen(head) for head in distributions_in(metric)]
     except NotImplementedError:
         return lambda other: None
 
     def kl(other: Evaluation) -> Tensor | None:
-        pairs = zip(old, distributions.heads(other.metric), strict=True)
+        pairs = zip(old, distributions_in(other.metric), strict=True)
         try:
-            return sum_of(distributions.mean_kl(before, after) for before, after in pairs)
+            return sum_of(mean_kl(before, after) for before, after in pairs)
         except NotImplementedError:
             return None
 
@@ -137,12 +134,12 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         ValueError: a distribution does not depend on anything that requires a gradient.
         NotImplementedError: torch has no closed-form KL for it; the message names the way out.
     """
-    heads = list(distributions.heads(evaluation.metric))
+    heads = list(distributions_in(evaluation.metric))
     if not heads:
         raise TypeError("the metric that the closure returns holds no distribution")
-    values = [distributions.parameters(head) for head in heads]
+    values = [parameters_of(head) for head in heads]
     for head, of_head in zip(heads, values, strict=True):
-        distributions.mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
+        mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
         if not any(value.requires_grad for value in of_head.values()):
             raise ValueError(
                 f"the parameters of the returned {type(head).__name__} are detached from the graph; return the "
@@ -151,7 +148,7 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
     learned = [(i, name) for i, of_head in enumerate(values) for name, value in of_head.items() if value.requires_grad]
 
     def select(other: Evaluation) -> Tensors:
-        others = [distributions.parameters(head) for head in distributions.heads(other.metric)]
+        others = [parameters_of(head) for head in distributions_in(other.metric)]
         return [others[i][name] for i, name in learned]
 
     moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
@@ -159,8 +156,7 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         moving[i][name] = moving[i][name].clone().requires_grad_()
     with torch.enable_grad():
         divergence = sum_of(
-            distributions.local_divergence(_frozen(head), distributions.rebuild(head, of_head))
-            for head, of_head in zip(heads, moving, strict=True)
+            local_divergence(_frozen(head), rebuild(head, of_head)) for head, of_head in zip(heads, moving, strict=True)
         )
     return OutputMetric(
         outputs=[values[i][name] for i, name in learned],
@@ -213,7 +209,7 @@ def sum_of(scalars: Iterable[Tensor]) -> Tensor:
 
 
 def _frozen(head: Distribution) -> Distribution:
-    return distributions.rebuild(head, {k: v.detach() for k, v in distributions.parameters(head).items()})
+    return rebuild(head, {k: v.detach() for k, v in parameters_of(head).items()})
 
 
 def _returned_kl(other: Evaluation) -> Tensor | None:

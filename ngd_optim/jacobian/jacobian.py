@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ngd_optim.curvature.vector_products import pull_back
+from ngd_optim.curvature import pull_back
 from ngd_optim.jacobian.per_sample import NotLocalError, Samples
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording.recorder import CannotReplayError
+from ngd_optim.recording import CannotReplayError
 
 logger = logging.getLogger("ngd_optim")
 

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.curvature.vector_products import pull_back
+from ngd_optim.curvature import pull_back
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording.memory import Memory, Recall
-from ngd_optim.recording.program import Operation, Sharing, note_last_uses, without_dead_code
-from ngd_optim.recording.recorder import Recorder
+from ngd_optim.recording import Memory, Operation, Recall, Recorder, Sharing, note_last_uses, without_dead_code
 
 _aten = torch.ops.aten
 # By operation, for each operand that may hold the sensitivities: the dimension that it is summed over.

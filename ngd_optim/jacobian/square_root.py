@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ngd_optim.curvature.metric import OutputMetric
-from ngd_optim.curvature.vector_products import Map
+from ngd_optim.curvature import Map, OutputMetric
 from ngd_optim.jacobian.jacobian import jacobian, quick_jacobian
 from ngd_optim.parameters import FlatParameters
 

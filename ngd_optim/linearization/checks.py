@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ngd_optim.autograd_graph import dtypes, leaves, nodes
-from ngd_optim.curvature.metric import Backend, OutputMetric, ScalarMetric, penalty_of
-from ngd_optim.curvature.vector_products import flat_product, pull_back
+from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of, pull_back
 from ngd_optim.distributed import Ranks
-from ngd_optim.linalg.cg import conjugate_gradient
+from ngd_optim.linalg import conjugate_gradient
+from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording.memory import Memory
-from ngd_optim.recording.recorder import Recording
-from ngd_optim.tracing.closure import Evaluation, ReplayedClosure
+from ngd_optim.recording import Memory, Recording
+from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 logger = logging.getLogger("ngd_optim")
 

@@ -5,15 +5,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ngd_optim.curvature.metric import OutputMetric, ScalarMetric, penalty_of
-from ngd_optim.curvature.vector_products import flat_product
+from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of
 from ngd_optim.distributed import Ranks
-from ngd_optim.jacobian.square_root import Root, quick_diagonal, root_of
+from ngd_optim.jacobian import Root, quick_diagonal, root_of
 from ngd_optim.linearization.checks import ON_ANOTHER_RANK, Experience, known_to, why_not
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording.memory import Memory, Recall
-from ngd_optim.recording.recorder import CannotReplayError, Recording
-from ngd_optim.tracing.closure import ReplayedClosure, twice_differentiable
+from ngd_optim.recording import CannotReplayError, Memory, Recall, Recording
+from ngd_optim.tracing import ReplayedClosure, twice_differentiable
 
 
 class _Attempt(NamedTuple):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ngd_optim.curvature.metric import OutputMetric
-from ngd_optim.jacobian.layers import Layer, Use
-from ngd_optim.linalg.packed import order, packed, unpacked
+from ngd_optim.curvature import OutputMetric
+from ngd_optim.jacobian import Layer, Use
+from ngd_optim.linalg import order, packed, unpacked
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.sampling import draw
 

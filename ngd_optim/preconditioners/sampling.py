@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ngd_optim.curvature.metric import OutputMetric
+from ngd_optim.curvature import OutputMetric
 
 _PROBES = 4
 _AGREES = 1e-2

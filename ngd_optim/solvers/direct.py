@@ -1,136 +1,19 @@
-"""How the linear system of a step is solved: by conjugate gradients, or exactly.
+"""Exact solutions of the linear system of a step.
 
-A solver takes a :class:`~ngd_optim.solvers.quadratic_model.QuadraticModel` and gives a :class:`~ngd_optim.CGResult`.
-One that is exact keeps all that does not depend on the damping, so that another damping at the same point costs no new
+A direct solver keeps all that does not depend on the damping, so that another damping at the same point costs no new
 Jacobian.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ngd_optim.jacobian.square_root import NotSemidefiniteError, Root
-from ngd_optim.linalg.cg import CGResult, conjugate_gradient
-from ngd_optim.linearization.linearize import Linearization
+from ngd_optim.jacobian import Root
+from ngd_optim.linalg import CGResult
+from ngd_optim.names import SolverName
 from ngd_optim.solvers.quadratic_model import QuadraticModel
-
-DampingScale = Literal["auto", "identity", "diagonal"]
-SolverName = Literal["auto", "cg", "dense", "sample"]
-
-
-class Solver(Protocol):
-    """Solves ``(F + W + diag(λ)) x = b`` at one point.
-
-    Attributes:
-        name: ``"cg"``, ``"dense"`` or ``"sample"``.
-        diagonal: that of ``F``, where the solver knows it.
-    """
-
-    @property
-    def name(self) -> SolverName: ...  # noqa: D102
-
-    @property
-    def diagonal(self) -> Tensor | None: ...  # noqa: D102
-
-    def solve(self, model: QuadraticModel) -> CGResult:
-        """The solution for a model with this point's curvature."""
-        ...
-
-
-@dataclass(frozen=True)
-class ConjugateGradients:
-    """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
-
-    ``precondition`` forms the preconditioner for a model.
-    """
-
-    x0: Tensor
-    max_iters: int
-    tol: float
-    progress_tol: float
-    boundary: float | None
-    precondition: Callable[[QuadraticModel], Callable[[Tensor], Tensor] | None]
-    diagonal: Tensor | None = None
-    name: SolverName = "cg"
-
-    def solve(self, model: QuadraticModel) -> CGResult:
-        """By products with the curvature only."""
-        return conjugate_gradient(
-            model.system,
-            model.right_side,
-            x0=self.x0,
-            max_iters=self.max_iters,
-            tol=self.tol,
-            progress_tol=self.progress_tol,
-            boundary=self.boundary,
-            preconditioner=self.precondition(model),
-        )
-
-
-_FEW = 4096
-"""Direct solvers are chosen for so many unknowns at most: parameters or outputs, whichever are fewer."""
-
-_LARGEST_JACOBIAN = 2**30
-"""And for a Jacobian of so many bytes at most."""
-
-_NEEDS_OUTPUTS = (
-    "needs one closure in one process, with a recognised loss function or a returned distribution: no other loss, no "
-    "scalar KL, no list of closures, and no penalty on the weights within the loss (weight_decay is allowed)"
-)
-
-
-def choose_solver(name: SolverName, point: Linearization) -> SolverName:
-    """``"cg"``, ``"dense"`` or ``"sample"``.
-
-    ``"auto"`` is a direct solver for :func:`~ngd_optim.least_squares`, where the step is only as good as the solution:
-    ``"dense"``, or ``"sample"`` where there are fewer outputs than parameters. It is ``"cg"`` for every other loss, and
-    for what is too large.
-
-    Raises:
-        ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one model.
-    """
-    m, n = point.root_shape
-    if name == "sample" and not m:
-        raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
-    if not point.gradient.isfinite().all():
-        return "cg"  # which says so
-    if name != "auto":
-        return name
-    few = n if not m else min(m, n)
-    bytes_needed = point.gradient.element_size() * n * (m or n)
-    if not point.is_least_squares or few > _FEW or bytes_needed > _LARGEST_JACOBIAN:
-        return "cg"
-    return "sample" if m and m < n else "dense"
-
-
-def direct_solver(name: SolverName, point: Linearization) -> "Solver":
-    """The solver of that name, ``"dense"`` or ``"sample"``, at a point."""
-    if not point.root_shape[0]:
-        return Matrix(point.curvature, point.gradient)
-    try:
-        root = point.root()
-    except NotSemidefiniteError:
-        if name == "sample":
-            raise
-        return Matrix(point.curvature, point.gradient)
-    return SampleSpace(root) if name == "sample" else LeastSquares(root)
-
-
-def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
-    """The diagonal of ``F``, exactly; to be asked before any product.
-
-    Raises:
-        ValueError: neither the solver knows it nor the outputs tell.
-    """
-    if solver.diagonal is not None:
-        return solver.diagonal
-    if not point.root_shape[0]:
-        raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
-    return point.root().rows.square().sum(0)
 
 
 class LeastSquares:

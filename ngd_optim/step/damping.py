@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
+
+from ngd_optim.names import DampingLimit
 
 _GROW_REJECTED = 4.0
 _GROW = 2.0
 _SHRINK = 1 / 2
 _LITTLE, _MUCH = 0.2, 0.4
 _STEEP = 1 / 3
-
-DampingLimit = float | Literal["auto"]
 
 
 def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -> tuple[float, float]:

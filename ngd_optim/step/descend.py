@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ngd_optim.linalg.cg import CGResult
-from ngd_optim.linearization.linearize import Linearization
+from ngd_optim.linalg import CGResult
+from ngd_optim.linearization import Linearization
+from ngd_optim.names import TrustRegion
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.solvers.direct import LeastSquares, SampleSpace, Solver
-from ngd_optim.solvers.quadratic_model import QuadraticModel, Step, scaled_step
+from ngd_optim.solvers import LeastSquares, QuadraticModel, SampleSpace, Solver
 from ngd_optim.step.damping import Damping
 from ngd_optim.step.geodesic import bent
-from ngd_optim.step.trust_region import Trial, TrustRegion, line_search
+from ngd_optim.step.line_search import Trial, line_search
+from ngd_optim.step.trust_region import Step, scaled_step
 
 
 @dataclass(frozen=True)

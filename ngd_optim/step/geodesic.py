@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngd_optim.solvers.direct import LeastSquares, SampleSpace
-from ngd_optim.solvers.quadratic_model import QuadraticModel, Step
+from ngd_optim.solvers import LeastSquares, QuadraticModel, SampleSpace
+from ngd_optim.step.trust_region import Step
 
 _PROBE = 0.1
 """Part of the step at which the residuals are looked at."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.linearization.linearize import Linearization
+from ngd_optim.linearization import Linearization
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.step.descend import Outcome
 

@@ -1,18 +1,17 @@
-"""How far to go along a direction: the trust region and the line search."""
+"""The trust region: how large it is, and a step that keeps to it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-TrustRegion = Literal["clip", "boundary", "damped"]
-MaxKL = float | None | Literal["auto"]
+import torch
+from torch import Tensor
+
+from ngd_optim.linalg import CGResult
+from ngd_optim.names import MaxKL, TrustRegion
+from ngd_optim.solvers import QuadraticModel
 
 DEFAULT_MAX_KL = 0.01
 """In nats per sample: what TRPO uses (Schulman et al. 2015, section 8)."""
-
-SUFFICIENT_DECREASE = 1e-4
-"""Share of the first-order decrease that a step must reach (Armijo; Nocedal & Wright, equation 3.4)."""
 
 
 def chosen_max_kl(max_kl: MaxKL, kind: TrustRegion, has_kl: bool) -> float | None:
@@ -47,94 +46,78 @@ def trust_region_scale(quadratic: float, max_kl: float | None, kind: TrustRegion
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Where a line search ended: the last point that it tried.
+class Step:
+    """A step ``d`` with what the model says of any fraction of it.
 
     Attributes:
-        fraction: the point is ``fraction`` of the way along the direction; 0 if none was tried.
-        objective: objective there; NaN if none was tried.
-        kl: measured KL there; None if the metric cannot tell.
-        backtracks: points turned down, and systems solved again.
-        accepted: whether the point passed.
-        overshot: whether a point was turned down for its objective, or nothing finite was there to try: what speaks
-            against the quadratic model. A KL a little above its bound, at the region's edge, does not.
-        problem: what speaks against the point; empty where it passed.
+        direction: ``d``, flat.
+        scale: what the trust region made of the solution of the system, ``lr`` not counted.
+        slope: ``gᵀd``.
+        metric: ``dᵀF d``.
+        bend: that again where ``F`` is curvature of the objective too; 0 where it measures the KL alone.
+        decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
+        products: how many curvature products it took to know all this.
     """
 
-    fraction: float
-    objective: float
-    kl: float | None
-    backtracks: int
-    accepted: bool
-    overshot: bool
-    problem: str = ""
+    direction: Tensor
+    scale: float
+    slope: float
+    metric: float
+    bend: float
+    decay_slope: float
+    decay_quadratic: float
+    products: int
 
-    @property
-    def reason(self) -> str:
-        """One sentence on the outcome."""
-        if not self.fraction:
-            return f"rejected: {self.problem}"
-        if self.accepted:
-            return f"accepted after {_counted(self.backtracks, 'backtrack')}" if self.backtracks else "accepted"
-        return f"rejected after {_counted(self.backtracks, 'trial point')}, the last one because {self.problem}"
+    def predicted_decrease(self, fraction: float) -> float:
+        """What the model says that the objective falls by."""
+        return -(fraction * self.slope + 0.5 * fraction**2 * (self.bend + self.decay_quadratic))
 
-    @classmethod
-    def refused(cls, why: str) -> "Trial":
-        """A step that is not worth a trial."""
-        return cls(0.0, math.nan, None, 0, False, True, why)
+    def kl(self, fraction: float) -> float:
+        """The second-order model of the KL, ``½ |dᵀF d|``."""
+        return 0.5 * fraction**2 * abs(self.metric)
+
+    def decay_change(self, fraction: float) -> float:
+        """What the weight-decay term ``½ θᵀW θ`` changes by."""
+        return fraction * self.decay_slope + 0.5 * fraction**2 * self.decay_quadratic
 
 
-def line_search(
-    evaluate: Callable[[float], tuple[float, float | None]],
-    objective: float,
-    slope: float,
-    *,
+def scaled_step(
+    model: QuadraticModel,
+    solution: CGResult,
+    theta: Tensor,
+    lr: float | Tensor,
     max_kl: float | None,
-    max_backtracks: int,
-    backtrack_ratio: float,
-    demanding: bool = True,
-) -> Trial:
-    """Shrink a step until the objective falls enough and the KL is at most ``max_kl``.
+    trust_region: TrustRegion,
+    measures_kl: bool,
+) -> Step:
+    """The solution of the system, scaled to the trust region and by ``lr``.
 
-    Args:
-        evaluate: ``fraction ↦ (objective, kl)`` at that fraction of the step; a KL of None is not tested.
-        objective: its value at fraction 0.
-        slope: derivative of the objective along the step, ``gᵀd``; negative for a descent direction.
-        max_kl: largest KL allowed; None for no limit.
-        max_backtracks: how often to shrink.
-        backtrack_ratio: factor by which the step shrinks each time.
-        demanding: False lets every point pass that is finite.
+    A step to the edge of a region in KL solves a problem with a linear objective (Schulman et al. 2015, equation 14):
+    ``x`` gives its direction, and where the quadratic model with ``F`` has its minimum says nothing of the objective.
+
+    ``dᵀF d`` comes from CG's own scalars; it costs one more product only where ``lr`` differs between groups.
     """
-    if not math.isfinite(objective):
-        return Trial.refused(f"the loss is {objective}")
-    if not slope <= 0:
-        return Trial.refused(f"the loss does not fall along the step, its slope is {slope:.3g}")
-    trial = Trial.refused("")
-    overshot = False
-    for turned_down in range(max_backtracks + 1):
-        fraction = backtrack_ratio**turned_down
-        found, kl = evaluate(fraction)
-        target = objective + SUFFICIENT_DECREASE * fraction * slope if demanding else math.inf
-        problem = _problem(found, kl, target, max_kl if demanding else None)
-        if problem is None:
-            return Trial(fraction, found, kl, turned_down, True, overshot)
-        overshot |= not (math.isfinite(found) and found <= target)
-        trial = Trial(fraction, found, kl, turned_down + 1, False, overshot, problem)
-    return trial
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _problem(objective: float, kl: float | None, target: float, max_kl: float | None) -> str | None:
-    """What speaks against a point, or None."""
-    if not math.isfinite(objective):
-        return f"its loss is {objective}"
-    if kl is not None and not math.isfinite(kl):
-        return f"its KL is {kl}"
-    if objective > target:
-        return f"its loss {objective:.6g} is above {target:.6g}"
-    if max_kl is not None and kl is not None and kl > max_kl:
-        return f"its KL {kl:.3g} is above max_kl={max_kl:g}"
-    return None
+    x = solution.solution
+    share = torch.dot(x, (model.decay + model.damping) * x).item()
+    metric = solution.x_dot_ax - share
+    # A difference of two numbers is known to their rounding only, and a boundary step could be huge. Where F has
+    # negative curvature the region is that of |F|, as for the solve, which has gone to the boundary by itself.
+    size = max(abs(metric), 16 * torch.finfo(x.dtype).eps * abs(share))
+    kind = "clip" if solution.stop == "negative_curvature" else trust_region
+    scale = trust_region_scale(solution.x_dot_ax if kind == "damped" else size, max_kl, kind)
+    direction = (scale * lr) * x
+    quadratic = (
+        torch.dot(direction, model.curvature(direction)).item()
+        if isinstance(lr, Tensor)
+        else (scale * lr) ** 2 * metric
+    )
+    return Step(
+        direction=direction,
+        scale=scale,
+        slope=torch.dot(model.gradient, direction).item(),
+        metric=quadratic,
+        bend=0.0 if measures_kl and kind != "clip" else quadratic,
+        decay_slope=torch.dot(theta, model.decay * direction).item(),
+        decay_quadratic=torch.dot(direction, model.decay * direction).item(),
+        products=int(isinstance(lr, Tensor)),
+    )

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG, linearize
 from ngd_optim.linearization.checks import Experience
-from ngd_optim.linearization.linearize import linearize_closure
+from ngd_optim.linearization.point import linearize_closure
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing.closure import ReplayedClosure
 

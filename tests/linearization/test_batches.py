@@ -8,7 +8,7 @@ from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG
 from ngd_optim.linearization.checks import Experience
-from ngd_optim.linearization.linearize import linearize_mean
+from ngd_optim.linearization.point import linearize_mean
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing.closure import ReplayedClosure
 

@@ -16,7 +16,7 @@ from torch.distributions import Categorical, Normal
 from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG
-from ngd_optim.preconditioners import base as preconditioners
+from ngd_optim.preconditioners import kfac
 from ngd_optim.preconditioners.kronecker import full
 
 N, IN, HIDDEN, OUT = 24, 5, 6, 3
@@ -98,7 +98,7 @@ NAMES = {"auto": "kfac", "kfac": "kfac", "callable": "callable"}
 
 @pytest.fixture
 def renewed_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preconditioners, "RENEWED_AFTER", 1)
+    monkeypatch.setattr(kfac, "RENEWED_AFTER", 1)
 
 
 # The solution
@@ -325,7 +325,7 @@ def test_factors_serve_some_products_and_then_are_mixed_with_new_ones():
     first = task.params[0]
     products, draws, rights = 0, [], []
     for _ in range(6):
-        due = products >= preconditioners.RENEWED_AFTER
+        due = products >= kfac.RENEWED_AFTER
         train(task, optimizer, 1)
         state = optimizer.state[first]
         products = (0 if due else products) + optimizer.last_step.n_product

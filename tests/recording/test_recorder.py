@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import CASES, Problem
+from helpers.models import CASES, Problem
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ngd_optim import NaturalCG, linearize
 from ngd_optim.linearization.checks import Experience
-from ngd_optim.linearization.linearize import linearize_closure
+from ngd_optim.linearization.point import linearize_closure
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording.recorder import CannotReplayError, Recording
 from ngd_optim.tracing.closure import ReplayedClosure

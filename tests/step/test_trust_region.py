@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngd_optim.step.trust_region import line_search, trust_region_scale
+from ngd_optim.step.line_search import line_search
+from ngd_optim.step.trust_region import trust_region_scale
 
 positive = st.floats(1e-12, 1e12)
 reproducible = settings(deadline=None, derandomize=True, database=None)

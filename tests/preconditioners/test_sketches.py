@@ -8,7 +8,7 @@ from helpers.problems import assert_near, flatten, seeded
 from torch import nn
 
 from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares, linearize
-from ngd_optim.preconditioners.nystrom import Sketch
+from ngd_optim.preconditioners.sketches import Sketch
 
 N = 60
 

@@ -2,15 +2,25 @@
 
 Random vectors show them, through ``v ↦ F v``, so they fit every closure; Kronecker factors, where the graph has them,
 tell more.
+
+The optimizer's state has for each parameter ``sketch``, its rows of a sketch's basis; for the first parameter also
+``sketch_values`` and ``sketch_age``, and ``draws``, how often random vectors were drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ngd_optim.distributed import Ranks
+from ngd_optim.linearization import Linearization
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.preconditioners.base import Preconditioning, Solve
+from ngd_optim.solvers import QuadraticModel
+
+_SKETCH = ("sketch", "sketch_values", "sketch_age")
 Product = Callable[[Tensor], Tensor]
 DEFAULT_LARGEST_RANK = 160
 
@@ -162,3 +172,64 @@ def _at_least_one(**counts: int) -> None:
 
 
 torch.serialization.add_safe_globals([Diagonal, Nystrom])  # a saved optimizer names the one it was made with
+
+
+class Sketched(Preconditioning):
+    """From products. The state has each parameter's part of the sketch, and for the first the rest."""
+
+    def __init__(
+        self,
+        kind: Diagonal | Nystrom,
+        parameters: FlatParameters,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        generator: torch.Generator | None,
+    ) -> None:
+        self._kind = kind
+        self._parameters = parameters
+        self._state = state
+        own = [state.get(p, {}) for p in parameters.tensors]
+        self._draws = own[0].get("draws", 0)
+        self._generator = generator or torch.Generator().manual_seed(self._draws)
+        self._sketch = _sketch_of(own, parameters)
+
+    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+        """Drawn anew where what earlier steps left is too old or of another kind."""
+
+        def counted(v: Tensor) -> Tensor:
+            self.products += 1
+            return model.curvature(v)
+
+        kind, shift, old = self._kind, model.shift, self._sketch
+        if old is None or len(old.basis) != len(shift) or bool(len(old.values)) != isinstance(kind, Nystrom):
+            old = None
+        if old is None or old.age >= kind.refresh:
+            diagonal = point.quick_diagonal() if isinstance(kind, Diagonal) else None
+            old = kind.drawn(counted, len(shift), shift, old, self._generator) if diagonal is None else known(diagonal)
+            self._draws += 1
+        self._sketch = old._replace(age=old.age + 1)
+        if not (old.basis.isfinite().all() and old.values.isfinite().all()):
+            self._sketch = None
+            return None  # the step will be refused
+        self.name = kind.name
+        return kind.solve(old, shift)
+
+    def keep(self, products: int) -> None:
+        """The sketch, with its age."""
+        if self._sketch is None:
+            return
+        for entry in self._state.values():
+            for name in _SKETCH:
+                entry.pop(name, None)  # a parameter that has no part in this one, or is no longer the first
+        basis, values, age = self._sketch
+        tensors = self._parameters.tensors
+        for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
+            self._state[p]["sketch"] = part
+        self._state[tensors[0]] |= {"sketch_values": values, "sketch_age": age, "draws": self._draws}
+
+
+def _sketch_of(own: Sequence[Mapping[str, Any]], parameters: FlatParameters) -> Sketch | None:
+    """What the state holds of the last sketch; None if that was of other parameters."""
+    if not (all("sketch" in entry for entry in own) and "sketch_values" in own[0]):
+        return None
+    basis = torch.cat([entry["sketch"] for entry in own]).to(parameters.dtype)
+    return Sketch(basis, own[0]["sketch_values"].to(basis), own[0]["sketch_age"])

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from ngd_optim.curvature.metric import Backend, Curvature, Kind, OutputMetric, ScalarMetric, kl_of, metric_of
+from ngd_optim.curvature import OutputMetric, ScalarMetric, kl_of, metric_of
 from ngd_optim.distributed import ALONE, Ranks
-from ngd_optim.jacobian.square_root import Root
+from ngd_optim.jacobian import Root
 from ngd_optim.linearization.checks import Experience, Signature, refuse_unsupported, signature, verify
 from ngd_optim.linearization.product import TracedProduct
+from ngd_optim.names import Backend, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording.memory import Memory
-from ngd_optim.tracing.closure import Closure, Evaluation, ReplayedClosure, twice_differentiable
+from ngd_optim.recording import Memory
+from ngd_optim.tracing import Closure, Evaluation, ReplayedClosure, twice_differentiable
 
 Known = Callable[[ReplayedClosure, Signature], Experience]
 """Finds what earlier steps learnt of a closure whose trace has that signature."""

@@ -1,0 +1,19 @@
+"""The words that settings and reports may hold."""
+
+from typing import Literal
+
+Curvature = Literal["auto", "fisher", "ggn", "hessian"]
+"""What ``F`` is asked to be."""
+
+Kind = Literal["fisher", "ggn", "hessian"]
+"""What ``F`` is."""
+
+Backend = Literal["torch.func", "double-backward"]
+"""What forms the products ``F v``."""
+
+SolverName = Literal["auto", "cg", "dense", "sample"]
+DampingScale = Literal["auto", "identity", "diagonal"]
+DampingLimit = float | Literal["auto"]
+TrustRegion = Literal["clip", "boundary", "damped"]
+MaxKL = float | None | Literal["auto"]
+PreconditionerName = Literal["auto", "kfac", "diagonal"]

@@ -1,0 +1,40 @@
+"""Which preconditioner a setting stands for."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.jacobian import Layer
+from ngd_optim.names import PreconditionerName
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.preconditioners.base import Given, Preconditioning, Solve
+from ngd_optim.preconditioners.kfac import Kronecker
+from ngd_optim.preconditioners.sketches import Diagonal, Nystrom, Sketched
+
+Preconditioner = PreconditionerName | None | Solve | Diagonal | Nystrom
+
+
+def preconditioning_of(
+    kind: Preconditioner,
+    parameters: FlatParameters,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    layers: tuple[Layer, ...] | None,
+    generator: torch.Generator | None,
+) -> Preconditioning:
+    """What a setting stands for in one step.
+
+    Args:
+        kind: the setting.
+        parameters: of the step.
+        state: the optimizer's; it is written to by ``keep`` only.
+        layers: those of the last step; None: unknown.
+        generator: draws the random vectors; None: one that starts anew at each renewal, from its number.
+    """
+    if kind in ("auto", "kfac"):
+        return Kronecker(parameters, state, layers, generator, must=kind == "kfac")
+    sketch = Diagonal() if kind == "diagonal" else kind
+    if isinstance(sketch, Diagonal | Nystrom):
+        return Sketched(sketch, parameters, state, generator)
+    return Given(sketch) if callable(sketch) else Preconditioning()
