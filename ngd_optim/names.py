@@ -9,7 +9,9 @@ Kind = Literal["fisher", "ggn", "hessian"]
 """What ``F`` is."""
 
 Backend = Literal["torch.func", "double-backward"]
-"""What forms the products ``F v``."""
+"""What forms the products ``F v``: forward mode, or the derivative of a gradient."""
+
+BackendChoice = Literal["auto", "torch.func", "double-backward"]
 
 SolverName = Literal["auto", "cg", "dense", "sample"]
 DampingScale = Literal["auto", "identity", "diagonal"]

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.jacobian import Layer
-from ngd_optim.linearization import Experience, Linearization, Observer, Signature, linearize_mean, unseen
-from ngd_optim.names import Curvature, DampingLimit, DampingScale, MaxKL, SolverName, TrustRegion
+from ngd_optim.linearization import Learnt, Observer, Point, linearize_mean
+from ngd_optim.names import BackendChoice, Curvature, DampingLimit, DampingScale, MaxKL, SolverName, TrustRegion
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
 from ngd_optim.report import StepReport, report_of
@@ -68,6 +68,9 @@ class NaturalCG(Optimizer):
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
+        backend: what forms the products: ``"torch.func"``, forward mode through the closure; ``"double-backward"``, the
+            derivative of a gradient through the graph that is there. ``"auto"``: the latter where both are right and no
+            hooks on gradients are seen, else the one that is.
         solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters; ``"sample"``, exactly, in
             the space of the model's outputs, for fewer outputs than parameters. ``"auto"``: one of the direct solvers
             where the loss is :func:`~ngd_optim.least_squares` and the problem small enough for it, else ``"cg"``. With
@@ -133,6 +136,7 @@ class NaturalCG(Optimizer):
         backtrack_ratio: float = 0.8,
         weight_decay: float = 0.0,
         curvature: Curvature = "auto",
+        backend: BackendChoice = "auto",
         solver: SolverName = "auto",
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
@@ -161,6 +165,7 @@ class NaturalCG(Optimizer):
             "backtrack_ratio": backtrack_ratio,
             "weight_decay": weight_decay,
             "curvature": curvature,
+            "backend": backend,
             "solver": solver,
             "damping_scale": damping_scale,
             "momentum": momentum,
@@ -172,6 +177,8 @@ class NaturalCG(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
+        for group in state["param_groups"]:
+            group.setdefault("backend", "auto")  # 0.1.0 had none
         check_saved(state["param_groups"], state["state"])
         super().__setstate__(state)
         self._complete()
@@ -179,7 +186,7 @@ class NaturalCG(Optimizer):
     def _complete(self) -> None:
         if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
             self._gradient_hooks = GradientHooks()
-        self._experiences: dict[Any, Experience] = {}
+        self._learnt: Learnt = {}
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -235,7 +242,7 @@ class NaturalCG(Optimizer):
             preconditioning = preconditioning_of(
                 settings["preconditioner"], parameters, self.state, self._layers.get(parameters.key), self.generator
             )
-            point = self._linearize(runs, parameters, settings, ranks, unseen if others else preconditioning.observe)
+            point = self._linearize(runs, parameters, settings, ranks, None if others else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, runs[0], point.gradient, point.reached, parameters))
             if others:
                 other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
@@ -291,22 +298,10 @@ class NaturalCG(Optimizer):
         parameters: FlatParameters,
         settings: dict[str, Any],
         ranks: Ranks,
-        observe: Observer,
-    ) -> Linearization:
-        curvature = settings["curvature"]
-        known = partial(self._known, curvature)
-        return linearize_mean(runs, parameters, curvature, known, ranks, observe).averaged(ranks)
-
-    def _known(self, curvature: Curvature, run: ReplayedClosure, signature: Signature) -> Experience:
-        """What earlier steps learnt of a closure with this code and this signature of its trace.
-
-        It is not saved, and learnt anew if lost.
-        """
-        function = run.function
-        while isinstance(function, partial):
-            function = function.func
-        code = getattr(function, "__code__", type(function))
-        return self._experiences.setdefault((code, curvature, signature), Experience())
+        observe: Observer | None,
+    ) -> Point:
+        curvature, backend = settings["curvature"], settings["backend"]
+        return linearize_mean(runs, parameters, curvature, backend, self._learnt, ranks, observe).averaged(ranks)
 
     def _per_group(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
@@ -316,9 +311,7 @@ class NaturalCG(Optimizer):
         limits = damping_range(settings["min_damping"], settings["max_damping"], exact=exact)
         return Damping(self.param_groups, adapts=settings["adapt_damping"], limits=limits, exact=exact)
 
-    def _damping_scale(
-        self, solver: Solver, point: Linearization, last: Carried, settings: dict[str, Any]
-    ) -> Tensor | None:
+    def _damping_scale(self, solver: Solver, point: Point, last: Carried, settings: dict[str, Any]) -> Tensor | None:
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
             return None
@@ -329,7 +322,7 @@ class NaturalCG(Optimizer):
 
     def _quadratic_model(
         self,
-        point: Linearization,
+        point: Point,
         gradient: Tensor,
         last: Carried,
         scale: Tensor | None,
@@ -344,9 +337,9 @@ class NaturalCG(Optimizer):
         if scale is not None:
             spread = spread * scale
         centre = last.solution(point.used).mul_(momentum) if momentum and attempt == 1 and last.moved else None
-        return QuadraticModel(gradient, point.curvature, decay, spread, centre)
+        return QuadraticModel(gradient, point.product, decay, spread, centre)
 
-    def _gradient(self, point: Linearization, parameters: FlatParameters) -> Tensor:
+    def _gradient(self, point: Point, parameters: FlatParameters) -> Tensor:
         """That of what is minimised: the loss and the weight decay."""
         if not any(self._per_group("weight_decay")):
             return point.gradient
@@ -354,7 +347,7 @@ class NaturalCG(Optimizer):
 
     def _solver(
         self,
-        point: Linearization,
+        point: Point,
         last: Carried,
         max_kl: float | None,
         preconditioning: Preconditioning,
@@ -365,8 +358,11 @@ class NaturalCG(Optimizer):
         name = choose_solver(settings["solver"], point)
         if name != "cg":
             return direct_solver(name, point)
+        x0 = last.solution(point.used).mul_(settings["warm_start"])
+        if point.gradient.isfinite().all():
+            point.product.form(x0 if x0.any() else point.gradient)
         return ConjugateGradients(
-            x0=last.solution(point.used).mul_(settings["warm_start"]),
+            x0=x0,
             max_iters=settings["max_cg_iters"],
             tol=settings["cg_tol"],
             progress_tol=settings["cg_progress_tol"],

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.step import Outcome
 
 
@@ -87,7 +87,7 @@ class StepReport:
 
 
 def report_of(
-    point: Linearization,
+    point: Point,
     outcome: Outcome,
     *,
     max_kl: float | None,
@@ -123,7 +123,7 @@ def report_of(
         reason=trial.reason,
         curvature=point.kind,
         solver=solver,
-        backend=point.backend,
+        backend=point.product.backend,
         preconditioner=preconditioner,
         n_forward=n_forward,
         n_product=n_product,

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from ngd_optim.names import Curvature, DampingScale, PreconditionerName, SolverName, TrustRegion
+from ngd_optim.names import BackendChoice, Curvature, DampingScale, PreconditionerName, SolverName, TrustRegion
 from ngd_optim.preconditioners import Diagonal, Nystrom
 
 PER_GROUP = ("lr", "damping", "weight_decay")
@@ -60,6 +60,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
     "weight_decay": _FINITE,
     "curvature": _one_of(Curvature),
+    "backend": _one_of(BackendChoice),
     "solver": _one_of(SolverName),
     "damping_scale": _one_of(DampingScale),
     "geodesic": (lambda v: isinstance(v, bool), "True or False"),

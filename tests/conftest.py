@@ -5,8 +5,6 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
-from ngd_optim.linearization import checks as verify
-
 
 def _declare_missing_torchvision_schemas() -> torch.library.Library | None:
     """Let torchvision's Python parts work beside a CPU-only torch, where its CUDA wheel cannot load its operators."""
@@ -27,12 +25,6 @@ torchvision_library = _declare_missing_torchvision_schemas()
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products by forward mode where that works, as for tensors that are larger than those of the tests."""
-    monkeypatch.setattr(verify, "_SMALL", 0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -39,7 +39,7 @@ class LightningStep:
         self._model = model
         self._optimizer: Any = optimizer
         self._closure = closure
-        self.__code__ = getattr(closure, "__code__", type(closure))  # NaturalCG remembers closures by it
+        self.__wrapped__ = closure  # what NaturalCG remembers the closure by
         self._metrics = [m for m in model.modules() if isinstance(m, Metric | MetricCollection)]
         self._loss: Tensor | None = None
         self._ran = False

@@ -50,6 +50,7 @@ class TRPO(sb3_contrib.TRPO):
             default the step is the one that they converge to (cosine above 0.99999), with fewer products.
         warm_start: they start from this multiple of the last solution.
         preconditioner: as for ``ngd_optim.NaturalCG``.
+        backend: what forms the Fisher products, as for ``ngd_optim.NaturalCG``.
         curvature_fraction: share of the rollout that the Fisher products are formed on; the gradient and the line
             search always use all of it.
         **kwargs: as for ``sb3_contrib.TRPO``; ``line_search_max_iter=0`` means no line search (:class:`NPG`).
@@ -74,12 +75,14 @@ class TRPO(sb3_contrib.TRPO):
         cg_tol: float = 1e-3,
         warm_start: float = 0.0,
         preconditioner: Any = None,
+        backend: str = "auto",
         curvature_fraction: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.adapt_damping = adapt_damping
         self.cg_tol = cg_tol
         self.preconditioner = preconditioner
+        self.backend = backend
         self.warm_start = warm_start
         self.curvature_fraction = curvature_fraction
         super().__init__(*args, **kwargs)
@@ -129,6 +132,7 @@ class TRPO(sb3_contrib.TRPO):
             "cg_tol": self.cg_tol,
             "cg_progress_tol": 0.0,
             "preconditioner": self.preconditioner,
+            "backend": self.backend,
             "warm_start": self.warm_start,
             "max_backtracks": max(0, self.line_search_max_iter - 1),
             "backtrack_ratio": self.line_search_shrinking_factor,

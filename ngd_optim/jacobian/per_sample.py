@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngd_optim.curvature import pull_back
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import Memory, Operation, Recall, Recorder, Sharing, note_last_uses, without_dead_code
+from ngd_optim.recording import Operation, Recorder, Sharing, note_last_uses, without_dead_code
 
 _aten = torch.ops.aten
 # By operation, for each operand that may hold the sensitivities: the dimension that it is summed over.
@@ -73,14 +73,12 @@ class Samples:
         u = torch.cat([torch.ones_like(z).reshape(-1) for z in outputs])
         self._outputs = outputs
         self._parameters = parameters
-        recall = Recall(Memory())
-        recorder = Recorder(u, recall)
+        recorder = Recorder(u)
         with torch.no_grad(), recorder:
             pieces = [
                 piece.view(z.shape) for z, piece in zip(outputs, u.split([z.numel() for z in outputs]), strict=True)
             ]
             gradients = pull_back(outputs, parameters.tensors)(pieces)
-        recall.fulfil_all()
         self._metas = recorder.metas
         self._slots = [recorder.slot_of(gradient) for gradient in gradients]
         wanted = [slot for slot in self._slots if slot is not None]

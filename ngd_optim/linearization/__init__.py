@@ -1,6 +1,6 @@
 """A closure at one point: loss, gradient, and curvature products that were checked."""
 
-from ngd_optim.linearization.checks import Experience, Signature
-from ngd_optim.linearization.point import Linearization, Observer, linearize, linearize_mean, unseen
+from ngd_optim.linearization.linearization import Linearization, linearize
+from ngd_optim.linearization.point import Learnt, Observer, Point, linearize_mean
 
-__all__ = ["Experience", "Linearization", "Observer", "Signature", "linearize", "linearize_mean", "unseen"]
+__all__ = ["Learnt", "Linearization", "Observer", "Point", "linearize", "linearize_mean"]

@@ -4,6 +4,7 @@ Tracing sees torch functions. What a closure hides from it (TorchScript, extensi
 would give silently wrong steps, so the first step compares with plain autograd.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,24 +18,19 @@ from ngd_optim.autograd_graph import dtypes, leaves, nodes
 from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of, pull_back
 from ngd_optim.distributed import Ranks
 from ngd_optim.linalg import conjugate_gradient
-from ngd_optim.names import Backend
+from ngd_optim.linearization.backend import ON_ANOTHER_RANK, Product, Way, direct_product, log_change, why_not
+from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import Memory, Recording
+from ngd_optim.recording import record
 from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 logger = logging.getLogger("ngd_optim")
 
-ON_ANOTHER_RANK = "another rank needs it"
+_LONG, _SMALL = 400, 2**18
+"""Operations, and bytes that each computes on average.
 
-_SMALL = 2**18
-"""In bytes. Where the mean result of an operation is smaller, calls take as long as the work that they do."""
-
-_CALL = 2**15
-"""Bytes that are computed in the time of a call."""
-
-_LONG = 400
-"""Operations. To note so many small ones pays after some forty products only: where autograd's engine pushes through a
-graph that is there, it is almost as fast as a replay.
+To note so many small operations pays after some forty products only: autograd's engine, which pushes through a graph
+that is there, is almost as fast as a replay.
 """
 
 _REFUSED = {
@@ -45,34 +41,17 @@ _REFUSED = {
 }
 
 
-@dataclass
-class Experience:
+@dataclass(frozen=True)
+class Checked:
     """What is known of a closure from its first step.
 
     Attributes:
-        complete: whether there was one.
-        backend: what forms the products.
-        spare: whether forward mode is right as well, where that is double-backward.
+        ways: those to form products that were found right, in order of preference.
         penalty: whether the loss depends on parameters around the outputs by a positive semidefinite Hessian.
-        replays: whether products are recorded: where a recorded one agrees with a direct one, and takes less time.
     """
 
-    complete: bool = False
-    backend: Backend = "torch.func"
-    spare: bool = False
+    ways: tuple[Way, ...]
     penalty: bool = False
-    replays: bool = False
-
-    def fall_back(self, reason: str) -> None:
-        """Form the products by the other backend from now on, whose recordings have not been compared with anything."""
-        self.backend, self.spare = "torch.func" if self.spare else "double-backward", False
-        self.replays = False
-        logger.info("products by %s, because %s", self.backend, reason)
-
-    def form_directly(self, reason: str) -> None:
-        """Do not record products from now on."""
-        logger.info("products are formed directly at each iteration, because %s", reason)
-        self.replays = False
 
 
 class Signature(NamedTuple):
@@ -82,27 +61,29 @@ class Signature(NamedTuple):
         operations: of its graph.
         differentiable: which of the outputs are.
         metric: of what type it returned one.
-        is_quick: whether its tensors are so small that its Python code takes as long as its arithmetic. Double-backward
-            pushes through the graph that is there, where forward mode would run that code once more. Not so if hooks on
-            gradients are seen: they would be given gradients with a graph of their own, and may keep them.
+        has_hooks: whether hooks on gradients are seen. Double-backward would give them gradients with a graph of their
+            own, which they may keep.
     """
 
     operations: tuple[str, ...]
     differentiable: tuple[bool, ...]
     metric: type
-    is_quick: bool
+    has_hooks: bool
 
 
-def signature(
-    traced: Evaluation, metric: OutputMetric | ScalarMetric, memory: Memory, parameters: FlatParameters
-) -> Signature:
-    """That of a closure that was traced within a memory."""
+def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
+    """That of a closure that was traced."""
     operations = tuple(node.name() for node in nodes([traced.loss]))
     has_hooks = traced.has_hooks or any(p._backward_hooks for p in parameters.tensors)
     has_hooks = has_hooks or "BackwardHookFunctionBackward" in operations
-    is_small = isinstance(metric, OutputMetric) and memory.bytes < _SMALL * memory.operations
     differentiable = tuple(z.requires_grad for z in traced.outputs)
-    return Signature(operations, differentiable, type(traced.metric), is_small and not has_hooks)
+    return Signature(operations, differentiable, type(traced.metric), has_hooks)
+
+
+def unchecked(backend: BackendChoice) -> Checked:
+    """What is assumed of a closure whose loss or gradient is not finite: there is nothing to compare."""
+    backends = get_args(Backend) if backend == "auto" else (backend,)
+    return Checked(tuple(Way(b, recorded=False) for b in backends))
 
 
 def refuse_unsupported(traced: Evaluation) -> None:
@@ -121,67 +102,88 @@ def refuse_unsupported(traced: Evaluation) -> None:
         )
 
 
-def verify(
-    experience: Experience,
+def check_closure(
     run: ReplayedClosure,
     traced: Evaluation,
     metric: OutputMetric | ScalarMetric,
     gradient: Tensor,
     parameters: FlatParameters,
-    memory: Memory,
     ranks: Ranks,
     *,
-    is_quick: bool,
-) -> None:
+    backend: BackendChoice,
+    has_hooks: bool,
+) -> Checked | None:
     """Learn what the products of a closure need, and check them and the gradient.
 
-    Nothing is learnt where the loss or the gradient is not finite. ``is_quick`` is the signature's.
+    Args:
+        run: the closure.
+        traced: its evaluation at the parameters.
+        metric: of that.
+        gradient: of that, flat.
+        parameters: what the closure is a function of.
+        ranks: those that take the same step.
+        backend: what the user asks for.
+        has_hooks: the signature's.
+
+    Returns:
+        None where the loss or the gradient is not finite, so that nothing is learnt.
 
     Raises:
-        RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed.
+        RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed as asked.
         ValueError: the parameters differ between ranks.
     """
+    run = copy.copy(run)  # these runs do not count as the step's
     ends = [traced.loss, *traced.outputs, *parameters.tensors]
     noise = _coarsest({t.dtype for t in ends})
     eps = max(noise, _coarsest(dtypes([traced.loss, *metric.outputs])))
     ranks.require_equal(parameters.theta)
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
-        return
+        return None
     plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(leaves(traced.loss)))))
     floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
     _check_gradient(ranks.average(gradient), plain, eps, floor)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
-    experience.backend, experience.spare = "torch.func", False
-    problem, both = ranks.together(lambda: _problem_of_forward_mode(run, metric, v, parameters, eps))
-    if not ranks.all(problem is None):
-        experience.fall_back(problem or ON_ANOTHER_RANK)
-    elif ranks.all(both) and is_quick:
-        costs = {b: _cost(b, run, metric, v, parameters, memory) for b in get_args(Backend)}
-        # Its products are almost as cheap, but for long sequences of plain recurrent cells.
-        if costs["double-backward"] <= 2 * costs["torch.func"]:
-            experience.backend, experience.spare = "double-backward", True
-    if metric.kind == "ggn":
-        experience.penalty = ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
+    problems = ranks.together(lambda: _problems_of_backends(run, metric, v, parameters, eps))
+    preferred: list[Backend] = ["torch.func", "double-backward"]
+    if not has_hooks:
+        preferred.reverse()
+    right: list[Backend] = [b for b in preferred if ranks.all(b not in problems)]
+    if not right:
+        raise RuntimeError("no curvature product can be formed by one backend on all ranks")
+    if backend == "auto" and right[0] != preferred[0]:
+        logger.info("products by %s, because %s", right[0], problems.get(preferred[0], ON_ANOTHER_RANK))
+    elif backend != "auto" and backend not in right:
+        raise RuntimeError(
+            f"backend={backend!r} cannot form the products of this closure: "
+            f"{problems.get(backend, ON_ANOTHER_RANK)}; use backend='auto'"
+        )
+    if backend != "auto":
+        right = [backend]
+    first = right[0]
+    penalty = metric.kind == "ggn" and ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
+    ways = [Way(b, recorded=False) for b in right]
+    direct = direct_product(first, run, metric, parameters, penalty=False)
+    problem = ranks.together(lambda: _problem_of_recording(direct, v, eps, has_graph=first == "double-backward"))
+    if ranks.all(problem is None):
+        ways.insert(0, Way(first, recorded=True))
+    else:
+        log_change(Way(first, recorded=True), ways[0], problem or ON_ANOTHER_RANK)
+    return Checked(tuple(ways), penalty)
 
-    def problem_of_replay() -> str | None:
-        direct = flat_product([metric.product(run, parameters.tensors, experience.backend)], parameters)
-        other = v.flip(0)
-        try:
-            recording = Recording(direct, v, known_to(experience.backend, memory))
-            if experience.spare and recording.length > _LONG:
-                return f"to record their {recording.length} small operations takes longer than it saves"
-            agrees = _close(recording(other), direct(other), eps, eps)
-        except RuntimeError as error:
-            return f"they cannot be recorded: {error}".splitlines()[0]
-        return None if agrees else "what is recorded disagrees with them"
 
-    problem = ranks.together(problem_of_replay)
-    experience.replays = ranks.all(problem is None)
-    if not experience.replays:
-        experience.form_directly(problem or ON_ANOTHER_RANK)
-    experience.complete = True
+def _problem_of_recording(direct: Product, v: Tensor, eps: float, *, has_graph: bool) -> str | None:
+    """None where a recording agrees with the product that it records, and saves time."""
+    other = v.flip(0)
+    try:
+        _, recording = record(direct, v)
+        if has_graph and recording.length > _LONG and recording.bytes < _SMALL * recording.length:
+            return f"to record their {recording.length} small operations takes longer than it saves"
+        agrees = _close(recording(other), direct(other), eps, eps)
+    except RuntimeError as error:
+        return f"they cannot be recorded: {error}".splitlines()[0]
+    return None if agrees else "what is recorded disagrees with them"
 
 
 def _coarsest(dtypes: Iterable[torch.dtype]) -> float:
@@ -199,20 +201,20 @@ def _check_gradient(gradient: Tensor, plain: Tensor, eps: float, floor: float) -
         )
 
 
-def _problem_of_forward_mode(
+def _problems_of_backends(
     run: ReplayedClosure,
     metric: OutputMetric | ScalarMetric,
     flat: Tensor,
     parameters: FlatParameters,
     eps: float,
-) -> tuple[str | None, bool]:
-    """None where forward mode can follow the closure, else what is wrong with it; and whether double-backward agrees.
+) -> dict[Backend, str]:
+    """What is wrong with the products of a backend, for each of which something is.
 
     The two are independent. Where they differ, or only one of them works, autograd's plain pull-back decides, whose
     adjoint they must be.
 
     Raises:
-        RuntimeError: double-backward cannot follow the closure either.
+        RuntimeError: there is something wrong with both.
     """
     v = parameters.unflatten(flat)
     products: dict[Backend, Tensor] = {}
@@ -223,7 +225,7 @@ def _problem_of_forward_mode(
         except RuntimeError as error:
             problems[backend] = why_not(error, backend)
     if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
-        return None, True
+        return {}
     errors: dict[Backend, float] = {b: _adjoint_error(b, products, run, metric, v, parameters) for b in products}
     best = min(errors.values(), default=math.inf)
     for backend, error in errors.items():
@@ -231,35 +233,10 @@ def _problem_of_forward_mode(
             problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
     finite = all(product.isfinite().all() for product in products.values())
     if "torch.func" not in problems or ("double-backward" in problems and not finite):
-        return None, False
+        return {"double-backward": problems.get("double-backward", "it disagrees with torch.func")}
     if "double-backward" not in problems:
-        return problems["torch.func"], False
+        return problems
     raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
-
-
-def _cost(
-    backend: Backend,
-    run: ReplayedClosure,
-    metric: OutputMetric | ScalarMetric,
-    v: Tensor,
-    parameters: FlatParameters,
-    memory: Memory,
-) -> float:
-    """Of replaying a product, in bytes; infinite where it cannot be recorded."""
-    direct = flat_product([metric.product(run, parameters.tensors, backend)], parameters)
-    try:
-        recording = Recording(direct, v, known_to(backend, memory))
-    except RuntimeError:
-        return math.inf
-    return _CALL * recording.length + recording.bytes
-
-
-def known_to(backend: Backend, memory: Memory) -> Memory:
-    """What a product may recall of the traced run, where it runs the closure again, from the first random number on.
-
-    Double-backward runs no more than the checkpoints in it, and these begin at another random number.
-    """
-    return memory if backend == "torch.func" else Memory()
 
 
 def _adjoint_error(
@@ -322,8 +299,3 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
 
 def _close(a: Tensor, b: Tensor, eps: float, floor: float) -> bool:
     return bool((a - b).norm() <= eps**0.5 * b.norm() + floor)
-
-
-def why_not(error: RuntimeError, backend: str) -> str:
-    """Why a backend fails. A string: the error itself would keep the graph alive."""
-    return f"{backend} cannot follow the closure: {type(error).__name__}: {error}".strip().splitlines()[0]

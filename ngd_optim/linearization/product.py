@@ -1,113 +1,161 @@
-"""The curvature product of a closure that has been traced: how it is formed at first, and then."""
+"""The curvature product of closures, on flat vectors."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of
+from ngd_optim.curvature import OutputMetric, ScalarMetric, metric_of
 from ngd_optim.distributed import Ranks
-from ngd_optim.jacobian import Root, quick_diagonal, root_of
-from ngd_optim.linearization.checks import ON_ANOTHER_RANK, Experience, known_to, why_not
+from ngd_optim.linearization.backend import Formed, Way, direct_product, form_product
+from ngd_optim.linearization.checks import Checked
+from ngd_optim.names import Backend, Curvature
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import CannotReplayError, Memory, Recall, Recording
-from ngd_optim.tracing import ReplayedClosure, twice_differentiable
+from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 
-class _Attempt(NamedTuple):
-    """A product and how to form others, or why not by this backend, or why not by a recording."""
+class Graph:
+    """A closure's evaluation at the parameters as they are, and its metric, with the graph that leads to both.
 
-    result: Tensor | None = None
-    formed: Recording | Callable[[Tensor], Tensor] | None = None
-    cannot_follow: str | None = None
-    cannot_replay: str | None = None
+    The graph is kept until it is let go. Who asks later gets a new one, from one more run of the closure: so it does
+    not matter for the result in which order things are asked of a point.
+    """
+
+    def __init__(self, run: ReplayedClosure, curvature: Curvature) -> None:
+        self.run = run
+        self._curvature: Curvature = curvature
+        self._kept: tuple[Evaluation, OutputMetric | ScalarMetric] | None = None
+
+    def get(self) -> tuple[Evaluation, OutputMetric | ScalarMetric]:
+        """The evaluation and the metric."""
+        if self._kept is None:
+            with torch.enable_grad():
+                traced = self.run.traced()
+                self._kept = traced, metric_of(traced, self._curvature)
+        return self._kept
+
+    def let_go(self) -> None:
+        """Free the memory of the graph."""
+        self._kept = None
 
 
-class TracedProduct:
-    """The product of a traced closure on flat vectors: recorded when first used, where that works, then replayed."""
+class ClosureProduct:
+    """``v ↦ F v`` of one closure.
+
+    How it is formed is chosen once, with the first vector, by :func:`form_product`: call :meth:`form` to have that done
+    before a solve begins.
+
+    Args:
+        graph: of the closure.
+        parameters: what it is a function of.
+        checked: what is known of it.
+        ranks: those that choose alike.
+        forget: is told the ways that are left where one no longer works.
+        keep_graph: hold the graph for products that need it; else each of them traces the closure anew, and nothing is
+            recorded.
+
+    Attributes:
+        ways: those that are left after the choice; the first one is taken.
+    """
 
     def __init__(
         self,
-        run: ReplayedClosure,
-        metric: OutputMetric | ScalarMetric,
+        graph: Graph,
         parameters: FlatParameters,
-        experience: Experience,
-        memory: Memory,
+        checked: Checked,
         ranks: Ranks,
+        forget: Callable[[tuple[Way, ...]], None],
         *,
-        record: bool = True,
-        loss: Tensor | None = None,
+        keep_graph: bool,
     ) -> None:
-        self._loss = loss
-        self._memory = memory
-        self._ranks = ranks
-        self._record = record
-        self._run = run
-        self._metric: OutputMetric | ScalarMetric | None = metric
+        self.ways = tuple(way for way in checked.ways if keep_graph or not way.recorded)
+        self._forget = forget
+        self._graph = graph
         self._parameters = parameters
-        self._experience = experience
-        self._formed: Recording | Callable[[Tensor], Tensor] | None = None
+        self._penalty = checked.penalty
+        self._ranks = ranks
+        self._keep_graph = keep_graph
+        self._formed: Formed | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """What forms the products."""
+        return self.ways[0].backend
+
+    def form(self, v: Tensor) -> None:
+        """Choose how to form products, with ``v``, whose product is remembered until the next call."""
+        formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+        if ways != self.ways:
+            self.ways = ways
+            self._forget(ways)
+        if self.ways[0].recorded or not self._keep_graph:
+            self._graph.let_go()
+        self._formed = formed
 
     def __call__(self, v: Tensor) -> Tensor:
-        """The curvature times a flat vector."""
+        """The product with ``v``, a new tensor."""
         if self._formed is None:
-            return self._first(v)
-        return self._formed(v)
+            self.form(v)
+        assert self._formed is not None
+        formed, self._formed = self._formed, self._formed.without_image()
+        image = formed.image_of(v)
+        return formed.product(v) if image is None else image
 
-    def root(self) -> Root:
-        """The matrix ``A`` with ``F = AᵀA`` of a metric at outputs; to be asked before any product."""
-        assert isinstance(self._metric, OutputMetric)
-        assert self._loss is not None
-        run, select = self._run, self._metric.select
+    def _direct(self, backend: Backend) -> Callable[[Tensor], Tensor]:
+        if self._keep_graph:
+            _, metric = self._graph.get()
+            return direct_product(backend, self._graph.run, metric, self._parameters, penalty=self._penalty)
 
-        def outputs_now() -> Sequence[Tensor] | None:
-            there = run.tried()
-            return None if there is None else select(there)
+        def retraced(v: Tensor) -> Tensor:
+            _, metric = self._ranks.together(self._graph.get)
+            product = direct_product(backend, self._graph.run, metric, self._parameters, penalty=self._penalty)
+            self._graph.let_go()
+            return product(v)
 
-        return root_of(self._metric, self._loss, self._parameters, outputs_now)
+        return retraced
 
-    def quick_diagonal(self) -> Tensor | None:
-        """That of ``F`` for a metric at outputs, where it takes as little as some products; before any product."""
-        assert isinstance(self._metric, OutputMetric)
-        return quick_diagonal(self._metric, self._parameters)
 
-    def _first(self, v: Tensor) -> Tensor:
-        experience = self._experience
-        with twice_differentiable():
-            attempt = self._ranks.together(lambda: self._attempt(v))
-        reasons = attempt.cannot_follow, attempt.cannot_replay
-        cannot_follow, cannot_replay = self._ranks.any([reason is not None for reason in reasons])
-        if cannot_follow:
-            if attempt.cannot_follow is not None:
-                experience.fall_back(attempt.cannot_follow)
-        elif cannot_replay:
-            experience.form_directly(attempt.cannot_replay or ON_ANOTHER_RANK)
-        else:
-            assert attempt.result is not None
-            self._formed = attempt.formed
-            if isinstance(attempt.formed, Recording):
-                self._metric = self._loss = None  # and with it the graph: the recording holds what it needs of that
-            return attempt.result
-        return self._first(v)
+class MeanProduct:
+    """The mean of some closures' products, which have the memory of one at a time."""
 
-    def _attempt(self, v: Tensor) -> _Attempt:
-        try:
-            direct, memory = self._direct(), known_to(self._experience.backend, self._memory)
-            if not (self._record and self._experience.replays):
-                with Recall(memory):
-                    return _Attempt(direct(v), direct)
-            recording = Recording(direct, v, memory)
-            return _Attempt(recording.take_result(), recording)
-        except CannotReplayError as error:
-            return _Attempt(cannot_replay=f"they cannot be recorded: {error}")
-        except RuntimeError as error:  # the closure now does what this backend cannot follow
-            if self._experience.backend == "double-backward" and not self._experience.spare:
-                raise
-            return _Attempt(cannot_follow=why_not(error, self._experience.backend))
+    def __init__(self, products: Sequence[ClosureProduct]) -> None:
+        self._products = products
 
-    def _direct(self) -> Callable[[Tensor], Tensor]:
-        assert self._metric is not None
-        params = self._parameters.tensors
-        penalty = penalty_of(self._run, params) if self._experience.penalty else None
-        products = [self._metric.product(self._run, params, self._experience.backend)]
-        return flat_product(products if penalty is None else [*products, penalty], self._parameters)
+    @property
+    def backend(self) -> Backend:
+        """What forms the first one."""
+        return self._products[0].backend
+
+    def form(self, v: Tensor) -> None:
+        """Choose how to form each."""
+        for product in self._products:
+            product.form(v)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The mean, a new tensor."""
+        first, *others = self._products
+        total = first(v)
+        for product in others:
+            total += product(v)
+        return total / len(self._products)
+
+
+class RanksProduct:
+    """The mean of a product over processes."""
+
+    def __init__(self, product: "ClosureProduct | MeanProduct", ranks: Ranks) -> None:
+        self._product = product
+        self._ranks = ranks
+
+    @property
+    def backend(self) -> Backend:
+        """What forms this rank's."""
+        return self._product.backend
+
+    def form(self, v: Tensor) -> None:
+        """Choose how to form it; all ranks choose alike."""
+        self._product.form(v)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The mean, a new tensor; see :meth:`Ranks.mean_deferring_errors`."""
+        return self._ranks.mean_deferring_errors(lambda: self._product(v), v)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.solvers import QuadraticModel
 
 Solve = Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ class Preconditioning:
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:
         """See a closure's metric while its graph is at hand."""
 
-    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """The preconditioner for a model's system; None where there is none."""
         return None
 
@@ -45,7 +45,7 @@ class Given(Preconditioning):
     def __init__(self, function: Solve) -> None:
         self._function = function
 
-    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """The function, with its results checked."""
         self.name = "callable"
         return _checked(self._function)

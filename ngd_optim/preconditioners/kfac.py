@@ -15,7 +15,7 @@ from torch import Tensor
 from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer, uses_of
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.base import Preconditioning, Solve
 from ngd_optim.preconditioners.kronecker import (
@@ -93,7 +93,7 @@ class Kronecker(Preconditioning):
         else:
             self.layers = layers
 
-    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """From the factors, renewed if they were due."""
         if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)

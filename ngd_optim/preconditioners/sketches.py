@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.distributed import Ranks
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.base import Preconditioning, Solve
 from ngd_optim.solvers import QuadraticModel
@@ -192,7 +192,7 @@ class Sketched(Preconditioning):
         self._generator = generator or torch.Generator().manual_seed(self._draws)
         self._sketch = _sketch_of(own, parameters)
 
-    def formed(self, point: Linearization, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """Drawn anew where what earlier steps left is too old or of another kind."""
 
         def counted(v: Tensor) -> Tensor:

@@ -23,11 +23,9 @@ def optimised(program: list[Operation], metas: list[Meta], output: int) -> tuple
     sharing = Sharing()
     shifts = _shifts(program, metas)
     program = _without_added_zeros(program, metas, output, sharing)
-    program = _without_copies(program, metas, sharing)
     program = _without_chains_of_views(program, metas, output, shifts)
     program = without_dead_code(program, metas, [output], sharing)
     program = _with_fused_products(program, metas, output)
-    program = _with_constant_softmax(program, metas)
     program = without_dead_code(program, metas, [output], sharing)
     views, rest = _views_first(program)
     _reuse_memory([*views, *rest], metas, output, sharing)
@@ -92,25 +90,6 @@ def _without_added_zeros(program: list[Operation], metas: list[Meta], output: in
                 expanded = torch.empty_strided(meta.shape, meta.stride, device="meta").expand(shape)
                 metas[result] = metas[result]._replace(stride=expanded.stride())
             break
-    return kept
-
-
-def _without_copies(program: list[Operation], metas: list[Meta], sharing: Sharing) -> list[Operation]:
-    """A fresh tensor that is only filled with a copy of another is that other."""
-    written = Counter(metas[slot].memory for op in program for slot in op.written)
-    fresh = {op.outputs[0][1] for op in program if op.function is _aten._new_zeros_with_same_feature_meta.default}
-    same: dict[int, int] = {}
-    kept = []
-    for operation in program:
-        _rename(operation, same)
-        if operation.function is _aten.copy_.default and len(operation.inputs) == 2 and operation.slots[0] in fresh:
-            target, source = operation.slots
-            untouched = written[metas[target].memory] == 1 and metas[source].memory not in written
-            if untouched and metas[target].kind == metas[source].kind:
-                same[target] = source
-                sharing.join(metas[target].memory, metas[source].memory)
-                continue
-        kept.append(operation)
     return kept
 
 
@@ -221,29 +200,3 @@ def _out_variant(function: Any) -> tuple[Any, str] | None:
         if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
             return overload, outs[0]
     return None
-
-
-def _with_constant_softmax(program: list[Operation], metas: list[Meta]) -> list[Operation]:
-    """``g − softmax · Σ g`` with the softmax computed once: of the cost of cross-entropy, the larger part."""
-    kept = []
-    for operation in program:
-        kept.append(operation)
-        if operation.function is not _aten._log_softmax_backward_data.default or len(operation.inputs) != 1:
-            continue
-        (place, key, slot), result = operation.inputs[0], operation.outputs[0][1]
-        _, log_softmax, dim, _ = operation.args
-        one_dtype = metas[slot].dtype == metas[result].dtype == log_softmax.dtype
-        if place is not operation.args or key != 0 or not one_dtype:
-            continue
-        total = len(metas)
-        shape = torch.Size(1 if d == dim % log_softmax.ndim else n for d, n in enumerate(log_softmax.shape))
-        like = torch.empty(shape, device="meta")
-        memory = 1 + max(meta.memory for meta in metas)
-        metas.append(Meta(shape, like.stride(), metas[slot].dtype, (False, False), 0, memory))
-        args = [None, [dim], True]
-        kept[-1] = Operation(_aten.sum.dim_IntList, args, {}, [(args, 0, slot)], [(None, total)])
-        args = [None, log_softmax.exp(), None]
-        kept.append(
-            Operation(_aten.addcmul.default, args, {"value": -1}, [(args, 0, slot), (args, 2, total)], [(None, result)])
-        )
-    return kept

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ngd_optim.recording.aten import Mode, facts, tensors_of, written
-from ngd_optim.recording.memory import Memory, Recall
 from ngd_optim.recording.passes import optimised
 from ngd_optim.recording.program import Meta, Operation, run
 
@@ -24,51 +23,37 @@ class CannotReplayError(RuntimeError):
 
 
 class Recording:
-    """``v ↦ function(v)`` for a linear function of a flat vector, replayed without its code, autograd or primal pass.
+    """``v ↦ function(v)`` for a linear function of a flat vector, as a program that :func:`record` has noted.
+
+    It runs without the function's code, without autograd and without the primal pass.
 
     Args:
-        function: linear; everything that it uses beside the vector must stay as it is while the recording is used.
-        v: the vector that it is recorded on.
-        memory: of an earlier run of what the function does beside the vector, or None.
+        recorder: has seen the function.
+        result: what the function gave.
 
     Attributes:
         length: how many operations a replay takes.
         bytes: how much they compute.
-
-    Raises:
-        CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], v: Tensor, memory: Memory | None = None) -> None:
-        v = v.detach()
-        recall = Recall(memory or Memory())
-        recorder = Recorder(v, recall)
-        with torch.no_grad(), recorder:
-            result = function(v)
-        recall.fulfil_all()
-        self._result: Tensor | None = result
+    def __init__(self, recorder: "Recorder", result: Tensor) -> None:
+        metas = recorder.metas
         self._output = recorder.slot_of(result)
         self._views, self._program = [], []
         if self._output is not None:
-            self._views, self._program = optimised(recorder.program, recorder.metas, self._output)
-        self._values: list[Any] = [None] * len(recorder.metas)
+            self._views, self._program = optimised(recorder.program, metas, self._output)
+        self._values: list[Any] = [None] * len(metas)
         self.length = len(self._program)
         computed = [op for op in self._program if not facts(op.function).shares_memory]
-        self.bytes = sum(recorder.metas[slot].bytes for op in computed for _, slot in op.outputs)
+        self.bytes = sum(metas[slot].bytes for op in computed for _, slot in op.outputs)
         self._seen: tuple[Tensor | None, int] = (None, 0)
         self._zero = torch.zeros_like(result) if self._output is None else None
-
-    def take_result(self) -> Tensor:
-        """``function(v)``, computed on the way; it is handed over once."""
-        result, self._result = self._result, None
-        assert result is not None
-        return result
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
         """The function's value at another vector.
 
-        A vector that comes again, with other values in it, is looked at in the same ways.
+        If the same tensor object is passed again (CG updates it in place), its views are reused.
         """
         if self._output is None:
             assert self._zero is not None
@@ -82,6 +67,23 @@ class Recording:
         return values[self._output]
 
 
+def record(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Recording]:
+    """``function(v)``, and what replays the function on other vectors.
+
+    Args:
+        function: linear; everything that it uses beside the vector must stay as it is while the recording is used.
+        v: the vector that it is recorded on.
+
+    Raises:
+        CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
+    """
+    v = v.detach()
+    recorder = Recorder(v)
+    with torch.no_grad(), recorder:
+        result = function(v)
+    return result, Recording(recorder, result)
+
+
 class Recorder(Mode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
 
@@ -89,9 +91,8 @@ class Recorder(Mode):
     are attributes of theirs, because dictionaries of weak references take longer than the operations.
     """
 
-    def __init__(self, v: Tensor, recall: Recall) -> None:
+    def __init__(self, v: Tensor) -> None:
         super().__init__()
-        self._recall = recall
         self._mark = object()
         self._memories = 0
         self.program: list[Operation] = []
@@ -111,7 +112,7 @@ class Recorder(Mode):
         own_args = self._own(list(args), inputs)
         own_kwargs = self._own(dict(kwargs), inputs) if kwargs else {}
         if not inputs:
-            return self._recall.compute(func, args, kwargs)
+            return func(*args, **kwargs)
         if func in _ALIASES:
             result = func(*args, **kwargs)
             self._note(result, "_slot", inputs[0][2])
@@ -120,7 +121,6 @@ class Recorder(Mode):
             raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
         if fact.in_place and any(self._memory(t) is None for t in written(func, args, kwargs)):
             raise CannotReplayError(f"{func} writes what depends on the vector to memory from elsewhere")
-        self._recall.fulfil(own_args, own_kwargs)
         result = func(*args, **kwargs)
         slots = [(index, self._new_slot(tensor)) for index, tensor in tensors_of(result)]
         self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))

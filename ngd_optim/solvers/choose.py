@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ngd_optim.jacobian import NotSemidefiniteError
 from ngd_optim.linalg import CGResult
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
 from ngd_optim.solvers.quadratic_model import QuadraticModel
@@ -43,7 +43,7 @@ _NEEDS_OUTPUTS = (
 )
 
 
-def choose_solver(name: SolverName, point: Linearization) -> SolverName:
+def choose_solver(name: SolverName, point: Point) -> SolverName:
     """``"cg"``, ``"dense"`` or ``"sample"``.
 
     ``"auto"`` is a direct solver for :func:`~ngd_optim.least_squares`, where the step is only as good as the solution:
@@ -53,7 +53,7 @@ def choose_solver(name: SolverName, point: Linearization) -> SolverName:
     Raises:
         ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one model.
     """
-    m, n = point.root_shape
+    m, n = point.outputs, len(point.gradient)
     if name == "sample" and not m:
         raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
     if not point.gradient.isfinite().all():
@@ -67,20 +67,20 @@ def choose_solver(name: SolverName, point: Linearization) -> SolverName:
     return "sample" if m and m < n else "dense"
 
 
-def direct_solver(name: SolverName, point: Linearization) -> "Solver":
+def direct_solver(name: SolverName, point: Point) -> "Solver":
     """The solver of that name, ``"dense"`` or ``"sample"``, at a point."""
-    if not point.root_shape[0]:
-        return Matrix(point.curvature, point.gradient)
+    if not point.outputs:
+        return Matrix(point.product, point.gradient)
     try:
         root = point.root()
     except NotSemidefiniteError:
         if name == "sample":
             raise
-        return Matrix(point.curvature, point.gradient)
+        return Matrix(point.product, point.gradient)
     return SampleSpace(root) if name == "sample" else LeastSquares(root)
 
 
-def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
+def curvature_diagonal(solver: Solver, point: Point) -> Tensor:
     """The diagonal of ``F``, exactly; to be asked before any product.
 
     Raises:
@@ -88,6 +88,6 @@ def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
     """
     if solver.diagonal is not None:
         return solver.diagonal
-    if not point.root_shape[0]:
+    if not point.outputs:
         raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
     return point.root().rows.square().sum(0)

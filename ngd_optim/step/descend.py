@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ngd_optim.linalg import CGResult
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.solvers import LeastSquares, QuadraticModel, SampleSpace, Solver
@@ -40,7 +40,7 @@ class Descent:
         max_kl, trust_region, max_backtracks, backtrack_ratio, geodesic: the settings of these names.
     """
 
-    point: Linearization
+    point: Point
     parameters: FlatParameters
     solver: Solver
     damping: Damping

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.linearization import Linearization
+from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.step.descend import Outcome
 
@@ -41,7 +41,7 @@ class Carried:
             for p, flag in zip(self._parameters.tensors, used, strict=True)
         )
 
-    def slope_on_new_data(self, point: Linearization, gradient: Tensor) -> float:
+    def slope_on_new_data(self, point: Point, gradient: Tensor) -> float:
         """That of the objective along the last step ÷ its steepness at that step's start; NaN if the data are the same.
 
         They are taken for the same where the loss is what it was at the last step's end. Also NaN if the step had other

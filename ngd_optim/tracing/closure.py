@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -64,6 +65,14 @@ class ReplayedClosure:
         self._left_gradients: list[Tensor | None] | None = None
         self.called_backward = False
         self.count = 0
+
+    @property
+    def code(self) -> Any:
+        """The same for closures that are written at the same place of the user's program."""
+        function: Any = self.function
+        while isinstance(function, partial) or hasattr(function, "__wrapped__"):
+            function = function.func if isinstance(function, partial) else function.__wrapped__
+        return getattr(function, "__code__", type(function))
 
     def __call__(
         self, stand_ins: Sequence[Tensor] | None = None, *, graph: bool = True, cut: bool = False

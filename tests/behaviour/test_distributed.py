@@ -10,7 +10,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 from ngd_optim import NaturalCG, StepReport
-from ngd_optim.linearization import checks as verify
 
 # A truncated solve amplifies rounding errors; a full one can be compared.
 SOLVED = {"damping": 0.3, "cg_tol": 1e-14, "cg_progress_tol": 0.0}
@@ -234,11 +232,14 @@ def unequal_start(rank: int) -> str:
     return "nothing was raised"
 
 
-def ddp_options(rank: int, **options: Any) -> Result | str:
+DDP_OPTIONS = {"find_unused_parameters": "auto", "gradient_as_bucket_view": "torch.func", "static_graph": "auto"}
+
+
+def ddp_options(rank: int, backend: str = "auto", **options: Any) -> Result | str:
     x, y = data()
     try:
-        with patch.object(verify, "_SMALL", 0):  # forward mode, where DDP lets it
-            return train(DistributedDataParallel(make_model(), **options), classification, x[rank::2], y[rank::2])
+        model = DistributedDataParallel(make_model(), **options)
+        return train(model, classification, x[rank::2], y[rank::2], backend=backend)
     except RuntimeError as error:
         return str(error)
 
@@ -297,8 +298,8 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         for dtype in (torch.float64, torch.float32)
     },
     **{
-        option: lambda rank, o=option: ddp_options(rank, **{o: True})
-        for option in ("find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+        option: lambda rank, o=option, b=backend: ddp_options(rank, b, **{o: True})
+        for option, backend in DDP_OPTIONS.items()
     },
     **{f"error {n}": lambda rank, n=n: error_on_one_rank(rank, n) for n in (1, 3, 8)},
     **{

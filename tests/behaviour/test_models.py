@@ -23,54 +23,35 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG, linearize
-from ngd_optim.linearization.checks import Experience
-from ngd_optim.linearization.point import linearize_closure
-from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing.closure import ReplayedClosure
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend", ["torch.func", "double-backward"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.usefixtures("forward_mode")
-def test_gradient_and_product_are_the_dense_ones(name, loss, dtype):
+def test_gradient_and_product_are_the_dense_ones(name, backend, loss, dtype):
     problem = Problem(CASES[name], loss, dtype)
+    if backend == "torch.func" and CASES[name].backend != backend:
+        with pytest.raises(RuntimeError, match=r"cannot form the products of this closure.*use backend='auto'"):
+            linearize(problem.closure, problem.params, backend=backend)
+        return
     gradient, matrix = problem.dense()
-    point = linearize(problem.closure, problem.params)
-    assert point.backend == CASES[name].backend
-    v = torch.randn_like(gradient)
+    point = linearize(problem.closure, problem.params, backend=backend)
+    assert point.backend == backend
     rtol = 1e-9 if dtype == torch.float64 else 2e-4
     assert (point.gradient - gradient).norm() <= rtol * gradient.norm()
-    assert (point.curvature(v) - matrix @ v).norm() <= rtol * (matrix @ v).norm()
+    for _ in range(2):
+        v = torch.randn_like(gradient)
+        assert (point.curvature(v) - matrix @ v).norm() <= rtol * (matrix @ v).norm()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
-def test_small_tensors_go_by_double_backward(name):
-    """It runs the closure once less, and is right as well."""
+def test_double_backward_is_taken_where_both_are_right(name):
+    """It runs the closure once less."""
     problem = Problem(CASES[name], "cross_entropy", torch.float64)
-    _, matrix = problem.dense()
-    point = linearize(problem.closure, problem.params)
-    assert point.backend == "double-backward"
-    v = torch.randn_like(point.gradient)
-    assert (point.curvature(v) - matrix @ v).norm() <= 1e-9 * (matrix @ v).norm()
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.backend == "torch.func"])
-def test_backends_agree(name):
-    problem = Problem(CASES[name], "cross_entropy", torch.float64)
-    parameters = FlatParameters([{"params": problem.params}])
-    v = torch.randn(sum(p.numel() for p in problem.params), dtype=torch.float64)
-    products = []
-    for backend in ("torch.func", "double-backward"):
-        state = torch.get_rng_state()
-        run = ReplayedClosure(problem.closure, problem.params)
-        known = Experience(complete=True, backend=backend)
-        point = linearize_closure(run, parameters, "ggn", lambda *_, known=known: known)
-        products.append(point.curvature(v))
-        torch.set_rng_state(state)
-    assert (products[0] - products[1]).norm() <= 1e-10 * products[1].norm()
+    assert linearize(problem.closure, problem.params).backend == "double-backward"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -106,9 +87,9 @@ def test_a_hidden_dependence_is_found_and_named(caplog):
         for _ in range(2):
             optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert optimizer.last_step.backend == "double-backward"
-    assert [record.message for record in caplog.records if "double-backward" in record.message] == [
-        "products by double-backward, because torch.func misses a dependence on parameters that autograd sees"
-    ]
+    assert not caplog.records  # double-backward is what is taken first
+    with pytest.raises(RuntimeError, match=r"torch\.func misses a dependence on parameters that autograd sees"):
+        linearize(lambda: F.cross_entropy(model(x), y), model.parameters(), backend="torch.func")
 
 
 def test_a_gradient_changed_after_backward_is_refused():

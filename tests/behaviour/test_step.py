@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers.problems import StepProblem, assert_near, dense_gauss_newton, flat_function, flatten
 from torch import nn
 
-from ngd_optim import Linearization, NaturalCG
+from ngd_optim import NaturalCG
+from ngd_optim.linearization.product import ClosureProduct
 
 FORMS = ["fisher", "kl", "ggn"]
 EXACT = {"max_kl": 0.01, "cg_tol": 1e-13, "cg_progress_tol": 0.0, "warm_start": 0.0, "damping": 0.1}
@@ -20,13 +21,13 @@ EXACT = {"max_kl": 0.01, "cg_tol": 1e-13, "cg_progress_tol": 0.0, "warm_start": 
 def products(monkeypatch):
     """Every vector that the curvature is multiplied by."""
     vectors = []
-    curvature = Linearization.curvature
+    product = ClosureProduct.__call__
 
     def counted(self, v):
         vectors.append(v.clone())
-        return curvature(self, v)
+        return product(self, v)
 
-    monkeypatch.setattr(Linearization, "curvature", counted)
+    monkeypatch.setattr(ClosureProduct, "__call__", counted)
     return vectors
 
 

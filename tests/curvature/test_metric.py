@@ -272,7 +272,7 @@ def test_parameters_without_effect_have_no_gradient_and_no_curvature():
     model, x = make_model("mlp", 3)
     idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
     point = linearize(lambda: F.mse_loss(model(x), near), [idle, *model.parameters()])
-    assert point.reached == point.used == [False, True, True, True, True]
+    assert point._point.reached == point._point.used == [False, True, True, True, True]
     assert not point.gradient[:2].any()
     v = torch.randn_like(point.gradient)
     assert not point.curvature(v)[:2].any()

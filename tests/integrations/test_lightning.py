@@ -168,14 +168,13 @@ def test_a_module_of_the_documentation_trains_after_changing_one_line() -> None:
     assert reports[-1].new_loss < 0.6 * reports[0].loss
 
 
-@pytest.mark.usefixtures("forward_mode")
 def test_the_steps_are_those_of_a_plain_training_loop() -> None:
     module, plain = Classifier(), Classifier()
     _, reports = fit(module)
     expected = plain_training(plain, lambda x, y: lambda: F.cross_entropy(plain.net(x), y))
     assert same_steps(reports, expected)
     assert torch.equal(vector(module), vector(plain))
-    assert {report.backend for report in reports} == {"torch.func"}
+    assert {report.backend for report in reports} == {"double-backward"}
 
 
 def test_a_distribution_makes_a_natural_gradient_step() -> None:
@@ -199,7 +198,6 @@ def test_a_distribution_makes_a_natural_gradient_step() -> None:
     assert all(0 < report.kl <= 0.01 for report in reports)
 
 
-@pytest.mark.usefixtures("forward_mode")
 def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(tmp_path: Path) -> None:
     class Counting(Classifier):
         runs = 0
@@ -228,7 +226,7 @@ def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(tmp
     module = Counting()
     trainer, reports = fit(module, logger=CSVLogger(tmp_path), log_every_n_steps=1, max_epochs=2)
     assert module.runs > 2 * len(reports)
-    assert {report.backend for report in reports} == {"torch.func"}
+    assert {report.backend for report in reports} == {"double-backward"}
     assert module.seen == (48 * 4, 3, 3)
     last_epoch = [report.loss for report in reports[3:]]
     assert trainer.callback_metrics["train_loss_epoch"] == pytest.approx(sum(last_epoch) / 3)

@@ -358,6 +358,12 @@ def test_natural_policy_gradient_takes_the_scaled_step():
     assert searched.step_norm == pytest.approx(report.step_norm * 0.8**searched.backtracks)
 
 
+@pytest.mark.parametrize("backend", ["torch.func", "double-backward"])
+def test_products_are_formed_by_the_backend_that_is_asked_for(backend):
+    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=64, seed=0, backend=backend).learn(64)
+    assert model.policy_optimizer.last_step.backend == backend
+
+
 def test_curvature_fraction_forms_products_on_a_part():
     steps = []
     for fraction in (1.0, 0.25):

@@ -153,7 +153,7 @@ FORMS = ["least_squares", "cross_entropy", "class_weights", "mse", "normal"]
 @pytest.mark.parametrize("form", FORMS)
 def test_root_of_the_curvature(form):
     problem = Problem(form)
-    root = linearize(problem.closure, problem.model.parameters()).root()
+    root = linearize(problem.closure, problem.model.parameters())._point.root()
     assert_near(root.rows.T @ root.rows, problem.curvature, 1e-12)
     assert_near(root.rows.T @ root.slope, problem.gradient, 1e-10)
 
@@ -227,7 +227,7 @@ def test_dense_solver_of_a_hessian_raises_the_damping_until_it_is_definite():
 def test_more_damping_needs_no_new_jacobian():
     problem = Problem("least_squares")
     parameters = FlatParameters([{"params": list(problem.model.parameters())}])
-    root = linearize(problem.closure, parameters.tensors).root()
+    root = linearize(problem.closure, parameters.tensors)._point.root()
     for solver in (LeastSquares(root), SampleSpace(root), Matrix(lambda v: problem.curvature @ v, problem.gradient)):
         for damping in (1.0, 1e-2, 3.0):
             model = QuadraticModel(problem.gradient, lambda v: problem.curvature @ v, 0.0, damping)

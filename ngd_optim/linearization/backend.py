@@ -1,0 +1,139 @@
+"""How a closure's curvature products are formed: the one place that decides, before a solve begins."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of
+from ngd_optim.distributed import Ranks
+from ngd_optim.names import Backend
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.recording import CannotReplayError, record
+from ngd_optim.tracing import ReplayedClosure, twice_differentiable
+
+logger = logging.getLogger("ngd_optim")
+
+ON_ANOTHER_RANK = "another rank needs it"
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Way(NamedTuple):
+    """A way to form products: by a backend, at each iteration or from a recording of the first one."""
+
+    backend: Backend
+    recorded: bool
+
+
+class Formed(NamedTuple):
+    """A product that can be called, and its value for the vector that it was formed with.
+
+    Attributes:
+        product: ``v ↦ F v``.
+        first: that vector, and its version: CG changes vectors in place.
+        image: the value.
+    """
+
+    product: Product
+    first: tuple[Tensor, int] | None
+    image: Tensor | None
+
+    @classmethod
+    def of(cls, product: Product, v: Tensor, image: Tensor) -> "Formed":
+        """For ``image = product(v)``."""
+        return cls(product, (v, v._version), image)
+
+    def image_of(self, v: Tensor) -> Tensor | None:
+        """The value for ``v``, if that is the vector."""
+        is_first = self.first is not None and self.first[0] is v and self.first[1] == v._version
+        return self.image if is_first else None
+
+    def without_image(self) -> "Formed":
+        """The product alone."""
+        return Formed(self.product, None, None)
+
+
+def form_product(
+    ways: tuple[Way, ...], direct: Callable[[Backend], Product], v: Tensor, ranks: Ranks
+) -> tuple[Formed, tuple[Way, ...]]:
+    """The product by the first way that works, on all ranks the same, and the ways that are left for later steps.
+
+    Args:
+        ways: those that were found right, in order of preference.
+        direct: makes the product of a backend.
+        v: the vector that it is formed with, of its first product.
+        ranks: those that must agree.
+
+    Raises:
+        RuntimeError: what the last way raises.
+    """
+    for i, way in enumerate(ways):
+        is_last = i == len(ways) - 1
+
+        def attempt(way: Way = way, is_last: bool = is_last) -> Formed | str:
+            try:
+                product = direct(way.backend)
+                if way.recorded:
+                    image, product = record(product, v)
+                    return Formed.of(product, v, image)
+                return Formed.of(product, v, product(v))
+            except RuntimeError as error:
+                if is_last:
+                    raise
+                return why_not(error, way.backend)
+
+        formed = ranks.together(attempt)
+        if ranks.all(isinstance(formed, Formed)):
+            assert isinstance(formed, Formed)
+            return formed, ways[i:]
+        reason = formed if isinstance(formed, str) else ON_ANOTHER_RANK
+        log_change(way, ways[i + 1], reason)
+    raise AssertionError("there is no way to form products")
+
+
+def direct_product(
+    backend: Backend,
+    run: ReplayedClosure,
+    metric: OutputMetric | ScalarMetric,
+    parameters: FlatParameters,
+    *,
+    penalty: bool,
+) -> Product:
+    """``v ↦ F v`` for flat vectors, formed anew at each call.
+
+    Args:
+        backend: what forms it.
+        run: the closure.
+        metric: of its graph.
+        parameters: what it is a function of.
+        penalty: whether the Hessian of what the loss takes from parameters around the outputs is added.
+    """
+    with twice_differentiable():
+        products = [metric.product(run, parameters.tensors, backend)]
+        around = penalty_of(run, parameters.tensors) if penalty else None
+    product = flat_product(products if around is None else [*products, around], parameters)
+
+    def in_context(v: Tensor) -> Tensor:
+        # Checkpoints run parts of the closure again, here, and must find the kernels of the trace.
+        with twice_differentiable():
+            return product(v)
+
+    return in_context
+
+
+def why_not(error: RuntimeError, backend: Backend) -> str:
+    """Why a way fails. A string: the error itself would keep the graph alive."""
+    first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if isinstance(error, CannotReplayError):
+        return f"they cannot be recorded: {error}".splitlines()[0]
+    return f"{backend} cannot follow the closure: {first_line}"
+
+
+def log_change(way: Way, other: Way, reason: str) -> None:
+    """Say which way is taken in place of another."""
+    if other.backend != way.backend:
+        logger.info("products by %s, because %s", other.backend, reason)
+    else:
+        logger.info("products are formed directly at each iteration, because %s", reason)
