@@ -33,6 +33,14 @@ To note so many small operations pays after some forty products only: autograd's
 that is there, is almost as fast as a replay.
 """
 
+_PREFER_FORWARD = {
+    # Double-backward gives hooks gradients with a graph of their own, which they may keep.
+    "BackwardHookFunctionBackward",
+    # The first product takes 1.1 gradients more by double-backward, which is not won back in ten.
+    "ConvolutionBackward0",
+}
+"""Double-backward is what is taken elsewhere if both are right: it needs no other run of the closure."""
+
 _REFUSED = {
     "CheckpointFunctionBackward": "reentrant checkpointing cannot be differentiated twice; "
     "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
@@ -61,23 +69,22 @@ class Signature(NamedTuple):
         operations: of its graph.
         differentiable: which of the outputs are.
         metric: of what type it returned one.
-        has_hooks: whether hooks on gradients are seen. Double-backward would give them gradients with a graph of their
-            own, which they may keep.
+        prefers_forward: whether forward mode is the better way where both are right.
     """
 
     operations: tuple[str, ...]
     differentiable: tuple[bool, ...]
     metric: type
-    has_hooks: bool
+    prefers_forward: bool
 
 
 def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
     """That of a closure that was traced."""
     operations = tuple(node.name() for node in nodes([traced.loss]))
-    has_hooks = traced.has_hooks or any(p._backward_hooks for p in parameters.tensors)
-    has_hooks = has_hooks or "BackwardHookFunctionBackward" in operations
     differentiable = tuple(z.requires_grad for z in traced.outputs)
-    return Signature(operations, differentiable, type(traced.metric), has_hooks)
+    has_hooks = traced.has_hooks or any(p._backward_hooks for p in parameters.tensors)
+    prefers_forward = has_hooks or not _PREFER_FORWARD.isdisjoint(operations)
+    return Signature(operations, differentiable, type(traced.metric), prefers_forward)
 
 
 def unchecked(backend: BackendChoice) -> Checked:
@@ -111,7 +118,7 @@ def check_closure(
     ranks: Ranks,
     *,
     backend: BackendChoice,
-    has_hooks: bool,
+    prefers_forward: bool,
 ) -> Checked | None:
     """Learn what the products of a closure need, and check them and the gradient.
 
@@ -123,7 +130,7 @@ def check_closure(
         parameters: what the closure is a function of.
         ranks: those that take the same step.
         backend: what the user asks for.
-        has_hooks: the signature's.
+        prefers_forward: the signature's.
 
     Returns:
         None where the loss or the gradient is not finite, so that nothing is learnt.
@@ -147,7 +154,7 @@ def check_closure(
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     problems = ranks.together(lambda: _problems_of_backends(run, metric, v, parameters, eps))
     preferred: list[Backend] = ["torch.func", "double-backward"]
-    if not has_hooks:
+    if not prefers_forward:
         preferred.reverse()
     right: list[Backend] = [b for b in preferred if ranks.all(b not in problems)]
     if not right:

@@ -191,7 +191,7 @@ def linearize_closure(
     checked = learnt.get(key)
     if not ranks.all(checked is not None):
         checked = check_closure(
-            run, traced, metric, gradient, parameters, ranks, backend=backend, has_hooks=signature.has_hooks
+            run, traced, metric, gradient, parameters, ranks, backend=backend, prefers_forward=signature.prefers_forward
         )
         if checked is not None:
             learnt[key] = checked
