@@ -27,7 +27,7 @@ from timing import machine
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ngd_optim import CGResult, NaturalCG, conjugate_gradient
+from ngd_optim import LinearSolution, NaturalCG, conjugate_gradient
 
 RESULTS = Path(__file__).parent / "results"
 PRECONDITIONERS = {"none": None, "diagonal": "diagonal", "Kronecker factors": "kfac"}
@@ -99,7 +99,7 @@ def decreases(problem: Problem, model: nn.Module, optimizer: NaturalCG, precondi
     optimizer.param_groups[0].update(TIGHT, preconditioner=preconditioner)
     found: list[float] = []
 
-    def solve(matvec: Matvec, b: Tensor, *, preconditioner: Matvec | None, **settings: Any) -> CGResult:
+    def solve(matvec: Matvec, b: Tensor, *, preconditioner: Matvec | None, **settings: Any) -> LinearSolution:
         """Conjugate gradients; each iteration lowers the model by ½ (rᵀz)² / pᵀA p."""
         at_residual: list[float] = []
 

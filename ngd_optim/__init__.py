@@ -1,6 +1,6 @@
 """Natural-gradient and Gauss-Newton optimization by truncated conjugate gradients."""
 
-from ngd_optim.linalg import CGResult, conjugate_gradient
+from ngd_optim.linalg import LinearSolution, conjugate_gradient
 from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
 from ngd_optim.plotting import plot_history
@@ -9,8 +9,8 @@ from ngd_optim.report import StepReport
 from ngd_optim.tracing import least_squares
 
 __all__ = [
-    "CGResult",
     "Diagonal",
+    "LinearSolution",
     "Linearization",
     "NaturalCG",
     "Nystrom",

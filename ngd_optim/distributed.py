@@ -92,7 +92,7 @@ class Ranks:
         return highest == -lowest
 
     def require_equal(self, v: Tensor) -> None:
-        """Compare a vector between the ranks.
+        """Compare the parameters between the ranks.
 
         Raises:
             ValueError: it differs.

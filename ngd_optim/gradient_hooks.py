@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing import ReplayedClosure
 
@@ -28,8 +28,7 @@ class GradientHooks:
         self,
         optimizer: Any,
         run: ReplayedClosure,
-        gradient: Tensor,
-        reached: list[bool],
+        point: Point,
         parameters: FlatParameters,
     ) -> None:
         """Show the gradients as one run of the closure leaves them.
@@ -40,7 +39,7 @@ class GradientHooks:
         if not self._hooks:
             return
         before = [p.grad for p in parameters.tensors]
-        run.leave_gradients(parameters.unflatten(gradient.clone()), reached)
+        run.leave_gradients(parameters.unflatten(point.gradient.clone()), point.reached)
         shown = [p.grad for p in parameters.tensors]
         values = parameters.flatten(shown)
         for hook in list(self._hooks.values()):

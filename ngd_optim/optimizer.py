@@ -1,7 +1,8 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,22 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.jacobian import Layer
-from ngd_optim.linearization import Learnt, Observer, Point, linearize_mean
+from ngd_optim.linearization import Learnt, Point, linearize_mean
 from ngd_optim.names import BackendChoice, Curvature, DampingLimit, DampingScale, MaxKL, SolverName, TrustRegion
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners import Preconditioner, Preconditioning, preconditioning_of
+from ngd_optim.preconditioners import Preconditioner, build_preconditioner
 from ngd_optim.report import StepReport, report_of
-from ngd_optim.settings import check_saved, check_settings, plain_numbers, shared_settings
-from ngd_optim.solvers import (
-    ConjugateGradients,
-    QuadraticModel,
-    Solver,
-    choose_solver,
-    curvature_diagonal,
-    direct_solver,
-)
-from ngd_optim.step import Carried, Damping, Descent, chosen_max_kl, damping_range
-from ngd_optim.tracing import Closure, ReplayedClosure, replayed, rewound_on_error, twice_differentiable
+from ngd_optim.settings import Settings, check_saved, check_settings, to_plain_numbers
+from ngd_optim.solvers import ConjugateGradients, Solver, UndampedModel, build_solver, curvature_diagonal
+from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
+from ngd_optim.tracing import Closure, ReplayedClosure, twice_differentiable, undo_on_error, wrap_closures
 
 Closures = Closure | Sequence[Closure]
 
@@ -193,9 +187,9 @@ class NaturalCG(Optimizer):
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
         super().add_param_group(param_group)
         try:
-            self.param_groups[-1].update(plain_numbers(self.param_groups[-1]))
+            to_plain_numbers(self.param_groups[-1])
             check_settings(self.param_groups[-1])
-            shared_settings(self.param_groups)
+            Settings.of(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -232,143 +226,115 @@ class NaturalCG(Optimizer):
             Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
                 random numbers are then as before.
         """
-        settings = shared_settings(self.param_groups)
-        parameters, lr = FlatParameters(self.param_groups), self._per_group("lr")
-        last = Carried(parameters, self.state)
-        runs = replayed(closure, parameters.tensors)
-        others = [] if curvature_closure is None else replayed(curvature_closure, parameters.tensors)
-        with parameters.restored_on_error(), rewound_on_error([*runs, *others]), twice_differentiable():
+        settings = Settings.of(self.param_groups)
+        parameters = FlatParameters(self.param_groups)
+        last = LastStep(parameters, self.state)
+        closures = wrap_closures(closure, parameters.tensors)
+        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters.tensors)
+        with _transaction(parameters, [*closures, *others]) as theta:
+            # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
-            preconditioning = preconditioning_of(
-                settings["preconditioner"], parameters, self.state, self._layers.get(parameters.key), self.generator
+            layers = self._layers.get(parameters.key)
+            preconditioning = build_preconditioner(
+                settings.preconditioner, parameters, self.state, layers, self.generator
             )
-            point = self._linearize(runs, parameters, settings, ranks, None if others else preconditioning.observe)
-            ranks.together(lambda: self._gradient_hooks(self, runs[0], point.gradient, point.reached, parameters))
+            linearize = partial(linearize_mean, parameters, settings.curvature, settings.backend, self._learnt, ranks)
+            point = linearize(closures, None if others else preconditioning.observe)
+            ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters))
             if others:
-                other = self._linearize(others, parameters, settings, ranks, preconditioning.observe)
+                other = linearize(others, preconditioning.observe)
                 _require(other.used, "the curvature closure")
                 point = point.with_curvature_of(other)
             _require(point.reached, "the loss")
-            max_kl = chosen_max_kl(settings["max_kl"], settings["trust_region"], point.has_kl)
-            solver = self._solver(point, last, max_kl, preconditioning, settings, ranks)
-            gradient = self._gradient(point, parameters)
-            damping = self._damping(solver, settings)
+
+            # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.
+            decay = parameters.spread(settings.weight_decay, point.used)
+            gradient = point.gradient + decay * theta if any(settings.weight_decay) else point.gradient
+            max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
+            conjugate_gradients = ConjugateGradients(
+                x0=last.solution(point.used).mul_(settings.warm_start),
+                max_iters=settings.max_cg_iters,
+                tol=settings.cg_tol,
+                progress_tol=settings.cg_progress_tol,
+                boundary=None if max_kl is None else 2 * max_kl,
+                form=point.product.form,
+                precondition=lambda model: preconditioning.build(point, model, ranks),
+            )
+            solver = build_solver(settings.solver, point, conjugate_gradients)
+            model = UndampedModel(
+                gradient,
+                point.product,
+                decay,
+                scale=self._damping_scale(settings.damping_scale, solver, point, last),
+                centre=last.momentum(point.used, settings.momentum),
+            )
+
+            # 3. The damping λ, which follows what this step's data say of the last step (Levenberg 1944).
             new_slope = last.slope_on_new_data(point, gradient)
+            damping = Damping(
+                self.param_groups,
+                adapts=settings.adapt_damping,
+                lowest=settings.min_damping,
+                highest=settings.max_damping,
+                exact=solver.name != "cg",
+            )
             damping.adapt_to_new_data(math.nan if point.is_least_squares else new_slope)
-            scale = self._damping_scale(solver, point, last, settings)
-            outcome = Descent(
+
+            # 4. Down: solve (F + W + λI) x = −g, cut x to ½ xᵀF x ≤ δ, search along it (Schulman et al. 2015,
+            #    appendix C), or solve again with more damping where that is cheap (Marquardt 1963).
+            descent = Descent(
                 point,
                 parameters,
+                theta,
                 solver,
                 damping,
-                lr,
+                settings.lr,
                 max_kl,
-                trust_region=settings["trust_region"],
-                max_backtracks=settings["max_backtracks"],
-                backtrack_ratio=settings["backtrack_ratio"],
-                geodesic=settings["geodesic"],
-            )(
-                partial(self._quadratic_model, point, gradient, last, scale, parameters, settings["momentum"]),
-                ranks.check,
+                trust_region=settings.trust_region,
+                max_backtracks=settings.max_backtracks,
+                backtrack_ratio=settings.backtrack_ratio,
+                geodesic=settings.geodesic,
             )
-        for run in [*runs, *others]:
+            outcome = descent(model, check=ranks.check)
+
+        # 5. What the next step needs, and the report.
+        for run in [*closures, *others]:
             run.settle()
-        runs[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
+        closures[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
-        self.last_step = report_of(
+        report = report_of(
             point,
             outcome,
             max_kl=max_kl,
             new_slope=new_slope,
             solver=solver.name,
             preconditioner=preconditioning.name,
-            n_forward=sum(run.count for run in [*runs, *others]),
+            n_forward=sum(run.count for run in [*closures, *others]),
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
-        trial = outcome.trial
-        damping.adapt(self.last_step.reduction_ratio, accepted=trial.accepted, overshot=trial.overshot)
-        last.keep(outcome, self.last_step.new_loss, lr)
+        damping.adapt(report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot)
+        last.keep(outcome, report.new_loss, settings.lr)
         self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
-        preconditioning.keep(self.last_step.n_product)
+        preconditioning.keep(report.n_product)
+        self.last_step = report
         return point.loss
 
-    def _linearize(
-        self,
-        runs: list[ReplayedClosure],
-        parameters: FlatParameters,
-        settings: dict[str, Any],
-        ranks: Ranks,
-        observe: Observer | None,
-    ) -> Point:
-        curvature, backend = settings["curvature"], settings["backend"]
-        return linearize_mean(runs, parameters, curvature, backend, self._learnt, ranks, observe).averaged(ranks)
-
-    def _per_group(self, name: str) -> list[float]:
-        return [float(group[name]) for group in self.param_groups]
-
-    def _damping(self, solver: Solver, settings: dict[str, Any]) -> Damping:
-        exact = solver.name != "cg"
-        limits = damping_range(settings["min_damping"], settings["max_damping"], exact=exact)
-        return Damping(self.param_groups, adapts=settings["adapt_damping"], limits=limits, exact=exact)
-
-    def _damping_scale(self, solver: Solver, point: Point, last: Carried, settings: dict[str, Any]) -> Tensor | None:
+    @staticmethod
+    def _damping_scale(setting: DampingScale, solver: Solver, point: Point, last: LastStep) -> Tensor | None:
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
-        if settings["damping_scale"] == "identity" or (settings["damping_scale"] == "auto" and solver.name == "cg"):
+        if setting == "identity" or (setting == "auto" and solver.name == "cg"):
             return None
         if not point.gradient.isfinite().all():
             return None  # the step will be refused
         largest = last.largest_curvature(curvature_diagonal(solver, point))
         return torch.where(largest > 0, largest, 1.0)
 
-    def _quadratic_model(
-        self,
-        point: Point,
-        gradient: Tensor,
-        last: Carried,
-        scale: Tensor | None,
-        parameters: FlatParameters,
-        momentum: float,
-        damping: Sequence[float],
-        attempt: int,
-    ) -> QuadraticModel:
-        """With the damping towards the momentum at the first attempt, and towards zero when that did not work."""
-        decay = parameters.spread(self._per_group("weight_decay"), point.used)
-        spread = parameters.spread(damping)
-        if scale is not None:
-            spread = spread * scale
-        centre = last.solution(point.used).mul_(momentum) if momentum and attempt == 1 and last.moved else None
-        return QuadraticModel(gradient, point.product, decay, spread, centre)
 
-    def _gradient(self, point: Point, parameters: FlatParameters) -> Tensor:
-        """That of what is minimised: the loss and the weight decay."""
-        if not any(self._per_group("weight_decay")):
-            return point.gradient
-        return point.gradient + parameters.spread(self._per_group("weight_decay"), point.used) * parameters.theta
-
-    def _solver(
-        self,
-        point: Point,
-        last: Carried,
-        max_kl: float | None,
-        preconditioning: Preconditioning,
-        settings: dict[str, Any],
-        ranks: Ranks,
-    ) -> Solver:
-        """Conjugate gradients from a part of the last solution, or a direct solver."""
-        name = choose_solver(settings["solver"], point)
-        if name != "cg":
-            return direct_solver(name, point)
-        x0 = last.solution(point.used).mul_(settings["warm_start"])
-        if point.gradient.isfinite().all():
-            point.product.form(x0 if x0.any() else point.gradient)
-        return ConjugateGradients(
-            x0=x0,
-            max_iters=settings["max_cg_iters"],
-            tol=settings["cg_tol"],
-            progress_tol=settings["cg_progress_tol"],
-            boundary=None if max_kl is None else 2 * max_kl,
-            precondition=lambda model: preconditioning.formed(point, model, ranks),
-        )
+@contextmanager
+def _transaction(parameters: FlatParameters, closures: Sequence[ReplayedClosure]) -> Iterator[Tensor]:
+    """Parameters, their ``.grad``, random state and buffers: all or nothing. It is given the parameters, flat."""
+    with parameters.restored_on_error() as theta, undo_on_error(closures), twice_differentiable():
+        yield theta
 
 
 def _require(flags: Sequence[bool], what: str) -> None:

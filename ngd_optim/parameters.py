@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +40,8 @@ class FlatParameters:
                 "two parameters, or two elements of one, share the same memory; use one Parameter for both"
             )
         self._sizes = [p.numel() for p in self.tensors]
+        self.size = sum(self._sizes)
+        """How many numbers the vector has."""
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """One tensor per parameter, of its shape, or None for zeros → a new flat vector."""
@@ -83,35 +84,34 @@ class FlatParameters:
             return values[0]
         repeats = torch.tensor(self._sizes, device=self.device)
         return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(
-            repeats, output_size=sum(self._sizes)
+            repeats, output_size=self.size
         )
 
-    @cached_property
-    def theta(self) -> Tensor:
-        """The values when this was first asked for, flat: a copy."""
+    def read(self) -> Tensor:
+        """The values, flat: a copy."""
         return self.flatten(self.tensors)
 
     @torch.no_grad()
-    def move(self, step: Tensor, fraction: float) -> None:
-        """Set the parameters to ``theta + fraction · step``."""
-        for p, start, d in zip(self.tensors, self.theta.split(self._sizes), step.split(self._sizes), strict=True):
-            p.copy_(torch.add(start, d, alpha=fraction).view(p.shape))
+    def move(self, start: Tensor, step: Tensor, fraction: float) -> None:
+        """Set the values to ``start + fraction · step``."""
+        for p, at, d in zip(self.tensors, start.split(self._sizes), step.split(self._sizes), strict=True):
+            p.copy_(torch.add(at, d, alpha=fraction).view(p.shape))
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Set the parameters to ``theta``, bit for bit."""
-        for p, start in zip(self.tensors, self.theta.split(self._sizes), strict=True):
-            p.copy_(start.view(p.shape))
+    def write(self, values: Tensor) -> None:
+        """Set the values, bit for bit."""
+        for p, value in zip(self.tensors, values.split(self._sizes), strict=True):
+            p.copy_(value.view(p.shape))
 
     @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """Put the parameters back to ``theta``, and their ``requires_grad`` and ``.grad``, if the block raises."""
-        _ = self.theta
+    def restored_on_error(self) -> Iterator[Tensor]:
+        """Put values, ``requires_grad`` and ``.grad`` back if the block raises; it is given the values, flat."""
+        start = self.read()
         gradients = [p.grad for p in self.tensors]
         try:
-            yield
+            yield start
         except BaseException:
-            self.restore()
+            self.write(start)
             for p, gradient in zip(self.tensors, gradients, strict=True):
                 p.requires_grad_(True)
                 p.grad = gradient

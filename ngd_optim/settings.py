@@ -2,20 +2,82 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, get_args
 
 from torch import Tensor
 
-from ngd_optim.names import BackendChoice, Curvature, DampingScale, PreconditionerName, SolverName, TrustRegion
-from ngd_optim.preconditioners import Diagonal, Nystrom
+from ngd_optim.names import (
+    BackendChoice,
+    Curvature,
+    DampingLimit,
+    DampingScale,
+    MaxKL,
+    PreconditionerName,
+    SolverName,
+    TrustRegion,
+)
+from ngd_optim.preconditioners import Diagonal, Nystrom, Preconditioner
 
 PER_GROUP = ("lr", "damping", "weight_decay")
 """Settings that may differ between parameter groups."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one step. What each means is in the docstring of :class:`~ngd_optim.NaturalCG`.
+
+    ``lr``, ``damping`` and ``weight_decay`` have one number for each parameter group.
+    """
+
+    lr: tuple[float, ...]
+    damping: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    max_kl: MaxKL
+    trust_region: TrustRegion
+    adapt_damping: bool
+    min_damping: DampingLimit
+    max_damping: DampingLimit
+    max_cg_iters: int
+    cg_tol: float
+    cg_progress_tol: float
+    warm_start: float
+    preconditioner: Preconditioner
+    max_backtracks: int
+    backtrack_ratio: float
+    curvature: Curvature
+    backend: BackendChoice
+    solver: SolverName
+    damping_scale: DampingScale
+    momentum: float
+    geodesic: bool
+
+    @classmethod
+    def of(cls, groups: Sequence[Mapping[str, Any]]) -> "Settings":
+        """Those of some parameter groups.
+
+        Raises:
+            ValueError: the groups disagree on a setting that holds for the whole step.
+        """
+        values: dict[str, Any] = {}
+        for name in _ALLOWED:
+            of_groups = [group[name] for group in groups]
+            if name in PER_GROUP:
+                values[name] = tuple(map(float, of_groups))
+                continue
+            if any(value != of_groups[0] for value in of_groups):
+                raise ValueError(
+                    f"{name} holds for the whole step, so all parameter groups must agree on it, got {of_groups}; "
+                    f"only {', '.join(PER_GROUP)} may differ"
+                )
+            values[name] = of_groups[0]
+        return cls(**values)
+
+
 def _number(value: Any) -> bool:
-    return (isinstance(value, Real) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.ndim == 0)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _count(value: Any) -> bool:
@@ -31,7 +93,14 @@ def _one_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in names, f"one of {', '.join(map(repr, names))}"
 
 
+def _preconditioner(value: Any) -> bool:
+    is_name = isinstance(value, str) and value in get_args(PreconditionerName)
+    is_function = callable(value) and not isinstance(value, type)
+    return value is None or is_name or is_function or isinstance(value, Diagonal | Nystrom)
+
+
 _FINITE = (_at_least_zero, "a finite number, at least 0")
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _FINITE,
     "max_kl": (
@@ -40,7 +109,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "trust_region": _one_of(TrustRegion),
     "damping": _FINITE,
-    "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),
+    "adapt_damping": _FLAG,
     "min_damping": (lambda v: v == "auto" or _at_least_zero(v), "a finite number, at least 0, or 'auto'"),
     "max_damping": (lambda v: v == "auto" or (_number(v) and v >= 0), "a number, at least 0, or 'auto'"),
     "max_cg_iters": (lambda v: _count(v) and v >= 1, "an integer, at least 1"),
@@ -48,12 +117,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cg_progress_tol": _FINITE,
     "warm_start": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     "preconditioner": (
-        lambda v: (
-            v is None
-            or isinstance(v, Diagonal | Nystrom)
-            or (callable(v) and not isinstance(v, type))
-            or (isinstance(v, str) and v in get_args(PreconditionerName))
-        ),
+        _preconditioner,
         "'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function of a flat vector",
     ),
     "max_backtracks": (_count, "an integer, at least 0"),
@@ -63,9 +127,10 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend": _one_of(BackendChoice),
     "solver": _one_of(SolverName),
     "damping_scale": _one_of(DampingScale),
-    "geodesic": (lambda v: isinstance(v, bool), "True or False"),
+    "geodesic": _FLAG,
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
 }
+assert _ALLOWED.keys() == {field.name for field in fields(Settings)}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -85,13 +150,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"trust_region={kind!r} needs a max_kl whose boundary to go to, got max_kl=None")
 
 
-def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group whose values are numpy's, as Python's: these can be saved."""
-    return {
-        name: int(value) if isinstance(value, Integral) else float(value)
-        for name, value in group.items()
-        if name in _ALLOWED and isinstance(value, Real) and type(value) not in (bool, int, float)
-    }
+def to_plain_numbers(group: dict[str, Any]) -> None:
+    """Make a parameter group's settings that are numpy's numbers Python's: these can be saved."""
+    for name in _ALLOWED:
+        value = group[name]
+        if isinstance(value, Real) and type(value) not in (bool, int, float):
+            group[name] = int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
@@ -115,20 +179,3 @@ def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping
                 raise ValueError(
                     f"the state was saved of other parameters: one of shape {tuple(p.shape)} had {tuple(saved.shape)}"
                 )
-
-
-def shared_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that hold for the whole step.
-
-    Raises:
-        ValueError: the groups disagree on one of them.
-    """
-    names = [name for name in _ALLOWED if name not in PER_GROUP]
-    for name in names:
-        values = [group[name] for group in groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(
-                f"{name} holds for the whole step, so all parameter groups must agree on it, got {values}; "
-                f"only {', '.join(PER_GROUP)} may differ"
-            )
-    return {name: groups[0][name] for name in names}

@@ -41,7 +41,7 @@ def jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
 def quick_jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor | None:
     """The same where it is small and takes one pull-back, or has a few rows; else None."""
     count = sum(z.numel() for z in outputs)
-    if count * len(parameters.theta) * parameters.dtype.itemsize > _FEW_BYTES:
+    if count * parameters.size * parameters.dtype.itemsize > _FEW_BYTES:
         return None
     if count <= _FEW_ROWS:
         return jacobian(outputs, parameters)
@@ -55,7 +55,7 @@ def quick_jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Ten
 
 
 def _empty(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
-    shape = sum(z.numel() for z in outputs), len(parameters.theta)
+    shape = sum(z.numel() for z in outputs), parameters.size
     return torch.zeros(shape, dtype=parameters.dtype, device=parameters.device)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ngd_optim.linalg.scalars import Scalar, scalars_of
 
-CGStop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
+Stop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
 # While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
-_STOPS: tuple[CGStop, ...] = ("max_iters", "tolerance", "progress", "negative_curvature", "not_finite")
+_STOPS: tuple[Stop, ...] = ("max_iters", "tolerance", "progress", "negative_curvature", "not_finite")
 _TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE = range(1, 5)
 _INDEFINITE_PRECONDITIONER = -1
 
@@ -21,7 +21,7 @@ _START = 5
 
 
 @dataclass(frozen=True)
-class CGResult:
+class LinearSolution:
     """What :func:`conjugate_gradient` found, and why it stopped.
 
     Attributes:
@@ -49,7 +49,7 @@ class CGResult:
     iterations: int
     products: int
     residual: float
-    stop: CGStop
+    stop: Stop
     x_dot_b: float
     x_dot_r: float
 
@@ -69,7 +69,7 @@ def conjugate_gradient(
     progress_tol: float = 0.0,
     boundary: float | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
-) -> CGResult:
+) -> LinearSolution:
     """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithms 5.2 and 5.3).
 
     On an accelerator the host waits for the device at every eighth iteration only, to see whether to stop; products
@@ -170,7 +170,7 @@ def conjugate_gradient(
             length = 1.0
         x.add_(p, alpha=length)
         r.sub_(a_p, alpha=length)
-    return CGResult(
+    return LinearSolution(
         solution=x,
         iterations=int(iterations),
         products=rounds + start_products,

@@ -143,7 +143,7 @@ def check_closure(
     ends = [traced.loss, *traced.outputs, *parameters.tensors]
     noise = _coarsest({t.dtype for t in ends})
     eps = max(noise, _coarsest(dtypes([traced.loss, *metric.outputs])))
-    ranks.require_equal(parameters.theta)
+    ranks.require_equal(parameters.read())
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
     plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(leaves(traced.loss)))))

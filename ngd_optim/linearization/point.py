@@ -232,22 +232,28 @@ def linearize_closure(
 
 
 def linearize_mean(
-    runs: Sequence[ReplayedClosure],
     parameters: FlatParameters,
     curvature: Curvature,
     backend: BackendChoice,
     learnt: Learnt,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
+    runs: Sequence[ReplayedClosure],
     observe: Observer | None = None,
 ) -> Point:
-    """The mean of some closures, with the graph of one at a time: each product traces each of them anew."""
+    """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
+
+    Of several closures there is the graph of one at a time: each product traces each of them anew.
+    """
     parts = [
         linearize_closure(run, parameters, curvature, backend, learnt, ranks, observe, keep_graph=len(runs) == 1)
         for run in runs
     ]
-    if len(parts) == 1:
-        return parts[0]
-    ranks.together(lambda: _require_one_kind(parts))
+    if len(parts) > 1:
+        ranks.together(lambda: _require_one_kind(parts))
+    return (parts[0] if len(parts) == 1 else _mean_of(parts)).averaged(ranks)
+
+
+def _mean_of(parts: Sequence[Point]) -> Point:
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)

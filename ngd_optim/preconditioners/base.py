@@ -31,7 +31,7 @@ class Preconditioning:
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:
         """See a closure's metric while its graph is at hand."""
 
-    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """The preconditioner for a model's system; None where there is none."""
         return None
 
@@ -45,7 +45,7 @@ class Given(Preconditioning):
     def __init__(self, function: Solve) -> None:
         self._function = function
 
-    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """The function, with its results checked."""
         self.name = "callable"
         return _checked(self._function)

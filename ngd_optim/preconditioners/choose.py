@@ -16,7 +16,7 @@ from ngd_optim.preconditioners.sketches import Diagonal, Nystrom, Sketched
 Preconditioner = PreconditionerName | None | Solve | Diagonal | Nystrom
 
 
-def preconditioning_of(
+def build_preconditioner(
     kind: Preconditioner,
     parameters: FlatParameters,
     state: MutableMapping[Tensor, dict[str, Any]],

@@ -93,7 +93,7 @@ class Kronecker(Preconditioning):
         else:
             self.layers = layers
 
-    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """From the factors, renewed if they were due."""
         if ranks.any([bool(self._estimates)])[0]:  # a rank with a graph of its own may be alone
             self._renew(ranks)

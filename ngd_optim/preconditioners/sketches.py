@@ -192,7 +192,7 @@ class Sketched(Preconditioning):
         self._generator = generator or torch.Generator().manual_seed(self._draws)
         self._sketch = _sketch_of(own, parameters)
 
-    def formed(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+    def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """Drawn anew where what earlier steps left is too old or of another kind."""
 
         def counted(v: Tensor) -> Tensor:

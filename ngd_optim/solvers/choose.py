@@ -1,11 +1,12 @@
 """Which solver a step takes."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from ngd_optim.jacobian import NotSemidefiniteError
-from ngd_optim.linalg import CGResult
+from ngd_optim.jacobian import NotSemidefiniteError, Root
+from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
@@ -18,6 +19,8 @@ class Solver(Protocol):
     Attributes:
         name: ``"cg"``, ``"dense"`` or ``"sample"``.
         diagonal: that of ``F``, where the solver knows it.
+        square_root: the matrix ``A`` with ``F = AᵀA``, where the solver has it.
+        pull_back: ``u ↦ (F + W + diag(λ))⁻¹ Aᵀ u`` for the model that was solved last, where it has ``A``.
     """
 
     @property
@@ -26,7 +29,13 @@ class Solver(Protocol):
     @property
     def diagonal(self) -> Tensor | None: ...  # noqa: D102
 
-    def solve(self, model: QuadraticModel) -> CGResult:
+    @property
+    def square_root(self) -> Root | None: ...  # noqa: D102
+
+    @property
+    def pull_back(self) -> Callable[[Tensor], Tensor] | None: ...  # noqa: D102
+
+    def solve(self, model: QuadraticModel) -> LinearSolution:
         """The solution for a model with this point's curvature."""
         ...
 
@@ -43,23 +52,32 @@ _NEEDS_OUTPUTS = (
 )
 
 
-def choose_solver(name: SolverName, point: Point) -> SolverName:
-    """``"cg"``, ``"dense"`` or ``"sample"``.
+def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) -> Solver:
+    """The solver of a step.
 
     ``"auto"`` is a direct solver for :func:`~ngd_optim.least_squares`, where the step is only as good as the solution:
     ``"dense"``, or ``"sample"`` where there are fewer outputs than parameters. It is ``"cg"`` for every other loss, and
     for what is too large.
 
+    Args:
+        name: the setting.
+        point: where the step begins.
+        conjugate_gradients: the solver that is ``"cg"``.
+
     Raises:
         ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one model.
     """
-    m, n = point.outputs, len(point.gradient)
-    if name == "sample" and not m:
+    if name == "sample" and not point.outputs:
         raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
     if not point.gradient.isfinite().all():
-        return "cg"  # which says so
-    if name != "auto":
-        return name
+        return conjugate_gradients  # which say so
+    if name == "auto":
+        name = _automatic(point)
+    return conjugate_gradients if name == "cg" else _direct_solver(name, point)
+
+
+def _automatic(point: Point) -> SolverName:
+    m, n = point.outputs, len(point.gradient)
     few = n if not m else min(m, n)
     bytes_needed = point.gradient.element_size() * n * (m or n)
     if not point.is_least_squares or few > _FEW or bytes_needed > _LARGEST_JACOBIAN:
@@ -67,8 +85,7 @@ def choose_solver(name: SolverName, point: Point) -> SolverName:
     return "sample" if m and m < n else "dense"
 
 
-def direct_solver(name: SolverName, point: Point) -> "Solver":
-    """The solver of that name, ``"dense"`` or ``"sample"``, at a point."""
+def _direct_solver(name: SolverName, point: Point) -> Solver:
     if not point.outputs:
         return Matrix(point.product, point.gradient)
     try:
@@ -81,7 +98,7 @@ def direct_solver(name: SolverName, point: Point) -> "Solver":
 
 
 def curvature_diagonal(solver: Solver, point: Point) -> Tensor:
-    """The diagonal of ``F``, exactly; to be asked before any product.
+    """The diagonal of ``F``, exactly.
 
     Raises:
         ValueError: neither the solver knows it nor the outputs tell.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.jacobian import Root
-from ngd_optim.linalg import CGResult
+from ngd_optim.linalg import LinearSolution
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 
@@ -27,28 +27,28 @@ class LeastSquares:
 
     def __init__(self, root: Root) -> None:
         n = root.rows.shape[1]
-        self.root = root
+        self.square_root = root
         self._factor = root.rows
         self.diagonal = root.rows.square().sum(0)
         triangle = torch.linalg.qr(torch.cat([root.rows, root.slope.unsqueeze(1)], 1), mode="r").R
         self._triangle = triangle[:n]
 
-    def solve(self, model: QuadraticModel) -> CGResult:
+    def solve(self, model: QuadraticModel) -> LinearSolution:
         """By orthogonal transformations."""
-        n = self.root.rows.shape[1]
+        n = self.square_root.rows.shape[1]
         shift = model.shift
         damped = torch.cat([shift.sqrt().diag(), torch.zeros_like(shift).unsqueeze(1)], 1)
         R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
         R, c = R[:n, :n], R[:n, n:]
         self._factor = R
-        rest = _beside(self.root, model)
+        rest = _beside(self.square_root, model)
         if rest is not None:
             c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
-        return _result(-torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.root.rows, model)
+        return _result(-torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.square_root.rows, model)
 
-    def pulled_back(self, u: Tensor) -> Tensor:
+    def pull_back(self, u: Tensor) -> Tensor:
         """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
-        right = (self.root.rows.T @ u).unsqueeze(1)
+        right = (self.square_root.rows.T @ u).unsqueeze(1)
         half = torch.linalg.solve_triangular(self._factor.mT, right, upper=False)
         return torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
 
@@ -63,44 +63,45 @@ class SampleSpace:
     name: SolverName = "sample"
 
     def __init__(self, root: Root) -> None:
-        self.root = root
+        self.square_root = root
         self._unit: Tensor | None = None
         self._factor = self._gram = root.rows
         self.diagonal = root.rows.square().sum(0)
 
-    def solve(self, model: QuadraticModel) -> CGResult:
+    def solve(self, model: QuadraticModel) -> LinearSolution:
         """By the Cholesky factor of a matrix with a row for each output."""
-        A, s, _ = self.root
+        A, s, _ = self.square_root
         size = model.shift.mean()
         unit = model.shift / size
         if self._unit is None or not torch.allclose(unit, self._unit, rtol=1e-12, atol=0):
             self._unit, self._gram = unit, _gram(A * unit.rsqrt())
-        rest = _beside(self.root, model)
+        rest = _beside(self.square_root, model)
         pulled = None if rest is None else rest / model.shift
         L, info = torch.linalg.cholesky_ex(self._gram + size * torch.eye(len(s)).to(s))
         if info:
             return _failed(model)
         self._factor = L
-        x = self.pulled_back(s if pulled is None else s - A @ pulled)
+        x = self.pull_back(s if pulled is None else s - A @ pulled)
         return _result(-(x if pulled is None else x + pulled), A, model)
 
-    def pulled_back(self, u: Tensor) -> Tensor:
+    def pull_back(self, u: Tensor) -> Tensor:
         """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
         assert self._unit is not None
-        return self.root.rows.T @ torch.cholesky_solve(u.unsqueeze(1), self._factor).squeeze(1) / self._unit
+        return self.square_root.rows.T @ torch.cholesky_solve(u.unsqueeze(1), self._factor).squeeze(1) / self._unit
 
 
 class Matrix:
     """The n×n matrix from products, for any curvature with few parameters."""
 
     name: SolverName = "dense"
+    square_root = pull_back = None
 
     def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
         columns = torch.stack([product(unit) for unit in torch.eye(len(like)).to(like)])
         self._matrix = (columns + columns.T) / 2
         self.diagonal = self._matrix.diagonal()
 
-    def solve(self, model: QuadraticModel) -> CGResult:
+    def solve(self, model: QuadraticModel) -> LinearSolution:
         """By its Cholesky factor; where it has none, more damping must come to the rescue."""
         L, info = torch.linalg.cholesky_ex(self._matrix + model.shift.diag())
         if info:
@@ -130,17 +131,17 @@ def _beside(root: Root, model: QuadraticModel) -> Tensor | None:
     return rest if rest.norm() > 10 * noise else None
 
 
-def _result(x: Tensor, A: Tensor, model: QuadraticModel) -> CGResult:
+def _result(x: Tensor, A: Tensor, model: QuadraticModel) -> LinearSolution:
     pushed = A @ x
     image = A.T @ pushed + model.shift * x
     return _exact(x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item())
 
 
-def _exact(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> CGResult:
+def _exact(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> LinearSolution:
     b = model.right_side
     x_dot_b = torch.dot(x, b).item()
     finite = math.isfinite(x_dot_ax) and math.isfinite(x_dot_b)
-    return CGResult(
+    return LinearSolution(
         solution=x if finite else torch.zeros_like(x),
         iterations=0,
         products=0,
@@ -151,5 +152,5 @@ def _exact(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> 
     )
 
 
-def _failed(model: QuadraticModel) -> CGResult:
-    return CGResult(torch.zeros_like(model.gradient), 0, 0, 1.0, "indefinite", 0.0, 0.0)
+def _failed(model: QuadraticModel) -> LinearSolution:
+    return LinearSolution(torch.zeros_like(model.gradient), 0, 0, 1.0, "indefinite", 0.0, 0.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ngd_optim.linalg import CGResult, conjugate_gradient
+from ngd_optim.linalg import LinearSolution, conjugate_gradient
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 
@@ -14,7 +14,8 @@ from ngd_optim.solvers.quadratic_model import QuadraticModel
 class ConjugateGradients:
     """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
 
-    ``precondition`` forms the preconditioner for a model.
+    ``form`` chooses how products are formed, with the first vector; ``precondition`` builds the preconditioner for a
+    model.
     """
 
     x0: Tensor
@@ -22,15 +23,21 @@ class ConjugateGradients:
     tol: float
     progress_tol: float
     boundary: float | None
+    form: Callable[[Tensor], None]
     precondition: Callable[[QuadraticModel], Callable[[Tensor], Tensor] | None]
-    diagonal: Tensor | None = None
     name: SolverName = "cg"
+    diagonal: Tensor | None = None
+    square_root: None = None
+    pull_back: None = None
 
-    def solve(self, model: QuadraticModel) -> CGResult:
+    def solve(self, model: QuadraticModel) -> LinearSolution:
         """By products with the curvature only."""
+        b = model.right_side
+        if b.isfinite().all():
+            self.form(self.x0 if self.x0.any() else b)
         return conjugate_gradient(
             model.system,
-            model.right_side,
+            b,
             x0=self.x0,
             max_iters=self.max_iters,
             tol=self.tol,

@@ -40,3 +40,27 @@ class QuadraticModel:
         shift = self.decay + self.damping
         product = self.curvature(v)
         return product.addcmul_(shift, v) if isinstance(shift, Tensor) else product.add_(v, alpha=shift)
+
+
+@dataclass(frozen=True)
+class UndampedModel:
+    """That model before its damping is known, which a step may raise and solve again.
+
+    Attributes:
+        gradient: ``g``, flat, that of the weight decay included.
+        curvature: ``v ↦ F v``.
+        decay: ``W``.
+        scale: what ``λ`` is multiplied by, flat; None: the identity.
+        centre: where the damping pulls to at the first attempt; None: to zero.
+    """
+
+    gradient: Tensor
+    curvature: Callable[[Tensor], Tensor]
+    decay: float | Tensor
+    scale: Tensor | None
+    centre: Tensor | None
+
+    def damped(self, damping: float | Tensor, *, is_first: bool) -> QuadraticModel:
+        """The model with a damping; at later attempts than the first one it pulls to zero."""
+        damping = damping if self.scale is None else damping * self.scale
+        return QuadraticModel(self.gradient, self.curvature, self.decay, damping, self.centre if is_first else None)

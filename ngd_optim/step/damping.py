@@ -16,8 +16,7 @@ _STEEP = 1 / 3
 def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -> tuple[float, float]:
     """The range of the adapted damping; ``"auto"`` leaves it all but open where the system is solved exactly.
 
-    What stands between the solution and rounding is then the solver's business, and a model that is right is followed
-    to its minimum.
+    A direct solver is robust to rounding, so λ may become arbitrarily small.
     """
     auto = (1e-30, 1e16) if exact else (1e-8, 1e6)
     if highest == "auto":
@@ -32,7 +31,8 @@ class Damping:
     Args:
         groups: hold it; they are written to in :meth:`adapt` only.
         adapts: whether it changes.
-        limits: its least and its largest value.
+        lowest: its least value, the setting ``min_damping``.
+        highest: its largest value, the setting ``max_damping``.
         exact: whether the system is solved exactly. It is then solved again with more damping where a step does not
             lower the loss, at a small part of the cost, in place of a line search.
 
@@ -42,13 +42,19 @@ class Damping:
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], *, adapts: bool, limits: tuple[float, float], exact: bool
+        self,
+        groups: Sequence[dict[str, Any]],
+        *,
+        adapts: bool,
+        lowest: DampingLimit,
+        highest: DampingLimit,
+        exact: bool,
     ) -> None:
         self.values = [float(group["damping"]) for group in groups]
         self.can_retry = exact and adapts
         self._groups = groups
         self._adapts = adapts
-        self._limits = limits
+        self._limits = damping_range(lowest, highest, exact=exact)
         self._exact = exact
         self._falls = True
 

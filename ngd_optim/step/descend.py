@@ -5,15 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ngd_optim.linalg import CGResult
+from torch import Tensor
+
+from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.solvers import LeastSquares, QuadraticModel, SampleSpace, Solver
+from ngd_optim.solvers import QuadraticModel, Solver, UndampedModel
 from ngd_optim.step.damping import Damping
-from ngd_optim.step.geodesic import bent
+from ngd_optim.step.geodesic import apply_geodesic_correction
 from ngd_optim.step.line_search import Trial, line_search
-from ngd_optim.step.trust_region import Step, scaled_step
+from ngd_optim.step.trust_region import Step, scale_step
 
 
 @dataclass(frozen=True)
@@ -22,26 +24,32 @@ class Outcome:
 
     damping: Sequence[float]
     model: QuadraticModel
-    solution: CGResult
+    solution: LinearSolution
     step: Step
     trial: Trial
 
 
 @dataclass(frozen=True)
 class Descent:
-    """What is needed to go down from a point.
+    """How to go down from a point.
 
     Attributes:
         point: the closure there.
         parameters: they are moved.
-        solver: of the system.
+        theta: their values at the point, flat.
+        solver: of the linear system.
         damping: of the groups; it grows where a system is solved again.
         lr: factor for the step, one per group.
-        max_kl, trust_region, max_backtracks, backtrack_ratio, geodesic: the settings of these names.
+        max_kl: the trust region's size; None: there is none.
+        trust_region: the setting of that name.
+        max_backtracks: likewise.
+        backtrack_ratio: likewise.
+        geodesic: likewise.
     """
 
     point: Point
     parameters: FlatParameters
+    theta: Tensor
     solver: Solver
     damping: Damping
     lr: Sequence[float]
@@ -51,13 +59,11 @@ class Descent:
     backtrack_ratio: float
     geodesic: bool
 
-    def __call__(
-        self, model_of: Callable[[Sequence[float], int], QuadraticModel], check: Callable[[], None]
-    ) -> Outcome:
+    def __call__(self, undamped: UndampedModel, check: Callable[[], None]) -> Outcome:
         """Move the parameters to a lower point, or leave them where they are.
 
         Args:
-            model_of: the quadratic model with a damping, one per group, for the first, second, … attempt.
+            undamped: the quadratic model at the point.
             check: raises what other processes met while the system was solved.
         """
         solves_again = self.damping.can_retry and self.max_backtracks > 0
@@ -65,31 +71,27 @@ class Descent:
         while True:
             attempt += 1
             damping = self.damping.values
-            model = model_of(damping, attempt)
+            model = undamped.damped(self.parameters.spread(damping), is_first=attempt == 1)
             solution = self.solver.solve(model)
-            step = self._scaled(solution, model)
+            step = self._scale(solution, model)
             check()
             trial = self._search(step, solution, max_backtracks=0 if solves_again else self.max_backtracks)
-            if trial.accepted or not (solves_again and self._is_worth_a_retry(step) and self.damping.retry(attempt)):
+            is_over = trial.accepted or not (solves_again and self._is_worth_a_retry(step))
+            if is_over or not self.damping.retry(attempt):
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
                 return Outcome(damping, model, solution, step, trial)
 
-    def _scaled(self, solution: CGResult, model: QuadraticModel) -> Step:
+    def _scale(self, solution: LinearSolution, model: QuadraticModel) -> Step:
         """The solution, cut to the trust region and multiplied by ``lr``; bent along its valley if it is all there."""
-        theta, lr = self.parameters.theta, self.parameters.spread(self.lr)
-        measures_kl = self.point.kind == "fisher"
-        step = scaled_step(model, solution, theta, lr, self.max_kl, self.trust_region, measures_kl)
+        lr, measures_kl = self.parameters.spread(self.lr), self.point.kind == "fisher"
+        step = scale_step(model, solution, self.theta, lr, self.max_kl, self.trust_region, measures_kl)
         is_full = step.scale == 1.0 and all(value == 1.0 for value in self.lr) and solution.stop == "exact"
-        if (
-            self.geodesic
-            and self.point.is_least_squares
-            and is_full
-            and isinstance(self.solver, LeastSquares | SampleSpace)
-        ):
-            return bent(step, self.solver, model, theta, partial(self.parameters.move, step.direction))
-        return step
+        if not (self.geodesic and self.point.is_least_squares and is_full):
+            return step
+        move = partial(self.parameters.move, self.theta, step.direction)
+        return apply_geodesic_correction(step, self.solver, model, self.theta, move)
 
-    def _search(self, step: Step, solution: CGResult, *, max_backtracks: int) -> Trial:
+    def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
         if not self.point.loss.isfinite():
             return Trial.refused(f"the loss is {self.point.loss.item()}")
@@ -99,7 +101,7 @@ class Descent:
             return Trial.refused("the damped curvature is not positive definite")
 
         def evaluate(fraction: float) -> tuple[float, float | None]:
-            self.parameters.move(step.direction, fraction)
+            self.parameters.move(self.theta, step.direction, fraction)
             loss, kl = self.point.measure()
             return loss + step.decay_change(fraction), kl
 
@@ -113,7 +115,7 @@ class Descent:
             backtrack_ratio=self.backtrack_ratio,
         )
         if not trial.accepted:
-            self.parameters.restore()
+            self.parameters.write(self.theta)
             promised = step.predicted_decrease(1.0)
             if trial.backtracks and abs(promised) <= self.point.rounding:
                 why = f"the decrease that the model promises, {promised:.2g}, is below the loss's rounding"

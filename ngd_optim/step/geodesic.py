@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngd_optim.solvers import LeastSquares, QuadraticModel, SampleSpace
+from ngd_optim.solvers import QuadraticModel, Solver
 from ngd_optim.step.trust_region import Step
 
 _PROBE = 0.1
@@ -21,8 +21,8 @@ _LARGEST_BEND = 0.75
 """A correction may be so large, ``2 |a| ÷ |d|`` in the norm of the damping; else the straight step is tried."""
 
 
-def bent(
-    step: Step, solver: LeastSquares | SampleSpace, model: QuadraticModel, theta: Tensor, move: Callable[[float], None]
+def apply_geodesic_correction(
+    step: Step, solver: Solver, model: QuadraticModel, theta: Tensor, move: Callable[[float], None]
 ) -> Step:
     """The step with its correction, or as it was.
 
@@ -35,13 +35,15 @@ def bent(
         theta: the parameters, flat.
         move: puts the parameters at a fraction of the step.
     """
-    d = step.direction
+    d, square_root = step.direction, solver.square_root
+    if square_root is None or solver.pull_back is None:
+        return step
     move(_PROBE)
-    change = solver.root.displaced()
+    change = square_root.displaced()
     if change is None:
         return step
-    second = 2 / _PROBE * (change / _PROBE - solver.root.rows @ d)
-    a = solver.pulled_back(second).mul_(-0.5)
+    second = 2 / _PROBE * (change / _PROBE - square_root.rows @ d)
+    a = solver.pull_back(second).mul_(-0.5)
     if not 2 * _norm(a, model.shift) <= _LARGEST_BEND * _norm(d, model.shift):
         return step
     direction = d + a

@@ -12,7 +12,7 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.step.descend import Outcome
 
 
-class Carried:
+class LastStep:
     """The last step, in the optimizer's state.
 
     That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not rejected, the first also has
@@ -33,6 +33,10 @@ class Carried:
     def moved(self) -> bool:
         """Whether there was a step, and it was not rejected."""
         return bool(self._first.get("slope"))
+
+    def momentum(self, used: Sequence[bool], factor: float) -> Tensor | None:
+        """``factor`` times the last solution; None: no factor, or the last step was rejected."""
+        return self.solution(used).mul_(factor) if factor and self.moved else None
 
     def solution(self, used: Sequence[bool]) -> Tensor:
         """A new flat vector: what the last system was solved by; 0 for parameters that are not used now."""

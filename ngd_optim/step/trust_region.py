@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ngd_optim.linalg import CGResult
+from ngd_optim.linalg import LinearSolution
 from ngd_optim.names import MaxKL, TrustRegion
 from ngd_optim.solvers import QuadraticModel
 
@@ -14,7 +14,7 @@ DEFAULT_MAX_KL = 0.01
 """In nats per sample: what TRPO uses (Schulman et al. 2015, section 8)."""
 
 
-def chosen_max_kl(max_kl: MaxKL, kind: TrustRegion, has_kl: bool) -> float | None:
+def choose_max_kl(max_kl: MaxKL, kind: TrustRegion, has_kl: bool) -> float | None:
     """The trust region's size for a closure, which may return something whose KL can be measured.
 
     Raises:
@@ -81,9 +81,9 @@ class Step:
         return fraction * self.decay_slope + 0.5 * fraction**2 * self.decay_quadratic
 
 
-def scaled_step(
+def scale_step(
     model: QuadraticModel,
-    solution: CGResult,
+    solution: LinearSolution,
     theta: Tensor,
     lr: float | Tensor,
     max_kl: float | None,

@@ -4,9 +4,9 @@ from ngd_optim.tracing.closure import (
     Closure,
     Evaluation,
     ReplayedClosure,
-    replayed,
-    rewound_on_error,
     twice_differentiable,
+    undo_on_error,
+    wrap_closures,
 )
 from ngd_optim.tracing.least_squares import least_squares
 
@@ -15,7 +15,7 @@ __all__ = [
     "Evaluation",
     "ReplayedClosure",
     "least_squares",
-    "replayed",
-    "rewound_on_error",
     "twice_differentiable",
+    "undo_on_error",
+    "wrap_closures",
 ]

@@ -167,7 +167,7 @@ class ReplayedClosure:
         self._effects.rewind()
 
 
-def replayed(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosure]:
+def wrap_closures(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosure]:
     """A closure, or each of a list of them.
 
     Raises:
@@ -184,7 +184,7 @@ def replayed(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosure]:
 
 
 @contextmanager
-def rewound_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
+def undo_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
     """Undo the side effects of closures, which first ran in this order, if the block raises."""
     try:
         yield

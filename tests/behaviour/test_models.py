@@ -49,9 +49,10 @@ def test_gradient_and_product_are_the_dense_ones(name, backend, loss, dtype):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_double_backward_is_taken_where_both_are_right(name):
-    """It runs the closure once less."""
+    """It runs the closure once less; but not for convolutions, where that is the cheaper part."""
     problem = Problem(CASES[name], "cross_entropy", torch.float64)
-    assert linearize(problem.closure, problem.params).backend == "double-backward"
+    point = linearize(problem.closure, problem.params)
+    assert point.backend == ("torch.func" if name == "conv" else "double-backward")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

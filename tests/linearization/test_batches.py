@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG
+from ngd_optim.distributed import ALONE
 from ngd_optim.linearization import linearize_mean
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing.closure import ReplayedClosure
@@ -85,7 +86,7 @@ def test_micro_batches_hold_one_graph_at_a_time():
 
     def form_a_product():
         runs = [ReplayedClosure(function, params) for function in closures]
-        point = linearize_mean(runs, FlatParameters([{"params": params}]), "ggn", "double-backward", learnt)
+        point = linearize_mean(FlatParameters([{"params": params}]), "ggn", "double-backward", learnt, ALONE, runs)
         point.product(point.gradient)
 
     form_a_product()
