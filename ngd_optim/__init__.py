@@ -1,5 +1,8 @@
 """Natural-gradient and Gauss-Newton optimization by truncated conjugate gradients."""
 
+import sys
+
+from ngd_optim import linalg, preconditioners
 from ngd_optim.linalg import CGResult, conjugate_gradient
 from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
@@ -21,3 +24,7 @@ __all__ = [
     "plot_history",
 ]
 __version__ = "0.1.0"
+
+# Pickles of 0.1.0 name these modules.
+sys.modules[f"{__name__}.cg"] = linalg
+sys.modules[f"{__name__}.sketches"] = preconditioners
