@@ -1,9 +1,6 @@
 """Two processes against one: the same steps, the same decisions, and no rank left waiting."""
 
 import math
-import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.ranks import TIMEOUT, on_two_ranks, results_of
+from helpers.ranks import on_two_ranks, results_of
+from helpers.scripts import EXAMPLES, run_python
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
@@ -28,12 +26,11 @@ from ngd_optim.linearization import checks as verify
 # A truncated solve amplifies rounding errors; a full one can be compared.
 SOLVED = {"damping": 0.3, "cg_tol": 1e-14, "cg_progress_tol": 0.0}
 STEPS = 4
-EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 Result = tuple[Tensor, list[StepReport]]
 
 
-def make_model(dtype: torch.dtype = torch.float64, *extra: nn.Module) -> nn.Module:
+def make_classifier(dtype: torch.dtype = torch.float64, *extra: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 12), *extra, nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 4)).to(dtype)
 
@@ -90,28 +87,28 @@ def train(model: nn.Module, make_closure: Any, x: Tensor, y: Tensor, steps: int 
 
 def joined_batch(rank: int, make_closure: Any, dtype: torch.dtype) -> Result:
     x, y = data(dtype)
-    return train(DistributedDataParallel(make_model(dtype)), make_closure, x[rank::2], y[rank::2])
+    return train(DistributedDataParallel(make_classifier(dtype)), make_closure, x[rank::2], y[rank::2])
 
 
 def group_without_ddp(rank: int) -> Result:
     x, y = data()
-    return train(make_model(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD)
+    return train(make_classifier(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD)
 
 
 def uneven(rank: int) -> Result:
     x, y = data()
     part = slice(0, 10) if rank == 0 else slice(10, 64)
-    return train(DistributedDataParallel(make_model()), classification, x[part], y[part])
+    return train(DistributedDataParallel(make_classifier()), classification, x[part], y[part])
 
 
 def no_group(rank: int) -> Result:
     x, y = data()
-    return train(make_model(), classification, x[rank::2], y[rank::2])
+    return train(make_classifier(), classification, x[rank::2], y[rank::2])
 
 
 def several_closures(rank: int) -> Result:
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     parts = [x[rank:32:2], x[32 + rank :: 2]], [y[rank:32:2], y[32 + rank :: 2]]
     closures = [classification(model, optimizer, a, b) for a, b in zip(*parts, strict=True)]
@@ -124,7 +121,7 @@ def several_closures(rank: int) -> Result:
 def default_options(rank: int) -> Result:
     """Truncated solves, dropout that differs between the ranks, learning rates by group: all ranks decide alike."""
     x, y = data(torch.float32)
-    model = DistributedDataParallel(make_model(torch.float32, nn.Dropout(0.2)))
+    model = DistributedDataParallel(make_classifier(torch.float32, nn.Dropout(0.2)))
     torch.manual_seed(rank)
     first, *rest = model.parameters()
     optimizer = NaturalCG([{"params": [first], "lr": 0.5}, {"params": rest}])
@@ -139,14 +136,14 @@ def default_options(rank: int) -> Result:
 
 def batch_norm(rank: int) -> tuple[Tensor, list[StepReport], list[Tensor]]:
     x, y = data()
-    model = DistributedDataParallel(make_model(torch.float64, nn.BatchNorm1d(12)))
+    model = DistributedDataParallel(make_classifier(torch.float64, nn.BatchNorm1d(12)))
     theta, reports = train(model, classification, x[rank::2], y[rank::2])
     return theta, reports, [buffer.clone() for buffer in model.buffers()]
 
 
 def nan_on_one_rank(rank: int) -> tuple[Result, list[StepReport], Tensor]:
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     start = parameters_to_vector(model.parameters()).detach()
     bad = x[rank::2] * (math.nan if rank == 1 else 1)
     theta, reports = train(model, classification, bad, y[rank::2], steps=2)
@@ -158,7 +155,7 @@ def nan_on_one_rank(rank: int) -> tuple[Result, list[StepReport], Tensor]:
 def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, list[StepReport]]:
     """Rank 1's closure raises in its run number ``fails_at``; afterwards training goes on."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), process_group=dist.group.WORLD)
     inner = classification(model, optimizer, x[rank::2], y[rank::2])
     runs = 0
@@ -188,7 +185,7 @@ def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, list[StepRep
 
 def hook_error_on_one_rank(rank: int) -> str:
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters())
 
     def hook(_: NaturalCG) -> None:
@@ -206,7 +203,7 @@ def hook_error_on_one_rank(rank: int) -> str:
 def trial_error_on_one_rank(rank: int) -> list[StepReport]:
     """At points that are too far away rank 1 cannot compute its loss: the line search backs off on both."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), damping=0.3)
     start = parameters_to_vector(model.parameters()).detach().clone()
     inner = classification(model, optimizer, x[rank::2], y[rank::2])
@@ -224,7 +221,7 @@ def trial_error_on_one_rank(rank: int) -> list[StepReport]:
 
 def unequal_start(rank: int) -> str:
     x, y = data()
-    model = make_model()
+    model = make_classifier()
     with torch.no_grad():
         next(model.parameters()).add_(rank)
     try:
@@ -238,7 +235,7 @@ def ddp_options(rank: int, **options: Any) -> Result | str:
     x, y = data()
     try:
         with patch.object(verify, "_SMALL", 0):  # forward mode, where DDP lets it
-            return train(DistributedDataParallel(make_model(), **options), classification, x[rank::2], y[rank::2])
+            return train(DistributedDataParallel(make_classifier(), **options), classification, x[rank::2], y[rank::2])
     except RuntimeError as error:
         return str(error)
 
@@ -246,7 +243,7 @@ def ddp_options(rank: int, **options: Any) -> Result | str:
 def preconditioned(rank: int) -> tuple[Tensor, list[StepReport], dict[str, Tensor]]:
     """Two steps by Kronecker factors, and the factors of the first."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), preconditioner="kfac", **SOLVED)
     closure = classification(model, optimizer, x[rank::2], y[rank::2])
     optimizer.step(closure)
@@ -283,7 +280,7 @@ def other_layers_on_each_rank(rank: int) -> Result:
 def other_optimizer_afterwards(rank: int) -> Tensor:
     """DistributedDataParallel itself still averages gradients after steps of NaturalCG."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     train(model, classification, x[rank::2], y[rank::2])
     model.zero_grad()
     F.cross_entropy(model(x[rank::2]), y[rank::2]).backward()
@@ -362,7 +359,7 @@ def test_the_step_of_two_ranks_is_that_of_the_joined_batch(ranks: Any, make_clos
     results = ranks(f"joined {make_closure.__name__} {dtype}")
     assert_identical(results)
     theta, reports = results[0]
-    expected, expected_reports = train(make_model(dtype), make_closure, *data(dtype))
+    expected, expected_reports = train(make_classifier(dtype), make_closure, *data(dtype))
     # Each of the four steps through negative curvature makes ten of one rounding error.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3 if make_closure is hessian else 1e-6
     assert (theta - expected).norm() <= tolerance * expected.norm()
@@ -375,7 +372,7 @@ def test_the_step_of_two_ranks_is_that_of_the_joined_batch(ranks: Any, make_clos
 def test_a_process_group_without_ddp(ranks: Any) -> None:
     results = ranks("group_without_ddp")
     assert_identical(results)
-    expected, _ = train(make_model(), classification, *data())
+    expected, _ = train(make_classifier(), classification, *data())
     torch.testing.assert_close(results[0][0], expected, rtol=0, atol=1e-10)
 
 
@@ -383,7 +380,7 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
     results = ranks("uneven")
     assert_identical(results)
     x, y = data()
-    model = make_model()
+    model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     closures = [classification(model, optimizer, x[part], y[part]) for part in (slice(0, 10), slice(10, 64))]
     for _ in range(STEPS):
@@ -394,7 +391,7 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
 def test_no_group_and_no_ddp_module_means_no_communication(ranks: Any) -> None:
     x, y = data()
     for rank, (theta, _) in enumerate(ranks("no_group")):
-        expected, _ = train(make_model(), classification, x[rank::2], y[rank::2])
+        expected, _ = train(make_classifier(), classification, x[rank::2], y[rank::2])
         assert torch.equal(theta, expected)
 
 
@@ -402,7 +399,7 @@ def test_several_closures_and_a_curvature_closure(ranks: Any) -> None:
     results = ranks("several_closures")
     assert_identical(results)
     x, y = data()
-    model = make_model()
+    model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     whole, half = classification(model, optimizer, x, y), classification(model, optimizer, x[:32], y[:32])
     for _ in range(STEPS):
@@ -471,7 +468,7 @@ def test_options_of_ddp(ranks: Any, option: str, backend: str) -> None:
     assert_identical(results)
     theta, reports = results[0]
     assert reports[-1].backend == backend
-    expected, _ = train(make_model(), classification, *data())
+    expected, _ = train(make_classifier(), classification, *data())
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
 
@@ -485,7 +482,7 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
     x, y = data()
     apart = []
     for rank in range(2):
-        model = make_model()
+        model = make_classifier()
         optimizer = NaturalCG(model.parameters(), preconditioner="kfac", **SOLVED)
         optimizer.step(classification(model, optimizer, x[rank::2], y[rank::2]))
         apart.append(factors_in(optimizer))
@@ -493,7 +490,7 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
     for name, value in factors.items():
         assert torch.equal(value, results[1][2][name])
         torch.testing.assert_close(value, (apart[0][name] + apart[1][name]) / 2, rtol=1e-12, atol=1e-15)
-    expected, _ = train(make_model(), classification, x, y, steps=2, preconditioner=None)
+    expected, _ = train(make_classifier(), classification, x, y, steps=2, preconditioner=None)
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
 
@@ -514,26 +511,18 @@ def test_ddp_still_averages_for_other_optimizers(ranks: Any) -> None:
     assert first.abs().sum() > 0
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "options"),
     [
-        pytest.param(["--processes", "2"], id="python"),
-        pytest.param(["torchrun"], id="torchrun", marks=pytest.mark.slow),
+        pytest.param((), ("--processes", "2"), id="python"),
+        pytest.param(TORCHRUN, (), id="torchrun", marks=pytest.mark.slow),
     ],
 )
-def test_the_example_runs(tmp_path: Path, launcher: list[str]) -> None:
-    start = [sys.executable]
-    if launcher == ["torchrun"]:
-        start, launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []
+def test_the_example_runs(tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]) -> None:
     picture = tmp_path / "curves.png"
-    run = subprocess.run(
-        [*start, str(EXAMPLE), *launcher, "--steps", "3", "--output", str(picture)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=TIMEOUT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "bit-identical on all processes: True" in run.stdout
+    printed = run_python(*launcher, EXAMPLES / "distributed.py", *options, "--steps", "3", "--output", picture)
+    assert "bit-identical on all processes: True" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

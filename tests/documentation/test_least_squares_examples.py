@@ -1,14 +1,11 @@
 """The examples of least squares run, draw, and say what is true."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import EXAMPLES, load_script
 from matplotlib.image import imread
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +15,7 @@ def dtype_restored():
 
 
 def run(name, tmp_path, capsys, *arguments):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(EXAMPLES / f"{name}.py")
     picture = tmp_path / f"{name}.png"
     module.main([*arguments, "--figure", str(picture)])
     assert imread(picture).std() > 0.01  # not blank
