@@ -1,15 +1,14 @@
 """What version 0.1.0 saved can be loaded, and training goes on from there."""
 
 import pickle
-import sys
 from pathlib import Path
-from subprocess import run
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import mlp
 from helpers.problems import assert_near, flatten
-from torch import nn
+from helpers.scripts import run_python
 
 from ngd_optim import Diagonal, NaturalCG, Nystrom, StepReport, conjugate_gradient
 
@@ -25,14 +24,10 @@ def load_pickle():
     return pickle.loads((SAVED / "optimizer.pkl").read_bytes())
 
 
-def make_model():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-
 @pytest.mark.parametrize("name", PRECONDITIONERS)
 def test_a_state_dict_takes_the_step_that_came_next(name):
     saved = load_state_dicts()
-    model = make_model()
+    model = mlp(3, 4, 2).double()
     model.load_state_dict(saved[name]["model"])
     optimizer = NaturalCG(model.parameters(), lr=0.1, damping=7.0, preconditioner=None)
     optimizer.load_state_dict(saved[name]["optimizer"])
@@ -46,7 +41,7 @@ def test_a_state_dict_takes_the_step_that_came_next(name):
 
 def test_the_step_that_came_next_needs_the_state():
     saved = load_state_dicts()
-    model = make_model()
+    model = mlp(3, 4, 2).double()
     model.load_state_dict(saved["nystrom"]["model"])
     before = flatten(model.parameters())
     optimizer = NaturalCG(model.parameters(), preconditioner=Nystrom(rank=2), damping=0.2)
@@ -80,4 +75,4 @@ def test_pickled_results_have_what_they_had():
 
 def test_a_pickle_is_loaded_where_nothing_was_imported_yet():
     load = f"import pickle; pickle.load(open({str(SAVED / 'optimizer.pkl')!r}, 'rb'))['solution'].stop"
-    run([sys.executable, "-c", load], check=True)
+    run_python("-c", load)

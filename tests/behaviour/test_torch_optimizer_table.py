@@ -12,6 +12,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.classics import rosenbrock
+from helpers.states import assert_same_state
 from helpers.torch_optimizer_table import load_optimizer_table
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -85,15 +87,6 @@ def take_steps(problem, optimizer, steps):
 def assert_same_parameters(a, b):
     for p, q in zip(a.parameters, b.parameters, strict=True):
         assert torch.equal(p, q)
-
-
-def assert_same_state(a, b):
-    """Of two state dicts, whose leaves are tensors and plain values."""
-    flat = [torch.utils._pytree.tree_flatten_with_path(state)[0] for state in (a, b)]
-    assert len(flat[0]) > 0
-    for (path, x), (other_path, y) in zip(*flat, strict=True):
-        assert path == other_path
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, path
 
 
 @EVERY_CONFIGURATION
@@ -239,19 +232,15 @@ def test_arguments_that_lbfgs_refuses(description):
             NaturalCG(params, **arguments.kwargs)
 
 
-def rosenbrock(x, y):
-    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
-
-
 def test_complex_parameters_are_refused_and_their_real_parts_are_not():
     z = nn.Parameter(torch.tensor([1.5 + 1j, 1.5 - 1j]))
     with pytest.raises(TypeError, match=r"complex parameters are not supported.*complex64.*real parts"):
-        NaturalCG([z]).step(lambda: rosenbrock(z[0], z[1]).abs())
+        NaturalCG([z]).step(lambda: rosenbrock(z).abs())
     parts = nn.Parameter(torch.view_as_real(torch.tensor([1.5 + 1j, 1.5 - 1j])).clone())
     optimizer = NaturalCG([parts])
 
     def closure():
-        return rosenbrock(*torch.view_as_complex(parts)).abs().square()
+        return rosenbrock(torch.view_as_complex(parts)).abs().square()
 
     losses = [optimizer.step(closure).item() for _ in range(5)]
     assert losses[-1] < 0.1 * losses[0]
@@ -263,5 +252,5 @@ def test_steps_go_down_the_rosenbrock_valley():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(50):
-            optimizer.step(lambda: rosenbrock(*point))
+            optimizer.step(lambda: rosenbrock(point))
     torch.testing.assert_close(point.detach(), torch.ones(2), rtol=0, atol=1e-2)

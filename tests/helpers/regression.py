@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from helpers.models import mlp
 from helpers.problems import flatten
 
 
@@ -14,7 +14,7 @@ class Task:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(12, 3, generator=generator, dtype=torch.float64).to(dtype)
         self.y = torch.randn(12, 2, generator=generator, dtype=torch.float64).to(dtype)
-        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+        self.model = mlp(3, 4, 2).to(dtype)
 
     def closure(self):
         return F.mse_loss(self.model(self.x), self.y)
