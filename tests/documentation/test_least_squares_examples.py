@@ -33,8 +33,8 @@ def test_curve_fitting_prints_certified_values(tmp_path, capsys):
 
 
 def test_poisson_compares_three_methods(tmp_path, capsys):
-    module, printed = run("pinn_poisson", tmp_path, capsys, "--seconds", "1.5", "--hidden", "8")
-    errors = {method: float(e) for method, e in re.findall(r"(\S+): RMS error (\S+) after 1.5 seconds", printed)}
+    module, printed = run("pinn_poisson", tmp_path, capsys, "--seconds", "0.5", "--hidden", "8")
+    errors = {method: float(e) for method, e in re.findall(r"(\S+): RMS error (\S+) after 0.5 seconds", printed)}
     assert set(errors) == set(module.COLORS)
     assert all(error < 1 for error in errors.values())
 

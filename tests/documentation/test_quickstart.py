@@ -29,7 +29,7 @@ def test_compares_all_methods_on_both_tasks(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "curves.png"
-    quickstart.main(["--seconds", "0.3", "--output", str(picture)])
+    quickstart.main(["--seconds", "0.2", "--output", str(picture)])
     printed = capsys.readouterr().out
     assert str(picture) in printed
     for method in ("Adam, lr", "L-BFGS", "NaturalCG"):

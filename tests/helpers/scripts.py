@@ -10,12 +10,6 @@ from types import ModuleType
 TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
 TIMEOUT = 150
-# What comes before a script that imports Lightning: see torchvision_schemas.
-WITH_TORCHVISION_SCHEMAS = (
-    "-c",
-    "import helpers.torchvision_schemas, runpy, sys; sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')",
-)
 
 
 def make_environment() -> dict[str, str]:

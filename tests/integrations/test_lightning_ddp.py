@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ngd_optim import NaturalCG, StepReport
 
+pytestmark = pytest.mark.slow  # two processes that import Lightning
 # As in test_distributed, but for the preconditioner, whose random draws differ and show in float32's last digits.
 SOLVED = {"damping": 0.3, "cg_tol": 1e-14, "cg_progress_tol": 0.0, "preconditioner": None}
 Result = tuple[Tensor, list[StepReport], dict[str, Any]]
