@@ -2,26 +2,33 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+CONSTRAINTS := constraints.txt
+PYTEST := $(BIN)/pytest --numprocesses 2 --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench docs readme clean
+.PHONY: help demo test test-quick test-slow coverage lint bench docs readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,vision]'
 	touch $(READY)
 
 demo: $(READY)  ## train on real data beside Adam and L-BFGS; writes examples/quickstart.png
 	$(BIN)/python examples/quickstart.py
 
-test: lint  ## lint, types and tests
-	$(BIN)/pytest --numprocesses 2
+test: lint test-quick  ## lint, types and tests
+
+test-quick: $(READY)  ## the tests alone
+	$(PYTEST)
 
 test-slow: $(READY)  ## the tests that take longer
-	$(BIN)/pytest --numprocesses 2 -m slow
+	$(PYTEST) -m slow
+
+coverage: $(READY)  ## the tests, and which lines of each file they run
+	$(PYTEST) --cov --cov-report term-missing
 
 lint: $(READY)  ## lint and types only
 	$(BIN)/ruff check
@@ -47,4 +54,4 @@ readme: $(READY)  ## write the tables of what works into README and docs
 	PYTHONPATH=tests $(BIN)/python -m helpers.what_works
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site
+	rm -rf .coverage* .venv .pytest_cache .ruff_cache .hypothesis site

@@ -1,5 +1,9 @@
 """Natural-gradient and Gauss-Newton optimization by truncated conjugate gradients."""
 
+import sys
+
+from ngd_optim import linalg, preconditioners
+from ngd_optim.linalg import CGResult as CGResult  # LinearSolution's name in 0.1.0
 from ngd_optim.linalg import LinearSolution, conjugate_gradient
 from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
@@ -21,3 +25,7 @@ __all__ = [
     "plot_history",
 ]
 __version__ = "0.1.0"
+
+# Pickles of 0.1.0 name these modules.
+sys.modules[f"{__name__}.cg"] = linalg
+sys.modules[f"{__name__}.sketches"] = preconditioners

@@ -1,25 +1,8 @@
 """What every test module shares."""
 
-from importlib.metadata import PackageNotFoundError, version
-
+import helpers.torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
 import pytest
 import torch
-
-
-def _declare_missing_torchvision_schemas() -> torch.library.Library | None:
-    """Let torchvision's Python parts work beside a CPU-only torch, where its CUDA wheel cannot load its operators."""
-    try:
-        if not version("torch").endswith("+cpu") or version("torchvision").endswith("+cpu"):
-            return None
-    except PackageNotFoundError:
-        return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-torchvision_library = _declare_missing_torchvision_schemas()
 
 
 @pytest.fixture(autouse=True)

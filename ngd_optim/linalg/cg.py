@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class LinearSolution:
         return self.x_dot_b - self.x_dot_r
 
 
+CGResult = LinearSolution
+"""Its name in 0.1.0."""
+
+
 def conjugate_gradient(
     matvec: Callable[[Tensor], Tensor],
     b: Tensor,
@@ -106,7 +110,7 @@ def conjugate_gradient(
     """
     _check(b, x0, max_iters, tol, progress_tol)
     on = scalars_of(b.device)
-    norm = b.norm().item()
+    norm = _norm(b).item()
     target = tol * norm
     x = r = None
     model, start_products = 0.0, 0
@@ -174,11 +178,15 @@ def conjugate_gradient(
         solution=x,
         iterations=int(iterations),
         products=rounds + start_products,
-        residual=r.norm().item() / norm if norm else 0.0,
+        residual=_norm(r).item() / norm if norm else 0.0,
         stop=_STOPS[reason],
         x_dot_b=torch.dot(x, b).item(),
         x_dot_r=torch.dot(x, r).item(),
     )
+
+
+def _norm(v: Tensor) -> Tensor:
+    return cast(Tensor, v.norm())  # pyright: ignore[reportUnknownMemberType]  (torch declares only some of its types)
 
 
 def _not_finite(value: Scalar) -> Scalar:
@@ -189,7 +197,7 @@ def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor,
     room = 0.0 if boundary is None else boundary - torch.dot(x, b - r).item()
     if room <= 0:
         return 0.0
-    rounding = torch.finfo(p.dtype).eps * (p.norm() * (p.norm() + a_p.norm())).item()
+    rounding = torch.finfo(p.dtype).eps * (_norm(p) * (_norm(p) + _norm(a_p))).item()
     return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), rounding))
 
 

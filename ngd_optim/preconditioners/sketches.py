@@ -171,7 +171,10 @@ def _at_least_one(**counts: int) -> None:
             raise ValueError(f"{name} must be an integer, at least 1, got {count!r}")
 
 
-torch.serialization.add_safe_globals([Diagonal, Nystrom])  # a saved optimizer names the one it was made with
+# A saved optimizer names the one that it was made with; 0.1.0 kept them in another module.
+torch.serialization.add_safe_globals(
+    [Diagonal, Nystrom, (Diagonal, "ngd_optim.sketches.Diagonal"), (Nystrom, "ngd_optim.sketches.Nystrom")]
+)
 
 
 class Sketched(Preconditioning):

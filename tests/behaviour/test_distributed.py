@@ -1,11 +1,8 @@
 """Two processes against one: the same steps, the same decisions, and no rank left waiting."""
 
 import math
-import os
-import subprocess
-import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.ranks import TIMEOUT, on_two_ranks, results_of
+from helpers.ranks import on_two_ranks, results_of
+from helpers.scripts import EXAMPLES, run_python
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
@@ -25,22 +23,22 @@ from ngd_optim import NaturalCG, StepReport
 
 # A truncated solve amplifies rounding errors; a full one can be compared.
 SOLVED = {"damping": 0.3, "cg_tol": 1e-14, "cg_progress_tol": 0.0}
-STEPS = 4
-EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
+STEPS = 3
+FEATURES, HIDDEN, CLASSES = 4, 6, 3  # a full solve has one exchange an iteration, so few parameters
 
 Result = tuple[Tensor, list[StepReport]]
 
 
-def make_model(dtype: torch.dtype = torch.float64, *extra: nn.Module) -> nn.Module:
+def make_classifier(dtype: torch.dtype = torch.float64, *extra: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), *extra, nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 4)).to(dtype)
+    layers = [nn.Linear(FEATURES, HIDDEN), *extra, nn.Tanh(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, CLASSES)]
+    return nn.Sequential(*layers).to(dtype)
 
 
 def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(64, 8, generator=generator, dtype=torch.float64).to(dtype), torch.randint(
-        0, 4, (64,), generator=generator
-    )
+    x = torch.randn(64, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(0, CLASSES, (64,), generator=generator)
 
 
 def classification(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
@@ -88,28 +86,28 @@ def train(model: nn.Module, make_closure: Any, x: Tensor, y: Tensor, steps: int 
 
 def joined_batch(rank: int, make_closure: Any, dtype: torch.dtype) -> Result:
     x, y = data(dtype)
-    return train(DistributedDataParallel(make_model(dtype)), make_closure, x[rank::2], y[rank::2])
+    return train(DistributedDataParallel(make_classifier(dtype)), make_closure, x[rank::2], y[rank::2])
 
 
 def group_without_ddp(rank: int) -> Result:
     x, y = data()
-    return train(make_model(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD)
+    return train(make_classifier(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD)
 
 
 def uneven(rank: int) -> Result:
     x, y = data()
     part = slice(0, 10) if rank == 0 else slice(10, 64)
-    return train(DistributedDataParallel(make_model()), classification, x[part], y[part])
+    return train(DistributedDataParallel(make_classifier()), classification, x[part], y[part])
 
 
 def no_group(rank: int) -> Result:
     x, y = data()
-    return train(make_model(), classification, x[rank::2], y[rank::2])
+    return train(make_classifier(), classification, x[rank::2], y[rank::2])
 
 
 def several_closures(rank: int) -> Result:
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     parts = [x[rank:32:2], x[32 + rank :: 2]], [y[rank:32:2], y[32 + rank :: 2]]
     closures = [classification(model, optimizer, a, b) for a, b in zip(*parts, strict=True)]
@@ -122,7 +120,7 @@ def several_closures(rank: int) -> Result:
 def default_options(rank: int) -> Result:
     """Truncated solves, dropout that differs between the ranks, learning rates by group: all ranks decide alike."""
     x, y = data(torch.float32)
-    model = DistributedDataParallel(make_model(torch.float32, nn.Dropout(0.2)))
+    model = DistributedDataParallel(make_classifier(torch.float32, nn.Dropout(0.2)))
     torch.manual_seed(rank)
     first, *rest = model.parameters()
     optimizer = NaturalCG([{"params": [first], "lr": 0.5}, {"params": rest}])
@@ -137,14 +135,14 @@ def default_options(rank: int) -> Result:
 
 def batch_norm(rank: int) -> tuple[Tensor, list[StepReport], list[Tensor]]:
     x, y = data()
-    model = DistributedDataParallel(make_model(torch.float64, nn.BatchNorm1d(12)))
+    model = DistributedDataParallel(make_classifier(torch.float64, nn.BatchNorm1d(HIDDEN)))
     theta, reports = train(model, classification, x[rank::2], y[rank::2])
     return theta, reports, [buffer.clone() for buffer in model.buffers()]
 
 
 def nan_on_one_rank(rank: int) -> tuple[Result, list[StepReport], Tensor]:
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     start = parameters_to_vector(model.parameters()).detach()
     bad = x[rank::2] * (math.nan if rank == 1 else 1)
     theta, reports = train(model, classification, bad, y[rank::2], steps=2)
@@ -156,7 +154,7 @@ def nan_on_one_rank(rank: int) -> tuple[Result, list[StepReport], Tensor]:
 def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, list[StepReport]]:
     """Rank 1's closure raises in its run number ``fails_at``; afterwards training goes on."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), process_group=dist.group.WORLD)
     inner = classification(model, optimizer, x[rank::2], y[rank::2])
     runs = 0
@@ -186,7 +184,7 @@ def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, list[StepRep
 
 def hook_error_on_one_rank(rank: int) -> str:
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters())
 
     def hook(_: NaturalCG) -> None:
@@ -204,25 +202,25 @@ def hook_error_on_one_rank(rank: int) -> str:
 def trial_error_on_one_rank(rank: int) -> list[StepReport]:
     """At points that are too far away rank 1 cannot compute its loss: the line search backs off on both."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), damping=0.3)
     start = parameters_to_vector(model.parameters()).detach().clone()
     inner = classification(model, optimizer, x[rank::2], y[rank::2])
 
     def closure() -> Tensor:
-        if rank == 1 and (parameters_to_vector(model.parameters()) - start).norm() > 0.5:
+        if rank == 1 and (parameters_to_vector(model.parameters()) - start).norm() > 0.3:
             raise ValueError("this is too far")
         return inner()
 
     optimizer.step(closure)
     assert optimizer.last_step is not None
-    assert (parameters_to_vector(model.parameters()) - start).norm() <= 0.5
+    assert (parameters_to_vector(model.parameters()) - start).norm() <= 0.3
     return [optimizer.last_step]
 
 
 def unequal_start(rank: int) -> str:
     x, y = data()
-    model = make_model()
+    model = make_classifier()
     with torch.no_grad():
         next(model.parameters()).add_(rank)
     try:
@@ -238,7 +236,7 @@ DDP_OPTIONS = {"find_unused_parameters": "auto", "gradient_as_bucket_view": "tor
 def ddp_options(rank: int, backend: str = "auto", **options: Any) -> Result | str:
     x, y = data()
     try:
-        model = DistributedDataParallel(make_model(), **options)
+        model = DistributedDataParallel(make_classifier(), **options)
         return train(model, classification, x[rank::2], y[rank::2], backend=backend)
     except RuntimeError as error:
         return str(error)
@@ -247,7 +245,7 @@ def ddp_options(rank: int, backend: str = "auto", **options: Any) -> Result | st
 def preconditioned(rank: int) -> tuple[Tensor, list[StepReport], dict[str, Tensor]]:
     """Two steps by Kronecker factors, and the factors of the first."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), preconditioner="kfac", **SOLVED)
     closure = classification(model, optimizer, x[rank::2], y[rank::2])
     optimizer.step(closure)
@@ -270,7 +268,7 @@ def other_layers_on_each_rank(rank: int) -> Result:
     """All ranks begin with the same layer, and go on, in a resumed run, each with its own."""
     x, y = data()
     torch.manual_seed(0)
-    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)]).double()
+    model = nn.ModuleList([nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)]).double()
     optimizer = NaturalCG(model.parameters(), max_cg_iters=3, preconditioner="kfac", process_group=dist.group.WORLD)
     reports = []
     for layer in (model[0], model[rank], model[rank]):
@@ -284,7 +282,7 @@ def other_layers_on_each_rank(rank: int) -> Result:
 def other_optimizer_afterwards(rank: int) -> Tensor:
     """DistributedDataParallel itself still averages gradients after steps of NaturalCG."""
     x, y = data()
-    model = DistributedDataParallel(make_model())
+    model = DistributedDataParallel(make_classifier())
     train(model, classification, x[rank::2], y[rank::2])
     model.zero_grad()
     F.cross_entropy(model(x[rank::2]), y[rank::2]).backward()
@@ -323,20 +321,46 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def run_scenarios(rank: int) -> dict[str, Any]:
+QUICK = (
+    "joined classification torch.float64",
+    "joined likelihood torch.float32",
+    "group_without_ddp",
+    "uneven",
+    "default_options",
+    "nan_on_one_rank",
+    "error 3",
+    "unequal_start",
+    "preconditioned",
+)
+"""Slow tests look at the others, in processes of their own."""
+
+
+def mark_slow(**scenarios: Any) -> Any:
+    """Parameters of a test with the scenario that each of them looks at."""
+    return [
+        pytest.param(*values, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, values in scenarios.items()
+    ]
+
+
+def run_scenarios(rank: int, names: Sequence[str]) -> dict[str, Any]:
     results = {}
-    for name, scenario in SCENARIOS.items():
+    for name in names:
         try:
-            results[name] = scenario(rank)
+            results[name] = SCENARIOS[name](rank)
         except Exception:
             results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
         dist.barrier()
     return results
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
-    results = results_of("distributed", partial(on_two_ranks, run_scenarios), tmp_path_factory)
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
+    run = partial(on_two_ranks, partial(run_scenarios, names=names))
+    results = results_of("slow scenarios" if is_slow else "quick scenarios", run, tmp_path_factory)
 
     def of(name: str) -> list[Any]:
         for result in results:
@@ -357,14 +381,16 @@ def assert_identical(results: list[Any]) -> None:
     assert all(same(a, b) for a, b in zip(reports, other_reports, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("make_closure", CLOSURES)
+@pytest.mark.parametrize(
+    ("make_closure", "dtype"),
+    mark_slow(**{f"joined {c.__name__} {d}": (c, d) for c in CLOSURES for d in (torch.float64, torch.float32)}),
+)
 def test_the_step_of_two_ranks_is_that_of_the_joined_batch(ranks: Any, make_closure: Any, dtype: torch.dtype) -> None:
     results = ranks(f"joined {make_closure.__name__} {dtype}")
     assert_identical(results)
     theta, reports = results[0]
-    expected, expected_reports = train(make_model(dtype), make_closure, *data(dtype))
-    # Each of the four steps through negative curvature makes ten of one rounding error.
+    expected, expected_reports = train(make_classifier(dtype), make_closure, *data(dtype))
+    # Each of the three steps through negative curvature makes ten of one rounding error.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3 if make_closure is hessian else 1e-6
     assert (theta - expected).norm() <= tolerance * expected.norm()
     for report, other in zip(reports, expected_reports, strict=True):
@@ -376,7 +402,7 @@ def test_the_step_of_two_ranks_is_that_of_the_joined_batch(ranks: Any, make_clos
 def test_a_process_group_without_ddp(ranks: Any) -> None:
     results = ranks("group_without_ddp")
     assert_identical(results)
-    expected, _ = train(make_model(), classification, *data())
+    expected, _ = train(make_classifier(), classification, *data())
     torch.testing.assert_close(results[0][0], expected, rtol=0, atol=1e-10)
 
 
@@ -384,7 +410,7 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
     results = ranks("uneven")
     assert_identical(results)
     x, y = data()
-    model = make_model()
+    model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     closures = [classification(model, optimizer, x[part], y[part]) for part in (slice(0, 10), slice(10, 64))]
     for _ in range(STEPS):
@@ -392,18 +418,20 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
     torch.testing.assert_close(results[0][0], parameters_to_vector(model.parameters()).detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_no_group_and_no_ddp_module_means_no_communication(ranks: Any) -> None:
     x, y = data()
     for rank, (theta, _) in enumerate(ranks("no_group")):
-        expected, _ = train(make_model(), classification, x[rank::2], y[rank::2])
+        expected, _ = train(make_classifier(), classification, x[rank::2], y[rank::2])
         assert torch.equal(theta, expected)
 
 
+@pytest.mark.slow
 def test_several_closures_and_a_curvature_closure(ranks: Any) -> None:
     results = ranks("several_closures")
     assert_identical(results)
     x, y = data()
-    model = make_model()
+    model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     whole, half = classification(model, optimizer, x, y), classification(model, optimizer, x[:32], y[:32])
     for _ in range(STEPS):
@@ -417,6 +445,7 @@ def test_parameters_and_decisions_stay_bit_identical(ranks: Any) -> None:
     assert results[0][1][-1].loss < results[0][1][0].loss
 
 
+@pytest.mark.slow
 def test_batch_norm_trains_as_under_ddp(ranks: Any) -> None:
     results = ranks("batch_norm")
     assert_identical(results)
@@ -436,7 +465,8 @@ def test_nan_on_one_rank_is_rejected_by_all(ranks: Any) -> None:
     assert all(same(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-@pytest.mark.parametrize("fails_at", [1, 3, 8], ids=["first run", "verification", "later"])
+# In the first run, at the checks of the first step, and later.
+@pytest.mark.parametrize("fails_at", mark_slow(**{f"error {n}": (n,) for n in (1, 3, 8)}))
 def test_an_exception_on_one_rank_ends_the_step_on_all(ranks: Any, fails_at: int) -> None:
     (message, unmoved, reports), (own_message, own_unmoved, own_reports) = ranks(f"error {fails_at}")
     assert "rank 1 raised" in message
@@ -447,12 +477,14 @@ def test_an_exception_on_one_rank_ends_the_step_on_all(ranks: Any, fails_at: int
     assert same(reports[0], own_reports[0])
 
 
+@pytest.mark.slow
 def test_an_exception_in_a_hook_ends_the_step_on_all(ranks: Any) -> None:
     message, own_message = ranks("hook_error_on_one_rank")
     assert "rank 1 raised" in message
     assert "no such gradient" in own_message
 
 
+@pytest.mark.slow
 def test_a_trial_point_that_one_rank_cannot_compute_is_turned_down_by_all(ranks: Any) -> None:
     ((report,), (other,)) = ranks("trial_error_on_one_rank")
     assert same(report, other)
@@ -467,12 +499,13 @@ def test_ranks_must_start_from_the_same_parameters(ranks: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "backend"), [("find_unused_parameters", "double-backward"), ("gradient_as_bucket_view", "torch.func")]
 )
+@pytest.mark.slow
 def test_options_of_ddp(ranks: Any, option: str, backend: str) -> None:
     results = ranks(option)
     assert_identical(results)
     theta, reports = results[0]
     assert reports[-1].backend == backend
-    expected, _ = train(make_model(), classification, *data())
+    expected, _ = train(make_classifier(), classification, *data())
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
 
@@ -486,7 +519,7 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
     x, y = data()
     apart = []
     for rank in range(2):
-        model = make_model()
+        model = make_classifier()
         optimizer = NaturalCG(model.parameters(), preconditioner="kfac", **SOLVED)
         optimizer.step(classification(model, optimizer, x[rank::2], y[rank::2]))
         apart.append(factors_in(optimizer))
@@ -494,10 +527,11 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
     for name, value in factors.items():
         assert torch.equal(value, results[1][2][name])
         torch.testing.assert_close(value, (apart[0][name] + apart[1][name]) / 2, rtol=1e-12, atol=1e-15)
-    expected, _ = train(make_model(), classification, x, y, steps=2, preconditioner=None)
+    expected, _ = train(make_classifier(), classification, x, y, steps=2, preconditioner=None)
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_ranks_that_use_other_layers_have_no_preconditioner(ranks: Any) -> None:
     results = ranks("other_layers_on_each_rank")
     assert_identical(results)
@@ -505,36 +539,28 @@ def test_ranks_that_use_other_layers_have_no_preconditioner(ranks: Any) -> None:
     assert all(report.accepted for report in results[0][1])
 
 
+@pytest.mark.slow
 def test_a_static_graph_is_refused(ranks: Any) -> None:
     assert all("use static_graph=False" in message for message in ranks("static_graph"))
 
 
+@pytest.mark.slow
 def test_ddp_still_averages_for_other_optimizers(ranks: Any) -> None:
     first, second = ranks("other_optimizer_afterwards")
     assert torch.equal(first, second)
     assert first.abs().sum() > 0
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(["--processes", "2"], id="python"),
-        pytest.param(["torchrun"], id="torchrun", marks=pytest.mark.slow),
-    ],
+    ("launcher", "options"),
+    [pytest.param((), ("--processes", "2"), id="python"), pytest.param(TORCHRUN, (), id="torchrun")],
 )
-def test_the_example_runs(tmp_path: Path, launcher: list[str]) -> None:
-    start = [sys.executable]
-    if launcher == ["torchrun"]:
-        start, launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []
+@pytest.mark.slow
+def test_the_example_runs(tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]) -> None:
     picture = tmp_path / "curves.png"
-    run = subprocess.run(
-        [*start, str(EXAMPLE), *launcher, "--steps", "3", "--output", str(picture)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=TIMEOUT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "bit-identical on all processes: True" in run.stdout
+    printed = run_python(*launcher, EXAMPLES / "distributed.py", *options, "--steps", "3", "--output", picture)
+    assert "bit-identical on all processes: True" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -3,34 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.classics import rosenbrock
+from helpers.problems import flat_function, flatten
 from torch import nn
 
 from ngd_optim import NaturalCG, conjugate_gradient, linearize
 
 
-def rosenbrock(x):
-    return (1 - x[:-1]).square().sum() + 100 * (x[1:] - x[:-1].square()).square().sum()
-
-
-def custom_loss(model, x, y):
-    return (model(x) - y).abs().pow(3).mean()
+def custom_loss(z, y):
+    return (z - y).abs().pow(3).mean()
 
 
 @pytest.fixture
 def problem():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
-    names = [name for name, _ in model.named_parameters()]
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    def at(theta):
-        pieces = theta.split([p.numel() for p in model.parameters()])
-        shaped = [piece.view_as(p) for piece, p in zip(pieces, model.parameters(), strict=True)]
-        return custom_loss(
-            lambda x: torch.func.functional_call(model, dict(zip(names, shaped, strict=True)), (x,)), x, y
-        )
-
-    return model, lambda: custom_loss(model, x, y), torch.func.hessian(at)(flat)
+    output, theta = flat_function(model, x), flatten(model.parameters())
+    return model, lambda: custom_loss(model(x), y), torch.func.hessian(lambda t: custom_loss(output(t), y))(theta)
 
 
 @pytest.mark.parametrize("curvature", ["auto", "hessian"])

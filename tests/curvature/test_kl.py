@@ -14,6 +14,7 @@ from helpers.problems import (
     heads,
     make_model,
     mean_kl,
+    negative_log_likelihood,
 )
 from torch import distributions as D
 
@@ -33,7 +34,7 @@ def test_kl_is_measured_from_the_old_to_the_new_prediction(name):
 
     def closure():
         prediction = family.predict(model(x))
-        return -sum(head.log_prob(y).mean() for head, y in zip(heads(prediction), data, strict=True)), prediction
+        return negative_log_likelihood(prediction, data), prediction
 
     optimizer = NaturalCG(model.parameters(), max_kl=FAR, trust_region="boundary", damping=0.1, max_backtracks=0)
     optimizer.step(closure)

@@ -3,15 +3,13 @@
 import ast
 import doctest
 import importlib
-import importlib.util
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.scripts import load_script, run_python
 
 from ngd_optim import NaturalCG, StepReport
 
@@ -21,17 +19,7 @@ PACKAGES = ("ngd_optim", "ngd_lightning", "ngd_rl")
 PUBLIC = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
 
 
-def load(path: Path) -> Any:
-    """A file of the documentation as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = load(ROOT / "docs" / "hooks.py")
+hooks = load_script(ROOT / "docs" / "hooks.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -44,9 +32,7 @@ def test_code_blocks_of_a_page_run_one_after_another(page: Path, monkeypatch: py
 
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path):
     # Not --quiet, with which mkdocs does not count warnings.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    run_python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, folder=ROOT)
     for page in PAGES:
         html = (tmp_path / page.with_suffix(".html").name).read_text()
         assert not re.search(r"<!-- README|:(class|func|meth|attr):", html)
@@ -58,7 +44,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 
 
 def test_the_pictures_can_be_drawn_again(tmp_path: Path):
-    load(ROOT / "docs" / "pictures.py").main(tmp_path)
+    load_script(ROOT / "docs" / "pictures.py").main(tmp_path)
     drawn = sorted(path.name for path in tmp_path.iterdir())
     assert drawn == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
 

@@ -1,14 +1,11 @@
 """The examples of least squares run, draw, and say what is true."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import EXAMPLES, load_script
 from matplotlib.image import imread
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +15,7 @@ def dtype_restored():
 
 
 def run(name, tmp_path, capsys, *arguments):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(EXAMPLES / f"{name}.py")
     picture = tmp_path / f"{name}.png"
     module.main([*arguments, "--figure", str(picture)])
     assert imread(picture).std() > 0.01  # not blank
@@ -38,8 +33,8 @@ def test_curve_fitting_prints_certified_values(tmp_path, capsys):
 
 
 def test_poisson_compares_three_methods(tmp_path, capsys):
-    module, printed = run("pinn_poisson", tmp_path, capsys, "--seconds", "1.5", "--hidden", "8")
-    errors = {method: float(e) for method, e in re.findall(r"(\S+): RMS error (\S+) after 1.5 seconds", printed)}
+    module, printed = run("pinn_poisson", tmp_path, capsys, "--seconds", "0.5", "--hidden", "8")
+    errors = {method: float(e) for method, e in re.findall(r"(\S+): RMS error (\S+) after 0.5 seconds", printed)}
     assert set(errors) == set(module.COLORS)
     assert all(error < 1 for error in errors.values())
 

@@ -1,32 +1,22 @@
 """The first thing that a new user runs: it runs, says what happened, and refuses nonsense."""
 
-import importlib.util
 import math
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from helpers.mnist_files import write_mnist
+from helpers.scripts import EXAMPLES, load_script
 from matplotlib.image import imread
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
 @pytest.fixture
-def quickstart(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example as a module; with a wide terminal, so that no table cell wraps."""
     monkeypatch.setenv("COLUMNS", "160")
-    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "quickstart", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "quickstart.py")
 
 
 def rows(printed: str, method: str) -> list[list[str]]:
@@ -39,7 +29,7 @@ def test_compares_all_methods_on_both_tasks(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "curves.png"
-    quickstart.main(["--seconds", "0.3", "--output", str(picture)])
+    quickstart.main(["--seconds", "0.2", "--output", str(picture)])
     printed = capsys.readouterr().out
     assert str(picture) in printed
     for method in ("Adam, lr", "L-BFGS", "NaturalCG"):

@@ -53,6 +53,11 @@ def oscillation(b: Tensor, x: Tensor) -> Tensor:
     return total
 
 
+def rosenbrock(x: Tensor) -> Tensor:
+    """Not as residuals but as one number: the valley along ``x[1] = x[0]²`` with its floor at 1."""
+    return (1 - x[:-1]).square().sum() + 100 * (x[1:] - x[:-1].square()).square().sum()
+
+
 MODELS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "Bennett5": lambda b, x: b[0] * (b[1] + x) ** (-1 / b[2]),
     "BoxBOD": lambda b, x: b[0] * (1 - torch.exp(-b[1] * x)),

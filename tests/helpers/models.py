@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from helpers.problems import jacobian_by_rows
+
 BATCH, FEATURES, CLASSES, STEPS = 4, 6, 3, 5
 
 
@@ -66,8 +68,8 @@ def recurrent(kind: type[nn.RNNBase]) -> Callable[[], nn.Module]:
     )
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+def mlp(features: int = FEATURES, hidden: int = 5, outputs: int = CLASSES) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
 
 
 def frozen() -> nn.Module:
@@ -236,23 +238,13 @@ class Problem:
         """The gradient and the Gauss-Newton matrix, row by row in plain autograd, where the random numbers now are."""
         state, buffers = torch.get_rng_state(), copy.deepcopy(dict(self.model.named_buffers()))
         z = self.model(self.x)
-        rows = [
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(value, self.params, retain_graph=True, materialize_grads=True)
-                ]
-            )
-            for value in z.flatten()
-        ]
+        jacobian, z = jacobian_by_rows(z, self.params), z.detach()
         torch.set_rng_state(state)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
-        jacobian, z = torch.stack(rows), z.detach()
         hessian = torch.func.hessian(lambda flat: self.loss(flat.view_as(z)))(z.flatten())
-        return jacobian.T @ torch.func.grad(lambda flat: self.loss(flat.view_as(z)))(
-            z.flatten()
-        ), jacobian.T @ hessian @ jacobian
+        gradient = torch.func.grad(lambda flat: self.loss(flat.view_as(z)))(z.flatten())
+        return jacobian.T @ gradient, jacobian.T @ hessian @ jacobian
 
 
 def as_problem(model: nn.Module, x: Tensor, y: Tensor) -> Problem:

@@ -1,12 +1,13 @@
 """Small models, predictions and dense matrices that the tests share. Float64, if not said otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.distributions import (
     Bernoulli,
     Beta,
@@ -118,6 +119,21 @@ def dense_gauss_newton(output: Callable[[Tensor], Tensor], theta: Tensor, loss: 
     z = output(theta)
     J = jacrev(output)(theta).reshape(z.numel(), -1)
     return J.T @ hessian(loss)(z).reshape(z.numel(), z.numel()) @ J
+
+
+def jacobian_by_rows(z: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Row by row in plain autograd, which differentiates what torch.func cannot."""
+    gradients = [grad(entry, params, retain_graph=True, materialize_grads=True) for entry in z.flatten()]
+    return torch.stack([flatten(gradient) for gradient in gradients])
+
+
+def dense_gauss_newton_by_rows(
+    outputs: Callable[[], Tensor], loss: Callable[[Tensor], Tensor], params: Sequence[Tensor]
+) -> Tensor:
+    """Jᵀ H J by the Jacobian's rows."""
+    z = outputs()
+    J = jacobian_by_rows(z, params)
+    return J.T @ hessian(lambda flat: loss(flat.view_as(z)))(z.detach().flatten()) @ J
 
 
 @dataclass(frozen=True)

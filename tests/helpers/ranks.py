@@ -23,7 +23,7 @@ def on_two_ranks(function: Callable[[int], Any], folder: Path) -> None:
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
-            raise TimeoutError(f"{function.__name__} did not end within {TIMEOUT} s")
+            raise TimeoutError(f"the ranks did not end within {TIMEOUT} s")
 
 
 def results_of(name: str, run: Callable[[Path], None], factory: pytest.TempPathFactory) -> list[Any]:

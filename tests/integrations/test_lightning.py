@@ -3,9 +3,6 @@
 import csv
 import logging
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +15,10 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.lightning_options import QUIET
 from helpers.mnist_files import write_mnist
 from helpers.problems import dataset
+from helpers.scripts import EXAMPLES, load_script
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -107,12 +106,9 @@ def fit(
 ) -> tuple[L.Trainer, list[StepReport]]:
     noted = Reports()
     settings: dict[str, Any] = {
+        **QUIET,
         "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
         "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         **options,
     }
     val_loader = settings.pop("val_loader", None)
@@ -308,7 +304,9 @@ def test_learning_rate_schedulers_work() -> None:
 
 
 def test_validation_early_stopping_and_overfit_batches() -> None:
-    trainer, reports = fit(Classifier(), EarlyStopping("val_loss", patience=2), val_loader=loader(48), max_epochs=200)
+    trainer, reports = fit(
+        Classifier(), EarlyStopping("val_loss", min_delta=0.01, patience=2), val_loader=loader(48), max_epochs=200
+    )
     assert trainer.current_epoch < 199
     assert len(reports) == trainer.global_step == 3 * trainer.current_epoch
     trainer, reports = fit(Classifier(), overfit_batches=1, max_epochs=8)
@@ -451,15 +449,7 @@ class ManualReports(L.Callback):
 
 
 def manual_fit(module: L.LightningModule, *callbacks: L.Callback) -> L.Trainer:
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
+    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=list(callbacks))
     trainer.fit(module, loader())
     return trainer
 
@@ -650,30 +640,21 @@ def test_the_plugin_checks_its_arguments() -> None:
 
 # The example
 
-RUN = "import sys, conftest, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-
 
 @pytest.mark.parametrize("data", ["digits", "mnist"])
-def test_the_example_runs(tmp_path: Path, data: str) -> None:
+def test_the_example_runs(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if data == "mnist":
         pytest.importorskip("torchvision")
-    write_mnist(tmp_path / "data")
-    example = Path(__file__).parents[2] / "examples" / "lightning_digits.py"
-    picture = tmp_path / "curves.png"
-    options = ["--data", data, "--seconds", "1", "--output", str(picture), "--logs", str(tmp_path / "logs")]
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, str(example), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        cwd=tmp_path,
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
+        write_mnist(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    load_script(EXAMPLES / "lightning_digits.py").main(
+        ["--data", data, "--seconds", "0.3", "--output", "curves.png", "--logs", "logs"]
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "NaturalCG: training loss" in run.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert list((tmp_path / "logs").glob("*/NaturalCG/events*"))
+    assert "NaturalCG: training loss" in capsys.readouterr().out
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(Path("logs").glob("*/NaturalCG/events*"))
 
 
 # Runs that are not one straight fit

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import conftest  # noqa: F401  (the script needs it too, before Lightning)
+import helpers.torchvision_schemas  # noqa: F401  (the script needs it too, before Lightning)
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.lightning_options import QUIET
 from helpers.problems import dataset
 from helpers.ranks import TIMEOUT, results_of
+from helpers.scripts import make_environment
 from ngd_lightning import NaturalCGCallback, NaturalCGPlugin
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ngd_optim import NaturalCG, StepReport
 
+pytestmark = pytest.mark.slow  # two processes that import Lightning
 # As in test_distributed, but for the preconditioner, whose random draws differ and show in float32's last digits.
 SOLVED = {"damping": 0.3, "cg_tol": 1e-14, "cg_progress_tol": 0.0, "preconditioner": None}
 Result = tuple[Tensor, list[StepReport], dict[str, Any]]
@@ -95,17 +98,7 @@ class Noting(L.Callback):
 
 def fit(module: L.LightningModule, loader: DataLoader, *callbacks: L.Callback, **options: Any) -> Result:
     noted = Noting()
-    settings = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [noted, *callbacks],
-        **options,
-    }
-    trainer = L.Trainer(**settings)
+    trainer = L.Trainer(**QUIET, max_epochs=2, callbacks=[noted, *callbacks], **options)
     trainer.fit(module, loader)
     extra = {
         "logged": noted.logged,
@@ -153,8 +146,8 @@ def main(folder: Path) -> None:
 
 def run_this_file(folder: Path) -> None:
     """As a user starts a script; Lightning starts the second rank."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LOCAL_", "MASTER_", "NODE_", "WORLD_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ranks = ("LOCAL_", "MASTER_", "NODE_", "WORLD_")
+    environment = {k: v for k, v in make_environment().items() if not k.startswith(ranks)}
     output = folder / "output.txt"
     with output.open("w") as file:
         command = [sys.executable, __file__, str(folder)]

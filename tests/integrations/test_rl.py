@@ -6,7 +6,6 @@ import math
 import runpy
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import sb3_contrib
 import torch
 from gymnasium import spaces
+from helpers.scripts import EXAMPLES
 from ngd_rl import NPG, TRPO, RecurrentTRPO
 from sb3_contrib.trpo.policies import MlpPolicy
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnRewardThreshold
@@ -466,7 +466,7 @@ def test_an_environment_that_returns_nan(what, validate, monkeypatch):
 
 
 def run_example(monkeypatch, tmp_path, *options):
-    example = Path(__file__).parents[2] / "examples" / "trpo_mujoco.py"
+    example = EXAMPLES / "trpo_mujoco.py"
     figure = tmp_path / "curve.png"
     monkeypatch.setattr(sys, "argv", [str(example), "--figure", str(figure), *options])
     runpy.run_path(str(example), run_name="__main__")

@@ -4,18 +4,21 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.metrics import output_metric_of
+from helpers.models import mlp
 from helpers.problems import assert_near, real, seeded
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from ngd_optim.curvature.metric import OutputMetric, metric_of
+from ngd_optim.curvature.metric import OutputMetric
 from ngd_optim.jacobian.layers import Layer, uses_of
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import kronecker
@@ -29,7 +32,6 @@ from ngd_optim.preconditioners.kronecker import (
     mean_of,
     stored,
 )
-from ngd_optim.tracing.closure import ReplayedClosure
 
 N, IN, OUT, STEPS = 5, 3, 4, 2
 
@@ -99,8 +101,7 @@ def physics_by_func(model: nn.Module, x: Tensor) -> Tensor:
     return vmap(lambda row: jvp(model, (row,), (torch.ones_like(row),))[1])(x)
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(IN, 6), nn.Tanh(), nn.Linear(6, 2))
+small_mlp = partial(mlp, IN, 6, 2)
 
 
 def by_bfloat16(model: nn.Module, x: Tensor) -> Tensor:
@@ -271,16 +272,16 @@ MODELS = {
     "GRUCell": Case(of_module(lambda: nn.GRUCell(IN, 2), (N, IN), lambda m, x: m(x, x[:, :2])), GATES),
     # The derivatives use the weights again, without their biases.
     "derivative of a network": Case(
-        of_module(mlp, (N, IN), physics),
+        of_module(small_mlp, (N, IN), physics),
         {"0.weight": Found("0.bias", lengths=(N,) * 3), "2.weight": Found("2.bias", lengths=(N,) * 4)},
     ),
     "derivative by torch.func": Case(
-        of_module(mlp, (N, IN), physics_by_func),
+        of_module(small_mlp, (N, IN), physics_by_func),
         {"0.weight": Found(lengths=(N, N)), "2.weight": Found(lengths=(N,))},
         partly=("0.bias",),
     ),
     "checkpoint": Case(
-        of_module(mlp, (N, IN), lambda m, x: checkpoint(m, x, use_reentrant=False)),
+        of_module(small_mlp, (N, IN), lambda m, x: checkpoint(m, x, use_reentrant=False)),
         {"0.weight": Found("0.bias"), "2.weight": Found("2.bias")},
     ),
     "weight_norm": Case(of_module(lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), (N, IN))),
@@ -327,7 +328,7 @@ def test_uses_are_found_and_their_rows_make_the_gradient(name):
             assert_near(summed, gradients[names.index(i)], 1e-6 if name == "double weight" else 1e-12)
 
 
-@pytest.mark.parametrize("make", [mlp, lambda: nn.Conv2d(1, 2, 2)], ids=["mlp", "conv"])
+@pytest.mark.parametrize("make", [small_mlp, lambda: nn.Conv2d(1, 2, 2)], ids=["mlp", "conv"])
 def test_weights_are_found_behind_autocast(make):
     model = make()
     x = torch.randn(N, IN) if isinstance(model, nn.Sequential) else torch.randn(N, 1, 3, 3)
@@ -339,7 +340,7 @@ def test_weights_are_found_behind_autocast(make):
 
 
 def test_a_frozen_or_foreign_weight_is_no_layer():
-    model = mlp()
+    model = small_mlp()
     model[0].requires_grad_(False)
     trained = [model[2].bias]
     assert uses_of([model(torch.randn(N, IN))], trained) == []
@@ -350,15 +351,9 @@ def test_a_frozen_or_foreign_weight_is_no_layer():
 # What the factors are
 
 
-def metric_at(closure: Callable[[], Any], params: Iterable[Tensor]) -> OutputMetric:
-    metric = metric_of(ReplayedClosure(closure, list(params))(), "ggn")
-    assert isinstance(metric, OutputMetric)
-    return metric
-
-
 def factors(closure: Callable[[], Any], params: Iterable[Tensor], seed: int = 0) -> KroneckerFactors:
     parameters = FlatParameters([{"params": list(params)}])
-    metric = metric_at(closure, parameters.tensors)
+    metric = output_metric_of(closure, parameters.tensors)
     return factors_of(uses_of(metric.outputs, parameters.tensors), metric, parameters, seeded(seed))
 
 
@@ -427,7 +422,7 @@ def test_one_layer_with_squares_has_exactly_the_gauss_newton_matrix(name, monkey
     x, y = real(4, IN), real(4, 2)
     monkeypatch.setattr(kronecker, "draw", lambda metric, _: [0.5 * ORTHOGONAL])  # H_z = ¼ I
     closure = lambda: F.mse_loss(forward(x, *params), y)  # noqa: E731
-    metric = metric_at(closure, params)
+    metric = output_metric_of(closure, params)
     expected = gauss_newton(metric, params)
     found = dense(factors(closure, params), params)
     if name == "W @ x":  # the bias is no part of the product, and is not used
@@ -440,7 +435,7 @@ def test_the_mean_over_draws_is_the_gauss_newton_matrix():
     x, y = real(N, IN), real(N, OUT)
     closure = lambda: F.mse_loss(F.linear(x, *params), y)  # noqa: E731
     draws = torch.stack([dense(factors(closure, params, seed), params) for seed in range(300)])
-    expected = gauss_newton(metric_at(closure, params), params)
+    expected = gauss_newton(output_metric_of(closure, params), params)
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-12).all()
     assert error.max() <= 0.06 * expected.diagonal().max()
@@ -504,7 +499,7 @@ def test_several_uses_have_the_sum_of_their_traces():
     assert_near(twice[1], math.sqrt(2) * uses_once[1], 1e-12)
     assert_near(twice[0].diagonal(dim1=1, dim2=2), math.sqrt(2) * uses_once[0].diagonal(dim1=1, dim2=2), 1e-12)
 
-    metric = metric_at(lambda: F.mse_loss(F.linear(F.linear(x, W, b).tanh(), W.T), y), [W, b])
+    metric = output_metric_of(lambda: F.mse_loss(F.linear(F.linear(x, W, b).tanh(), W.T), y), [W, b])
     parameters = FlatParameters([{"params": [W, b]}])
     uses = uses_of(metric.outputs, [W, b])
     values = factors_of(uses, metric, parameters, seeded()).values
@@ -524,7 +519,7 @@ def test_what_is_in_no_layer_has_the_square_of_one_gradient():
     model = nn.Sequential(nn.Embedding(4, IN), nn.LayerNorm(IN), nn.Linear(IN, OUT)).double()
     index, y = torch.tensor([0, 0, 2]), torch.randint(0, OUT, (3,))
     params = list(model.parameters())
-    metric = metric_at(lambda: F.cross_entropy(model(index), y), params)
+    metric = output_metric_of(lambda: F.cross_entropy(model(index), y), params)
     values = factors(lambda: F.cross_entropy(model(index), y), params).values
     gradients = torch.autograd.grad(metric.outputs, params[:3], kronecker.draw(metric, seeded()))
     assert values.keys() == {(0, "diagonal"), (1, "diagonal"), (2, "diagonal"), (3, "left"), (3, "right")}
@@ -544,7 +539,7 @@ class CutsOff(torch.autograd.Function):
 
 
 def test_where_nothing_comes_back_the_factors_are_zero():
-    model, x, y = mlp().double(), real(N, IN), real(N, 2)
+    model, x, y = small_mlp().double(), real(N, IN), real(N, 2)
     unused = weight(2)
     params = [*model.parameters(), unused]
     closure = lambda: F.mse_loss(model[2](CutsOff.apply(model[0](x))), y)  # noqa: E731
@@ -556,7 +551,7 @@ def test_where_nothing_comes_back_the_factors_are_zero():
 
 def test_a_use_without_rows_adds_nothing():
     """As of an expert that no sample is sent to."""
-    model, idle, x, y = mlp().double(), nn.Linear(IN, 2).double(), real(N, IN), real(N, 2)
+    model, idle, x, y = small_mlp().double(), nn.Linear(IN, 2).double(), real(N, IN), real(N, 2)
 
     def closure(*batches: Tensor) -> Tensor:
         return F.mse_loss(torch.cat([model(x), *map(idle, batches)]), y)
@@ -608,7 +603,7 @@ def mlp_of(features: int) -> nn.Module:
 
 
 def test_the_mean_of_several_closures():
-    model = mlp().double()
+    model = small_mlp().double()
     params = list(model.parameters())
     y, batches = torch.zeros(N, 2).double(), (real(N, IN), real(N, IN))
     one, two = (factors(lambda x=x: F.mse_loss(model(x), y), params) for x in batches)
@@ -642,7 +637,7 @@ def test_values_fit_their_own_layers_only():
 
 
 WORTHWHILE = {
-    "mlp": (mlp, (40, IN), True),
+    "mlp": (small_mlp, (40, IN), True),
     "one sample": (lambda: nn.Linear(40, 40), (1, 40), False),
     "mostly a table": (lambda: nn.Sequential(nn.Embedding(100, IN), nn.Linear(IN, OUT)), None, False),
     "half a table": (lambda: nn.Sequential(nn.Embedding(4, IN), nn.Linear(IN, OUT)), None, True),

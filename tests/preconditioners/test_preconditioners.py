@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.problems import assert_near, flatten
+from helpers.states import assert_same_state
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,7 @@ DTYPE = torch.float64
 SOLVED = {"cg_tol": 1e-12, "cg_progress_tol": 0.0, "max_cg_iters": 2_000, "damping": 0.1, "adapt_damping": False}
 
 
-def mlp() -> nn.Module:
+def normed_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, OUT))
 
 
@@ -56,7 +57,9 @@ class TwoDtypes(nn.Module):
 class Task:
     """A model, its data and the closures that a step is taken with; the same for each one that is made alike."""
 
-    def __init__(self, make: Callable[[], nn.Module] = mlp, kind: str = "ggn", dtype: torch.dtype = DTYPE) -> None:
+    def __init__(
+        self, make: Callable[[], nn.Module] = normed_mlp, kind: str = "ggn", dtype: torch.dtype = DTYPE
+    ) -> None:
         torch.manual_seed(1)
         self.model = make().to(dtype)
         x, noise = torch.randn(N, IN, dtype=dtype), torch.randn(N, OUT, dtype=dtype)
@@ -258,19 +261,10 @@ def train(task: Task, optimizer: NaturalCG, steps: int) -> None:
         optimizer.step(task.whole)
 
 
-def same_state(a: NaturalCG, b: NaturalCG) -> bool:
-    pairs = zip(a.state_dict()["state"].values(), b.state_dict()["state"].values(), strict=True)
-    return all(
-        one.keys() == two.keys()
-        and all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
-        for one, two in pairs
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "kind", "dtype", "preconditioner"),
     [
-        (mlp, "ggn", torch.float64, "auto"),
+        (normed_mlp, "ggn", torch.float64, "auto"),
         (conv, "two heads", torch.float32, "kfac"),
         (TwoDtypes, "ggn", torch.float64, "auto"),
     ],
@@ -300,7 +294,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(make, kind, dtype, preconditioner
         resumed.load_state_dict(state)
         train(twin, resumed, steps - start)
         assert torch.equal(twin.theta, task.theta)
-        assert same_state(resumed, optimizer)
+        assert_same_state(resumed.state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def test_factors_that_a_save_has_rounded_still_serve():
@@ -526,11 +520,11 @@ def test_wrong_settings(wrong):
         ValueError,
         match="preconditioner must be 'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function",
     ):
-        NaturalCG(mlp().parameters(), preconditioner=wrong)
+        NaturalCG(normed_mlp().parameters(), preconditioner=wrong)
 
 
 def test_groups_must_agree():
-    first, *rest = mlp().parameters()
+    first, *rest = normed_mlp().parameters()
     groups = [{"params": [first], "preconditioner": "kfac"}, {"params": rest}]
     with pytest.raises(ValueError, match="preconditioner holds for the whole step"):
         NaturalCG(groups)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.metrics import output_metric_of
 from helpers.problems import multivariate_normal, positive, seeded
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Dirichlet, Independent, Normal, Poisson
 
-from ngd_optim.curvature.metric import OutputMetric, metric_of
+from ngd_optim.curvature.metric import OutputMetric
 from ngd_optim.preconditioners.sampling import draw
-from ngd_optim.tracing.closure import ReplayedClosure
 
 N, C, D = 3, 4, 2
 COPIES = 3_000
@@ -24,9 +24,7 @@ STANDARD_ERRORS = 5.5
 
 def metric_at(z: Tensor, closure: Callable[[Tensor], Any]) -> OutputMetric:
     z = z.clone().requires_grad_()
-    metric = metric_of(ReplayedClosure(lambda: closure(z * 1), [z])(), "auto")
-    assert isinstance(metric, OutputMetric)
-    return metric
+    return output_metric_of(lambda: closure(z * 1), [z], "auto")
 
 
 def rows(tensors: Any, copies: int) -> Tensor:

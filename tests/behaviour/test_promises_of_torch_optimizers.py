@@ -3,46 +3,18 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.problems import assert_near, dense_gauss_newton, flat_function, flatten, make_model
+from helpers.regression import Task, have_equal_parameters, train
 from torch import nn
-from torch.optim import SGD, lr_scheduler
+from torch.optim import SGD
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ngd_optim import NaturalCG
-
-
-class Task:
-    """A regression that takes several steps, with its model and closures."""
-
-    def __init__(self, dtype=torch.float64):
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(12, 3, generator=generator, dtype=torch.float64).to(dtype)
-        self.y = torch.randn(12, 2, generator=generator, dtype=torch.float64).to(dtype)
-        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
-
-    def closure(self):
-        return F.mse_loss(self.model(self.x), self.y)
-
-    @property
-    def theta(self):
-        return flatten(self.model.parameters())
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
-
-
-def train(task, optimizer, steps):
-    reports = []
-    for _ in range(steps):
-        optimizer.step(task.closure)
-        reports.append(optimizer.last_step.as_dict())
-    return reports
 
 
 # How an optimizer and its model come back later.
@@ -88,7 +60,7 @@ def test_resumed_run_is_bit_identical(comes_back, settings, dtype):
     assert resumed.param_groups[0]["damping"] == optimizer.param_groups[0]["damping"] != 1e-2
     before = task.theta
     assert train(task, optimizer, 3) == train(twin, resumed, 3)
-    assert equal(task, twin)
+    assert have_equal_parameters(task, twin)
     assert not torch.equal(task.theta, before)
     assert twin.model is not task.model
 
@@ -102,7 +74,7 @@ def test_resumed_run_needs_the_state():
     twin.model.load_state_dict(task.model.state_dict())
     train(task, optimizer, 1)
     train(twin, NaturalCG(twin.model.parameters(), max_cg_iters=3), 1)
-    assert not equal(task, twin)
+    assert not have_equal_parameters(task, twin)
 
 
 def test_state_dict_is_plain_and_its_own():
@@ -141,54 +113,6 @@ def test_add_param_group(steps_before):
     assert not torch.equal(flatten(task.model[0].parameters()), first)
     assert optimizer.last_step.accepted
     assert len(optimizer.state) == 4
-
-
-SCHEDULERS = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.8**epoch),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, start_factor=0.2, total_iters=4),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.9, total_steps=6, cycle_momentum=False),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
-    ),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_set_the_learning_rate_of_the_step(name):
-    task = Task()
-    # Every step is lr times one to the edge of the region.
-    optimizer = NaturalCG(
-        task.model.parameters(), lr=0.8, max_kl=1e-6, trust_region="boundary", max_backtracks=0, adapt_damping=False
-    )
-    reference = SGD([nn.Parameter(torch.ones(1))], lr=0.8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR's own, in torch 2.8 and before
-        scheduler, expected = SCHEDULERS[name](optimizer), SCHEDULERS[name](reference)
-        used = []
-        for _ in range(5):
-            optimizer.step(task.closure)
-            reference.step()
-            used.append(reference.param_groups[0]["lr"])
-            assert optimizer.param_groups[0]["lr"] == used[-1]
-            # Here the report's kl is ½ dᵀF d, for d = lr · (a step to the boundary).
-            assert optimizer.last_step.kl == pytest.approx(used[-1] ** 2 * 1e-6, rel=1e-6)
-            metrics = (1.0,) if name == "ReduceLROnPlateau" else ()
-            scheduler.step(*metrics)
-            expected.step(*metrics)
-    assert len(set(used)) > 1
-
-
-def test_learning_rate_may_be_a_tensor():
-    number, tensor = Task(), Task()
-    tensor.model.load_state_dict(number.model.state_dict())
-    train(number, NaturalCG(number.model.parameters(), lr=0.5), 2)
-    train(tensor, NaturalCG(tensor.model.parameters(), lr=torch.tensor(0.5)), 2)
-    assert equal(number, tensor)
 
 
 def test_zero_learning_rate_moves_nothing():
@@ -248,6 +172,87 @@ def test_state_dict_hooks_run():
     assert events == ["save", "load"]
 
 
+def test_state_dict_hooks_may_change_what_is_saved_and_loaded():
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters(), damping=0.5)
+
+    def save_more(o, state_dict):
+        state_dict["epoch"] = 3
+
+    def load_less(o, state_dict):
+        assert state_dict.pop("epoch") == 3
+        changed = copy.deepcopy(state_dict)
+        changed["param_groups"][0]["damping"] *= 2
+        return changed
+
+    handles = [
+        optimizer.register_state_dict_post_hook(save_more),
+        optimizer.register_load_state_dict_pre_hook(load_less),
+    ]
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert saved["param_groups"][0]["damping"] == 0.5
+    assert optimizer.param_groups[0]["damping"] == 1.0
+    for handle in handles:
+        handle.remove()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["damping"] == 1.0
+    assert "epoch" not in optimizer.state_dict()
+
+
+def test_state_dict_hooks_run_in_order():
+    events = []
+    optimizer = NaturalCG(Task().model.parameters())
+    for event, first in (("first", False), ("last", False), ("prepended", True)):
+        optimizer.register_state_dict_pre_hook(lambda o, e=event: events.append(e), prepend=first)
+        optimizer.register_load_state_dict_pre_hook(lambda o, s, e=event: events.append(e), prepend=first)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert events == 2 * ["prepended", "first", "last"]
+
+
+@pytest.mark.parametrize("saves_names", [False, True])
+@pytest.mark.parametrize("has_names", [False, True])
+def test_names_of_parameters_are_loaded_as_torchs_optimizers_load_them(saves_names, has_names):
+    def make(kind, names):
+        model = Task().model
+        return kind(model.named_parameters() if names else model.parameters(), lr=0.5)
+
+    names = []
+    for kind in (NaturalCG, SGD):
+        optimizer = make(kind, has_names)
+        optimizer.load_state_dict(make(kind, saves_names).state_dict())
+        names.append(optimizer.param_groups[0].get("param_names"))
+    assert names[0] == names[1]
+    assert (names[0] is not None) == (has_names or saves_names)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_averaged_models_are_means_of_the_iterates(decay):
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters())
+    averaged = AveragedModel(task.model, multi_avg_fn=decay and get_ema_multi_avg_fn(decay))
+    iterates = []
+    for _ in range(4):
+        train(task, optimizer, 1)
+        averaged.update_parameters(task.model)
+        iterates.append(task.theta)
+    mean = sum(iterates) / 4
+    if decay is not None:
+        mean = iterates[0]
+        for theta in iterates[1:]:
+            mean = decay * mean + (1 - decay) * theta
+    assert_near(flatten(averaged.module.parameters()), mean, rtol=1e-12)
+    assert len({tuple(theta.tolist()) for theta in iterates}) == 4
+
+
+def test_a_copied_model_needs_an_optimizer_of_its_own():
+    task = Task()
+    optimizer = NaturalCG(task.model.parameters())
+    averaged = AveragedModel(task.model)
+    with pytest.raises(ValueError, match="depends on none of the optimizer's parameters; was the model copied"):
+        optimizer.step(lambda: F.mse_loss(averaged(task.x), task.y))
+
+
 def test_zero_grad_and_repr():
     task = Task()
     optimizer = NaturalCG(task.model.parameters(), max_kl=0.125)
@@ -278,7 +283,7 @@ def test_gradient_mode_around_the_step_does_not_matter(around, inside):
         enabled = torch.is_grad_enabled()
         NaturalCG(task.model.parameters()).step(inside()(task.closure))
         assert torch.is_grad_enabled() == enabled
-    assert equal(task, plain)
+    assert have_equal_parameters(task, plain)
     assert all(p.requires_grad and p.grad_fn is None for p in task.model.parameters())
 
 
@@ -474,7 +479,7 @@ def test_ways_to_pass_parameters(way):
     optimizer = NaturalCG(WAYS_TO_PASS[way](task.model))
     train(task, optimizer, 2)
     train(plain, NaturalCG(plain.model.parameters()), 2)
-    assert equal(task, plain)
+    assert have_equal_parameters(task, plain)
     names = [name for group in optimizer.state_dict()["param_groups"] for name in group.get("param_names", [])]
     expected = {
         "named": ["0.weight", "0.bias", "2.weight", "2.bias"],
@@ -507,5 +512,5 @@ def test_several_optimizers_do_not_meet():
         first.step(task.closure)
         second.step(other.closure)
     train(alone, NaturalCG(alone.model.parameters()), 3)
-    assert equal(task, alone)
+    assert have_equal_parameters(task, alone)
     assert first.last_step != second.last_step
