@@ -120,7 +120,7 @@ def product_factors(node: Any, position: int) -> Factors | None:
     """The factors for an input of a matrix product; None if it is no factor there."""
     names = _MATRIX_PRODUCTS.get(node.name())
     place = position - len(node.next_functions) + 2
-    if names is None or place < 0 or not getattr(node, "_saved_alpha", 1) == 1:
+    if names is None or place < 0 or getattr(node, "_saved_alpha", 1) != 1:
         return None
     other = f"_saved_{names[1 - place]}"
 
@@ -189,9 +189,7 @@ def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor
 
 
 def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
-    (weight, transposed), (bias, _) = (
-        same_values(parent, index) for parent, _ in node.next_functions[1:]
-    )
+    (weight, transposed), (bias, _) = (same_values(parent, index) for parent, _ in node.next_functions[1:])
     if weight is None or transposed:
         return None
     factors = convolution_factors(node, params[weight].shape)

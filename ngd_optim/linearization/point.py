@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric, kl_of, metric_of
 from ngd_optim.distributed import ALONE, Ranks
-from ngd_optim.jacobian import Root
+from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.linearization.checks import Experience, Signature, refuse_unsupported, signature, verify
 from ngd_optim.linearization.product import TracedProduct
 from ngd_optim.names import Backend, Curvature, Kind
@@ -40,9 +40,10 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         reached: for each parameter, whether the loss depends on it.
         used: for each parameter, whether the loss or the metric does.
-        root_shape: that of :meth:`root`: how many elements the model's outputs have, and how many parameters there are.
-            The first is 0 where there is no root: the curvature is not made at the outputs alone (a Hessian, a scalar
-            KL, a penalty beside them), or they are spread over closures or processes.
+        root_shape: that of :meth:`square_root`: how many elements the model's outputs have, and how many
+            parameters there are. The first is 0 where there is no root: the curvature is not made at the
+            outputs alone (a Hessian, a scalar KL, a penalty beside them), or they are spread over
+            closures or processes.
         is_least_squares: whether all that the metric comes from is :func:`~ngd_optim.least_squares`.
         kind: what the curvature is: ``"fisher"``, ``"ggn"`` or ``"hessian"``.
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
@@ -85,19 +86,23 @@ class Linearization:
             raise ValueError(f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}")
         return self.product(v.to(self.gradient))
 
-    def root(self) -> Root:
-        """The matrix ``A`` with ``F = AᵀA``; to be asked before any product.
+    def square_root(self) -> SqrtGGN | None:
+        """The matrix ``A`` with ``F = AᵀA``; None if ``F`` is indefinite. To be asked before any product.
 
         Raises:
-            ValueError: there is none; a ``NotSemidefiniteError`` where that is because ``F`` has negative curvature.
+            ValueError: the curvature is not made at the outputs of one closure alone.
         """
         if not (self.root_shape[0] and isinstance(self.product, TracedProduct)):
             raise ValueError("the curvature has no root: it is not made at the outputs of one closure alone")
-        return self.product.root()
+        return self.product.square_root()
 
-    def quick_diagonal(self) -> Tensor | None:
+    def compute_cheap_diagonal(self) -> Tensor | None:
         """The diagonal of ``F``, where it takes as little as some products; else None. To be asked before any."""
-        return self.product.quick_diagonal() if self.root_shape[0] and isinstance(self.product, TracedProduct) else None
+        return (
+            self.product.compute_cheap_diagonal()
+            if self.root_shape[0] and isinstance(self.product, TracedProduct)
+            else None
+        )
 
     @property
     def rounding(self) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of
 from ngd_optim.distributed import Ranks
-from ngd_optim.jacobian import Root, quick_diagonal, root_of
+from ngd_optim.jacobian import SqrtGGN, compute_cheap_diagonal, square_root_of
 from ngd_optim.linearization.checks import ON_ANOTHER_RANK, Experience, known_to, why_not
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError, Memory, Recall, Recording
@@ -54,8 +54,8 @@ class TracedProduct:
             return self._first(v)
         return self._formed(v)
 
-    def root(self) -> Root:
-        """The matrix ``A`` with ``F = AᵀA`` of a metric at outputs; to be asked before any product."""
+    def square_root(self) -> SqrtGGN | None:
+        """That of a metric at outputs, None if it is indefinite; to be asked before any product."""
         assert isinstance(self._metric, OutputMetric)
         assert self._loss is not None
         run, select = self._run, self._metric.select
@@ -64,12 +64,12 @@ class TracedProduct:
             there = run.tried()
             return None if there is None else select(there)
 
-        return root_of(self._metric, self._loss, self._parameters, outputs_now)
+        return square_root_of(self._metric, self._loss, self._parameters, outputs_now)
 
-    def quick_diagonal(self) -> Tensor | None:
+    def compute_cheap_diagonal(self) -> Tensor | None:
         """That of ``F`` for a metric at outputs, where it takes as little as some products; before any product."""
         assert isinstance(self._metric, OutputMetric)
-        return quick_diagonal(self._metric, self._parameters)
+        return compute_cheap_diagonal(self._metric, self._parameters)
 
     def _first(self, v: Tensor) -> Tensor:
         experience = self._experience

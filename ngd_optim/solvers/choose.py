@@ -4,7 +4,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ngd_optim.jacobian import NotSemidefiniteError
 from ngd_optim.linalg import CGResult
 from ngd_optim.linearization import Linearization
 from ngd_optim.names import SolverName
@@ -68,16 +67,17 @@ def choose_solver(name: SolverName, point: Linearization) -> SolverName:
 
 
 def direct_solver(name: SolverName, point: Linearization) -> "Solver":
-    """The solver of that name, ``"dense"`` or ``"sample"``, at a point."""
-    if not point.root_shape[0]:
-        return Matrix(point.curvature, point.gradient)
-    try:
-        root = point.root()
-    except NotSemidefiniteError:
-        if name == "sample":
-            raise
-        return Matrix(point.curvature, point.gradient)
-    return SampleSpace(root) if name == "sample" else LeastSquares(root)
+    """The solver of that name, ``"dense"`` or ``"sample"``, at a point.
+
+    Raises:
+        ValueError: ``"sample"`` is asked for and the metric at the outputs is indefinite.
+    """
+    root = point.square_root() if point.root_shape[0] else None
+    if root is not None:
+        return SampleSpace(root) if name == "sample" else LeastSquares(root)
+    if name == "sample":
+        raise ValueError("the metric at the model's outputs is not positive semidefinite")
+    return Matrix(point.curvature, point.gradient)
 
 
 def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
@@ -90,4 +90,7 @@ def curvature_diagonal(solver: Solver, point: Linearization) -> Tensor:
         return solver.diagonal
     if not point.root_shape[0]:
         raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
-    return point.root().rows.square().sum(0)
+    root = point.square_root()
+    if root is None:
+        raise ValueError("the metric at the model's outputs is not positive semidefinite")
+    return root.rows.square().sum(0)
