@@ -144,13 +144,16 @@ def _contraction(node: Any, position: int, target: Edge) -> Contraction | None:
 
 def _of_convolution(node: Any, position: int, target: Edge) -> Contraction | None:
     out, shape = shape_of((node, 0)), shape_of(target)
-    if node._saved_transposed or position == 0:
-        return None
     length = out.numel() // max(1, out[1])
     if position == 2:
-        return Contraction(node, target, length, lambda g: g.movedim(1, -1).reshape(1, -1, g.shape[1]), None, False)
-    back, into, transposed = convolution_factors(node, shape)
-    return Contraction(node, target, length, back, into, transposed)
+        return Contraction(node, target, length, _channels_last, None, transposed=False)
+    if position == 0 or node._saved_transposed:
+        return None
+    return Contraction(node, target, length, *convolution_factors(node, shape))
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    return gradient.movedim(1, -1).reshape(1, -1, gradient.shape[1])
 
 
 def _of_layer_norm(node: Any, position: int, target: Edge) -> Contraction | None:

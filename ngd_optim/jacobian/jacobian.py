@@ -71,6 +71,9 @@ def _fill_quickly(
     for may_guess in (True, False):
         is_guess = False
         for z, block in zip(outputs, rows.split([z.numel() for z in outputs]), strict=True):
+            if z.numel() == 1:
+                _fill_by_rows(block, [z], parameters, unknown)
+                continue
             source = OutputRows(z, parameters, may_guess=may_guess)
             if in_one_pass and source.passes != 1:
                 return unknown
