@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from ngd_optim.autograd_graph import leaf
@@ -137,9 +138,9 @@ def _contraction(node: Any, position: int, target: Edge) -> Contraction | None:
     if name == "ExpandBackward0" or (position == 0 and getattr(node, "_saved_beta", 0) == 1):
         spread = _spread(out, shape)  # of what addmm adds, the gradient is that at the node
         return None if spread is None else Contraction(node, target, *spread, None, False)
-    if len(node._input_metadata) == 1 and out != shape and name not in _PRODUCTS | _LOOKUPS:
-        return _of_broadcast(node, position, target)
-    return None
+    if len(node._input_metadata) > 1 or out == shape or name in _PRODUCTS | _LOOKUPS:
+        return None
+    return None if isinstance(node, BackwardCFunction) else _of_broadcast(node, position, target)
 
 
 def _of_convolution(node: Any, position: int, target: Edge) -> Contraction | None:

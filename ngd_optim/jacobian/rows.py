@@ -21,6 +21,9 @@ from ngd_optim.autograd_graph import leaf
 from ngd_optim.jacobian.contractions import Contraction, Edge, contractions_of, shape_of
 from ngd_optim.parameters import FlatParameters
 
+_LARGE_MATRIX = 1024
+"""Elements. Larger products are written in place; torch is slow at that for many small ones."""
+
 
 class _Layout(NamedTuple):
     """Which dimensions of an output count its samples, and which the components of a sample."""
@@ -170,9 +173,12 @@ class OutputRows:
         outputs = [GradientEdge(*edge) for edge in computed]
         metadata = [node._input_metadata[number] for node, number in computed]  # pyright: ignore
         rows = [t.view(len(t), *m.shape).to(m.dtype) for t, m in zip(computed.values(), metadata, strict=True)]
-        gradients = torch.autograd.grad(
-            outputs, self._parameters.tensors, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        try:
+            gradients = torch.autograd.grad(
+                outputs, self._parameters.tensors, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # torch.vmap does not know an operation; the check will miss these rows
+            return
         for part, gradient in zip(columns, gradients, strict=True):
             if gradient is not None:
                 part.add_(gradient.reshape(part.shape))
@@ -225,7 +231,7 @@ def _add_sums(block: Tensor, own: Sequence[tuple[_Term, Tensor]]) -> None:
         pairs.setdefault((len(left), left.shape[-1], right.shape[-1]), []).append((left, right))
     for (groups, rows, columns), same in pairs.items():
         left, right = (torch.cat(sides, 2) for sides in zip(*same, strict=True))
-        if groups == 1:
+        if groups == 1 and rows * columns > _LARGE_MATRIX:
             matrices = block.unflatten(1, (rows, columns))
             torch.baddbmm(matrices, left[0].mT, right[0], out=matrices)
         else:

@@ -115,6 +115,33 @@ class OneVector(nn.Module):
         return (x @ a.view(2, 5) + b).tanh() @ c
 
 
+class Scaled(torch.autograd.Function):
+    """``x * scale``, with a derivative of its own."""
+
+    @staticmethod
+    def forward(x, scale):
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+class ScaledByNumpy(Scaled):
+    """The same, where torch.vmap cannot follow."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = (t.detach().numpy() for t in ctx.saved_tensors)
+        g = gradient.numpy()
+        return torch.from_numpy(g * scale), torch.from_numpy((g * x).sum(0))
+
+
 def convolution(**options):
     return nn.Sequential(nn.Conv2d(4, 4, 3, **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2))
 
@@ -241,6 +268,22 @@ CASES = {
         0,
     ),
     "index": (lambda: Weights((6,), (2,)), lambda m: [m.w0[WORDS[:, 0]] * (X @ m.w1).tanh()], 1),
+    "a function of its own": (lambda: Weights((2, 5), (5,)), lambda m: [Scaled.apply(X @ m.w0, m.w1)], 1),
+    "the same for a weight": (
+        lambda: Weights((2, 5), (5,)),
+        lambda m: [X @ Scaled.apply(m.w0, m.w1)],
+        0,
+    ),
+    "the same by numpy": (
+        lambda: Weights((2, 5), (5,)),
+        lambda m: [X @ ScaledByNumpy.apply(m.w0, m.w1)],
+        "all",
+    ),
+    "one token more": (
+        lambda: Weights((4,), (4, 3)),
+        lambda m: [(torch.cat([SEQUENCES, m.w0.expand(N, 1, 4)], 1) @ m.w1).tanh().sum(1)],
+        0,
+    ),
     "batch norm": (lambda: nn.Sequential(tanh_net(2), nn.BatchNorm1d(2)), lambda m: [m(X)], "most"),
     "mean over the batch": (tanh_net, without_mean, "most"),
 }
