@@ -1,8 +1,9 @@
 """Where the gradients of parameters are summed over samples.
 
 A part of the graph depends on parameters alone: the parameters, their transposes, a normalised or
-masked weight. Data meets it at some nodes: in a matrix product, a convolution, or an operation that
-broadcasts. There the gradient becomes a sum ``Σₙ lₙ rₙᵀ``, and each term belongs to one sample.
+masked weight. Data meets it at some nodes: in a matrix product, a convolution, an embedding, or an
+operation that broadcasts. There the gradient becomes a sum ``Σₙ lₙ rₙᵀ``, and as a rule each of its
+terms belongs to one sample.
 """
 
 import math
@@ -200,7 +201,10 @@ def _of_broadcast(node: Any, position: int, target: Edge) -> Contraction | None:
 
 
 def _spread(shape: torch.Size, target: torch.Size) -> tuple[int, Callable[[Tensor], Tensor]] | None:
-    """How often a tensor is repeated by broadcasting, and what orders a tensor by that; None if it is not."""
+    """How often broadcasting repeats a target, and what makes (1, times, elements) of the result.
+
+    None if the target does not broadcast to the shape.
+    """
     sizes = (1,) * (len(shape) - len(target)) + tuple(target)
     if len(sizes) > len(shape) or any(b not in (1, a) for a, b in zip(shape, sizes, strict=True)):
         return None

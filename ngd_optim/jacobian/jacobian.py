@@ -27,15 +27,15 @@ _FEW_BYTES = 2**27
 
 
 def jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
-    """``∂z/∂θ``, shape (number of output elements, n), rows in the order of the flattened outputs."""
+    """``∂z/∂θ``, shape (output elements, n), rows in the order of the flattened outputs."""
     rows = _empty(outputs, parameters)
     unknown = list(range(len(parameters.tensors)))
     if len(rows) > _FEW_ROWS:
         unknown = _fill_quickly(rows, outputs, parameters)
     if unknown and len(rows) > _FEW_ROWS:
         logger.info(
-            "the Jacobian is pulled back row by row for %d of %d parameters, because they do not meet the samples in "
-            "matrix products or by broadcasting, or samples share more than the parameters",
+            "the Jacobian is pulled back row by row for %d of %d parameters: they do not meet the "
+            "samples in matrix products or by broadcasting, or samples share more than parameters",
             len(unknown),
             len(parameters.tensors),
         )
@@ -66,12 +66,12 @@ def _fill_quickly(
 
     A guess at the samples is tried before they are measured, which takes two more pull-backs.
     """
-    check = _Check(outputs, parameters)
+    check = None
     unknown = list(range(len(parameters.tensors)))
     for may_guess in (True, False):
         is_guess = False
         for z, block in zip(outputs, rows.split([z.numel() for z in outputs]), strict=True):
-            if z.numel() == 1:
+            if z.numel() <= 1:
                 _fill_by_rows(block, [z], parameters, unknown)
                 continue
             source = OutputRows(z, parameters, may_guess=may_guess)
@@ -79,6 +79,7 @@ def _fill_quickly(
                 return unknown
             source.fill(block)
             is_guess |= source.is_guess
+        check = check or _Check(outputs, parameters)
         wrong = check.wrong(rows)
         if not (wrong and is_guess):
             return wrong

@@ -40,7 +40,7 @@ class _Layout(NamedTuple):
         return math.prod(self.shape[dim] for dim in self.samples)
 
     def each_component(self, block: Tensor) -> Iterator[Tensor]:
-        """A tensor shaped like the output, and any dimensions after it → (samples, …), views of it."""
+        """Views (samples, …) of a tensor that is shaped like the output, with any dimensions after."""
         ahead = block.movedim((*self.samples, *self.components), tuple(range(len(self.shape))))
         own = [slice(None)] * len(self.samples)
         for component in product(*(range(self.shape[dim]) for dim in self.components)):
@@ -61,7 +61,7 @@ class _Where(NamedTuple):
     exists: Tensor | None
 
     def order(self, terms: Tensor) -> Tensor:
-        """(groups, length, rows) → (groups, samples, k, rows), zero where there are no more terms."""
+        """(groups, length, rows) → (groups, samples, k, rows), filled with zeros."""
         ordered = terms[:, self.places]
         return ordered if self.exists is None else ordered * self.exists.unsqueeze(-1)
 
@@ -92,8 +92,7 @@ class OutputRows:
     def fill(self, block: Tensor) -> None:
         """Write to rows that are zero."""
         u = torch.zeros_like(self._z, memory_format=torch.contiguous_format)
-        whole = block.view(*self._z.shape, -1)
-        rows = self._layout.each_component(whole)
+        rows = self._layout.each_component(block.view(*self._z.shape, block.shape[1]))
         for own, unit in zip(rows, self._layout.each_component(u), strict=True):
             if not self._terms:
                 return
@@ -111,7 +110,10 @@ class OutputRows:
 
     @torch.no_grad()
     def _measure(self) -> tuple[_Layout, list[_Term]]:
-        """The first layout in which the terms of all contractions belong to single samples; else the last."""
+        """The first layout in which each term belongs to one sample; if there is none, the last.
+
+        That has only those contractions of whose terms it is true.
+        """
         layout, terms = _Layout(self._z.shape, tuple(range(self._z.ndim))), []
         for layout in _layouts(self._z.shape):
             terms = self._measured(layout)
@@ -185,15 +187,15 @@ class OutputRows:
 
 
 def _layouts(shape: torch.Size) -> list[_Layout]:
-    """From every element a sample of its own, to all that has one index of one dimension."""
-    leading = [_Layout(shape, tuple(range(count))) for count in range(len(shape), 0, -1)]
-    others = [_Layout(shape, (dim,)) for dim in range(1, len(shape))]
-    by_size = {layout.size: layout for layout in reversed([*leading, *others])}
-    return [layout for layout in reversed(by_size.values()) if layout.size > 1]
+    """From one in which each element is a sample, to those in which one dimension counts them."""
+    leading = [tuple(range(count)) for count in range(len(shape), 0, -1)]
+    others = [(dim,) for dim in range(1, len(shape))]
+    distinct = {tuple(dim for dim in dims if shape[dim] > 1): dims for dims in [*leading, *others]}
+    return [_Layout(shape, dims) for large, dims in distinct.items() if large]
 
 
 def _samples(ones: Tensor, weighted: Tensor, weights: Tensor) -> Tensor | None:
-    """For each term the sample that it belongs to, −1 if it is zero; None if one belongs to several."""
+    """For each term its sample, −1 where the term is zero; None if a term belongs to several."""
     ones, weighted = (t.movedim(1, 0).flatten(1) for t in (ones, weighted))
     squares = ones.square().sum(1)
     factors = (ones * weighted).sum(1) / squares.where(squares > 0, 1)

@@ -14,7 +14,7 @@ _LARGEST_BLOCK = 256
 
 
 class SqrtGGN(NamedTuple):
-    """The square root of a Gauss-Newton or Fisher matrix, ``F = AᵀA``, and the gradient, ``g = Aᵀs + …``.
+    """The square root of a Gauss-Newton or Fisher matrix, ``F = AᵀA``, and ``g = Aᵀs + …``.
 
     Attributes:
         rows: ``A``, shape (m, n), a row for each element of the model's outputs.
@@ -65,7 +65,7 @@ def square_root_of(
 
 
 def compute_cheap_diagonal(metric: OutputMetric, parameters: FlatParameters) -> Tensor | None:
-    """The diagonal of ``F`` from the squares of ``A``, if that costs no more than some products; else None."""
+    """The diagonal of ``F`` from the squares of ``A``; None if that costs more than some products."""
     rows = compute_cheap_jacobian(metric.outputs, parameters)
     powers = None if rows is None else _powers(metric, parameters.dtype)
     if rows is None or powers is None:

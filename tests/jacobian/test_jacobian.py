@@ -204,6 +204,11 @@ CASES = {
     "recurrent cell": (Cells, lambda m: [m(SEQUENCES)], 0),
     "recurrent cell, last output": (Cells, lambda m: [m(SEQUENCES)[:, -1]], 0),
     "recurrent cell, time first": (lambda: Cells(time_first=True), lambda m: [m(SEQUENCES)], 0),
+    "as many steps as sequences": (
+        lambda: Cells(time_first=True),
+        lambda m: [m(IMAGES[:7, :, :, 0].mT)],
+        0,
+    ),
     "embedding": (Words, lambda m: [m(WORDS)], 0),
     "embedding with padding": (lambda: Words(padding_idx=2), lambda m: [m(WORDS)], 0),
     "group norm": (
@@ -264,7 +269,7 @@ CASES = {
     ),
     "unused and empty": (
         lambda: nn.ModuleList([tanh_net(), Weights((3,), (0, 2))]),
-        lambda m: [m[0](X)],
+        lambda m: [m[0](X), m[0](X[:0])],
         0,
     ),
     "index": (lambda: Weights((6,), (2,)), lambda m: [m.w0[WORDS[:, 0]] * (X @ m.w1).tanh()], 1),
