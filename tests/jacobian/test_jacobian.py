@@ -420,3 +420,11 @@ def test_a_wrong_guess_is_measured(caplog):
     caplog.set_level("INFO", "ngd_optim")
     assert_near(jacobian(outputs, parameters), dense_rows(outputs, parameters), 1e-12)
     assert not caplog.text
+
+
+def test_a_tiny_column_is_not_taken_for_rounding():
+    model = model_of(lambda: Weights((2,), (6,)))
+    outputs = [(X @ model.w0) + 1e-18 * model.w1[WORDS[:, 0]]]
+    parameters = FlatParameters([{"params": list(model.parameters())}])
+    found, truth = jacobian(outputs, parameters), dense_rows(outputs, parameters)
+    assert_near(found[:, 2:] * 1e18, truth[:, 2:] * 1e18, 1e-12)
