@@ -7,7 +7,7 @@ terms belongs to one sample.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,15 +56,12 @@ def contractions_of(root: Tensor, index: Mapping[int, int]) -> list[Contraction]
     """
     fixed: dict[Node, bool] = {}
     found = []
-    for node in _parents_first(root):
-        fixed[node] = _is_fixed(node, fixed, index)
-        if fixed[node] or not any(fixed[parent] for parent, _ in node.next_functions if parent):
-            continue
-        for position, (parent, number) in enumerate(node.next_functions):
-            if parent is not None and fixed[parent]:
-                contraction = _contraction(node, position, (parent, number))
-                if contraction is not None:
-                    found.append(contraction)
+    for node, edges in _parents_first(root):
+        edges_to_fixed = [(i, edge) for i, edge in enumerate(edges) if fixed.get(edge[0])]
+        fixed[node] = _is_fixed(node, edges, len(edges_to_fixed), index)
+        if edges_to_fixed and not fixed[node]:
+            contractions = (_contraction(node, position, edge) for position, edge in edges_to_fixed)
+            found.extend(contraction for contraction in contractions if contraction is not None)
     return found
 
 
@@ -76,44 +73,44 @@ def shape_of(edge: Edge) -> torch.Size:
     return torch.Size(metadata.shape) if variable is None else variable.shape
 
 
-def _parents_first(root: Tensor) -> list[Node]:
-    order: list[Node] = []
-    seen: set[Node] = set()
-    pending = [(root.grad_fn, False)]
+def _parents_first(root: Tensor) -> list[tuple[Any, tuple[Edge, ...]]]:
+    """The nodes of a graph with their edges to parents; depth first, and not limited in depth."""
+    order = []
+    seen = {None}
+    pending: list[tuple[Any, tuple[Edge, ...] | None]] = [(root.grad_fn, None)]
     while pending:
-        node, is_done = pending.pop()
-        if node is None:
-            continue
-        if is_done:
-            order.append(node)
+        node, edges = pending.pop()
+        if edges is not None:
+            order.append((node, edges))
         elif node not in seen:
             seen.add(node)
-            pending.append((node, True))
-            pending.extend((parent, False) for parent, _ in node.next_functions)
+            edges = node.next_functions
+            pending.append((node, edges))
+            pending.extend((parent, None) for parent, _ in edges)
     return order
 
 
-def _is_fixed(node: Any, fixed: Mapping[Node, bool], index: Mapping[int, int]) -> bool:
+def _is_fixed(node: Any, edges: Sequence[Edge], to_fixed: int, index: Mapping[int, int]) -> bool:
     """Whether a node depends on parameters alone, as far as one can see.
 
     Constants do not show in the graph. They are taken for data where they enlarge a shape or are
     factors of a product, and else for a part of the weight, like a mask.
     """
-    variable = leaf(node)
-    if variable is not None:
-        return id(variable) in index
-    edges = [edge for edge in node.next_functions if edge[0] is not None]
-    if not edges or not all(fixed[parent] for parent, _ in edges):
+    if not edges:
+        return id(leaf(node)) in index
+    parents = [edge for edge in edges if edge[0] is not None]
+    if to_fixed < len(parents) or not parents:
         return False
     name = node.name()
     if name in _LOOKUPS:
         return False
-    if len(edges) == 1 == len(node.next_functions):
-        return len(node._input_metadata) > 1 or shape_of((node, 0)).numel() <= shape_of(edges[0]).numel()
-    if len(edges) == len(node.next_functions):
+    if len(edges) == 1:
+        is_larger = shape_of((node, 0)).numel() > shape_of(parents[0]).numel()
+        return len(node._input_metadata) > 1 or not is_larger
+    if len(edges) == len(parents):
         return True
     shape = shape_of((node, 0))
-    return name not in _PRODUCTS and all(shape == shape_of(edge) for edge in edges)
+    return name not in _PRODUCTS and all(shape == shape_of(edge) for edge in parents)
 
 
 def _contraction(node: Any, position: int, target: Edge) -> Contraction | None:

@@ -226,18 +226,19 @@ def _add_sums(block: Tensor, own: Sequence[tuple[_Term, Tensor]]) -> None:
     for (contraction, where), gradient in own:
         back = _by_sample(contraction.back(gradient).to(block.dtype), where)
         if contraction.into is None:
-            block.add_(back.sum(2).movedim(1, 0).flatten(1))
+            block.add_(back[0, :, 0] if where is None else back[0].sum(1))
             continue
         into = _by_sample(contraction.into().to(block.dtype), where)
         left, right = (into, back) if contraction.transposed else (back, into)
         pairs.setdefault((len(left), left.shape[-1], right.shape[-1]), []).append((left, right))
     for (groups, rows, columns), same in pairs.items():
         left, right = (torch.cat(sides, 2) for sides in zip(*same, strict=True))
-        if groups == 1 and rows * columns > _LARGE_MATRIX:
-            matrices = block.unflatten(1, (rows, columns))
-            torch.baddbmm(matrices, left[0].mT, right[0], out=matrices)
+        matrices = block.unflatten(1, (groups, rows, columns))
+        if rows * columns > _LARGE_MATRIX:
+            for i in range(groups):
+                torch.baddbmm(matrices[:, i], left[i].mT, right[i], out=matrices[:, i])
         else:
-            block.add_((left.mT @ right).movedim(1, 0).flatten(1))
+            matrices.add_((left.mT @ right).movedim(1, 0))
 
 
 def _by_sample(terms: Tensor, where: _Where | None) -> Tensor:
