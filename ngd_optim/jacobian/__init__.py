@@ -1,14 +1,6 @@
-"""Where the graph uses weights, and what follows from that: the Jacobian and a square root of the curvature."""
+"""Where the graph uses weights, the Jacobian, and the square root of the curvature that follows."""
 
 from ngd_optim.jacobian.layers import Layer, Use, uses_of
-from ngd_optim.jacobian.square_root import NotSemidefiniteError, Root, quick_diagonal, root_of
+from ngd_optim.jacobian.square_root import SqrtGGN, compute_cheap_diagonal, square_root_of
 
-__all__ = [
-    "Layer",
-    "NotSemidefiniteError",
-    "Root",
-    "Use",
-    "quick_diagonal",
-    "root_of",
-    "uses_of",
-]
+__all__ = ["Layer", "SqrtGGN", "Use", "compute_cheap_diagonal", "square_root_of", "uses_of"]

@@ -1,4 +1,8 @@
-"""The Jacobian of a model's outputs: from one pull-back where each output belongs to one sample, else row by row."""
+"""The Jacobian of a model's outputs.
+
+From one pull-back where each output belongs to one sample; row by row for the parameters of which
+that is not so.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -7,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ngd_optim.curvature import pull_back
-from ngd_optim.jacobian.per_sample import NotLocalError, Samples
+from ngd_optim.jacobian.rows import OutputRows
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import CannotReplayError
 
 logger = logging.getLogger("ngd_optim")
 
@@ -24,21 +27,23 @@ _FEW_BYTES = 2**27
 
 
 def jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
-    """``∂z/∂θ``, shape (number of output elements, n), rows in the order of the flattened outputs."""
+    """``∂z/∂θ``, shape (output elements, n), rows in the order of the flattened outputs."""
     rows = _empty(outputs, parameters)
-    if len(rows) <= _FEW_ROWS:
-        _fill_by_rows(rows, outputs, parameters)
-        return rows
-    try:
-        Samples(outputs, parameters).fill(rows)
-        _check(rows, outputs, parameters)
-    except (NotLocalError, CannotReplayError) as error:
-        logger.info("the Jacobian is pulled back row by row, because %s", error)
-        _fill_by_rows(rows, outputs, parameters)
+    unknown = list(range(len(parameters.tensors)))
+    if len(rows) > _FEW_ROWS:
+        unknown = _fill_quickly(rows, outputs, parameters)
+    if unknown and len(rows) > _FEW_ROWS:
+        logger.info(
+            "the Jacobian is pulled back row by row for %d of %d parameters: they do not meet the "
+            "samples in matrix products or by broadcasting, or samples share more than parameters",
+            len(unknown),
+            len(parameters.tensors),
+        )
+    _fill_by_rows(rows, outputs, parameters, unknown)
     return rows
 
 
-def quick_jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor | None:
+def compute_cheap_jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor | None:
     """The same where it is small and takes one pull-back, or has a few rows; else None."""
     count = sum(z.numel() for z in outputs)
     if count * parameters.size * parameters.dtype.itemsize > _FEW_BYTES:
@@ -46,12 +51,7 @@ def quick_jacobian(outputs: Sequence[Tensor], parameters: FlatParameters) -> Ten
     if count <= _FEW_ROWS:
         return jacobian(outputs, parameters)
     rows = _empty(outputs, parameters)
-    try:
-        Samples(outputs, parameters).fill(rows, in_one_pass=True)
-        _check(rows, outputs, parameters)
-    except (NotLocalError, CannotReplayError):
-        return None
-    return rows
+    return None if _fill_quickly(rows, outputs, parameters, in_one_pass=True) else rows
 
 
 def _empty(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
@@ -59,40 +59,90 @@ def _empty(outputs: Sequence[Tensor], parameters: FlatParameters) -> Tensor:
     return torch.zeros(shape, dtype=parameters.dtype, device=parameters.device)
 
 
-def _check(rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters) -> None:
-    generator = torch.Generator().manual_seed(0)
-    u = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in outputs]
-    exact = parameters.flatten(pull_back(outputs, parameters.tensors)(u))
-    found = rows.T @ torch.cat([part.reshape(-1) for part in u]).to(rows)
-    eps = max(torch.finfo(t.dtype).eps for t in [*outputs, *parameters.tensors])
-    if not (found - exact).norm() <= eps**0.5 * exact.norm():
-        raise NotLocalError("samples share more than the parameters")
+def _fill_quickly(
+    rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters, *, in_one_pass: bool = False
+) -> list[int]:
+    """Returns the indexes of the parameters for which that did not succeed.
+
+    A guess at the samples is tried before they are measured, which takes two more pull-backs.
+    """
+    check = None
+    unknown = list(range(len(parameters.tensors)))
+    for may_guess in (True, False):
+        is_guess = False
+        for z, block in zip(outputs, rows.split([z.numel() for z in outputs]), strict=True):
+            if z.numel() <= 1:
+                _fill_by_rows(block, [z], parameters, unknown)
+                continue
+            source = OutputRows(z, parameters, may_guess=may_guess)
+            if in_one_pass and source.passes != 1:
+                return unknown
+            source.fill(block)
+            is_guess |= source.is_guess
+        check = check or _Check(outputs, parameters)
+        wrong = check.wrong(rows)
+        if not (wrong and is_guess):
+            return wrong
+        rows.zero_()
+    return unknown
 
 
-def _fill_by_rows(rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters) -> None:
-    """Pull back unit vectors, several at once where torch can."""
+class _Check:
+    """Compares rows with a pull-back of random numbers."""
+
+    def __init__(self, outputs: Sequence[Tensor], parameters: FlatParameters) -> None:
+        generator = torch.Generator().manual_seed(0)
+        u = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in outputs]
+        self._sizes = [p.numel() for p in parameters.tensors]
+        self._u = torch.cat([part.reshape(-1) for part in u]).to(parameters.dtype)
+        self._exact = parameters.flatten(pull_back(outputs, parameters.tensors)(u))
+        self._eps = max(torch.finfo(t.dtype).eps for t in [*outputs, *parameters.tensors])
+
+    def wrong(self, rows: Tensor) -> list[int]:
+        """The indexes of the parameters whose columns are not the Jacobian's."""
+        found = rows.T @ self._u
+        sizes, exact = self._norms(found), self._norms(self._exact)
+        # A gradient may be zero but for rounding errors; columns that were not filled are just zero.
+        noise = 10 * self._eps * self._exact.norm() * (sizes > 0)
+        is_right = self._norms(found - self._exact) <= self._eps**0.5 * exact + noise
+        return [i for i, right in enumerate(is_right.tolist()) if not right]
+
+    def _norms(self, flat: Tensor) -> Tensor:
+        return torch.stack([part.norm() for part in flat.split(self._sizes)])
+
+
+def _fill_by_rows(rows: Tensor, outputs: Sequence[Tensor], parameters: FlatParameters, which: Sequence[int]) -> None:
+    """Pull back unit vectors to some parameters, several at once where torch can."""
+    if not which:
+        return
+    tensors = [parameters.tensors[i] for i in which]
+    columns = rows.split([p.numel() for p in parameters.tensors], 1)
     start = 0
     for z in outputs:
         for first in range(0, z.numel(), _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, z.numel() - first)
             u = torch.zeros(count, z.numel(), dtype=z.dtype, device=z.device)
             u[:, first : first + count].fill_diagonal_(1)
-            rows[start + first : start + first + count] = _pull_rows(z, u.view(count, *z.shape), parameters)
+            pulled = _pull_rows(z, u.view(count, *z.shape), tensors)
+            for i, part in zip(which, pulled, strict=True):
+                columns[i][start + first : start + first + count] = part
         start += z.numel()
 
 
-def _pull_rows(z: Tensor, u: Tensor, parameters: FlatParameters) -> Tensor:
+def _pull_rows(z: Tensor, u: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """For each parameter (rows, elements)."""
+
     def pulled(u: Tensor, batched: bool) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            z, parameters.tensors, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        return torch.autograd.grad(z, params, u, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+
+    def filled(gradients: Sequence[Tensor | None], count: int) -> list[Tensor]:
+        return [
+            p.new_zeros(count, p.numel()) if g is None else g.reshape(count, -1)
+            for p, g in zip(params, gradients, strict=True)
+        ]
 
     try:
-        gradients = pulled(u, True)
+        return filled(pulled(u, True), len(u))
     except RuntimeError:  # torch.vmap does not know an operation
-        return torch.stack([parameters.flatten(pulled(row, False)) for row in u])
-    parts = [
-        p.new_zeros(len(u), p.numel()) if g is None else g.reshape(len(u), -1)
-        for p, g in zip(parameters.tensors, gradients, strict=True)
-    ]
-    return torch.cat([part.to(parameters.dtype) for part in parts], 1)
+        single = [filled(pulled(row, False), 1) for row in u]
+        return [torch.cat(parts) for parts in zip(*single, strict=True)]

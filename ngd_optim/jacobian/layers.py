@@ -19,6 +19,13 @@ from ngd_optim.autograd_graph import leaf, nodes
 
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 _SAME_VALUES = {*_TRANSPOSES, "AliasBackward0", "ToCopyBackward0"}
+# By node, its two factors as autograd saves them; whatever is added comes before them.
+_MATRIX_PRODUCTS = {
+    "MmBackward0": ("self", "mat2"),
+    "AddmmBackward0": ("mat1", "mat2"),
+    "BmmBackward0": ("self", "mat2"),
+    "BaddbmmBackward0": ("batch1", "batch2"),
+}
 
 
 class Layer(NamedTuple):
@@ -95,6 +102,62 @@ def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
     ]
 
 
+class Factors(NamedTuple):
+    """What makes ``Σₙ lₙ rₙᵀ`` of the gradient of a node's input.
+
+    Attributes:
+        back: makes ``l`` of the gradient at the node, (groups, n, rows).
+        into: gives ``r``, (groups, n, columns).
+        transposed: whether the sum is the transpose of the input's gradient, for each group.
+    """
+
+    back: Callable[[Tensor], Tensor]
+    into: Callable[[], Tensor]
+    transposed: bool
+
+
+def product_factors(node: Any, position: int) -> Factors | None:
+    """The factors for an input of a matrix product; None if it is no factor there."""
+    names = _MATRIX_PRODUCTS.get(node.name())
+    place = position - len(node.next_functions) + 2
+    if names is None or place < 0 or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    other = f"_saved_{names[1 - place]}"
+
+    def into() -> Tensor:
+        matrix = getattr(node, other).to_dense()
+        return _batched(matrix.mT if place == 0 else matrix)
+
+    if place == 0:  # the gradient of a in a b is g bᵀ
+        return Factors(lambda gradient: _batched(gradient.mT), into, transposed=False)
+    return Factors(_batched, into, transposed=True)  # that of b is (gᵀ a)ᵀ
+
+
+def convolution_factors(node: Any, kernel: torch.Size) -> Factors:
+    """The factors for the kernel of a convolution, which has that shape."""
+    groups = node._saved_groups
+
+    def back(gradient: Tensor) -> Tensor:
+        return gradient.unflatten(1, (groups, -1)).flatten(3).movedim(1, 0).mT.flatten(1, 2)
+
+    def into() -> Tensor:
+        padding = [side for size in reversed(node._saved_padding) for side in (size, size)]
+        patches = F.pad(node._saved_input, padding)
+        sizes = zip(kernel[2:], node._saved_stride, node._saved_dilation, strict=True)
+        for dim, (size, stride, dilation) in enumerate(sizes, start=2):
+            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        # (batch, channels, *positions, *kernel) → (groups, batch, positions, channels of a group × kernel)
+        spatial = len(kernel) - 2
+        patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial).flatten(4)
+        return patches.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+
+    return Factors(back, into, transposed=False)
+
+
+def _batched(matrix: Tensor) -> Tensor:
+    return matrix if matrix.ndim == 3 else matrix.unsqueeze(0)
+
+
 def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
     if node._input_metadata and node._input_metadata[0].dtype.is_complex:
         return None
@@ -108,60 +171,55 @@ def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use |
 def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
     """``a b`` or ``bias + a b``, with a parameter or its transpose as one of ``a`` and ``b``."""
     *bias_node, a_node, b_node = (parent for parent, _ in node.next_functions)
-    (a, a_transposed), (b, b_transposed) = _parameter(a_node, index), _parameter(b_node, index)
-    if (a is None) == (b is None) or (bias_node and not node._saved_alpha == node._saved_beta == 1):
+    (a, a_transposed), (b, b_transposed) = same_values(a_node, index), same_values(b_node, index)
+    if (a is None) == (b is None) or (bias_node and node._saved_beta != 1):
         return None
-    shape = node._input_metadata[0].shape
-    if a is not None:
-
-        def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-            pair = gradient.mT, node._saved_mat2.to_dense().mT
-            return pair[a_transposed][None], pair[not a_transposed][None]
-
-        layer = Layer(a, None, flipped=False, groups=1)
-        return Use(node, layer, adds_bias=False, length=shape[1], rows=rows)
-    assert b is not None
-
-    def rows_of_second(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        pair = gradient, (node._saved_mat1 if bias_node else node._saved_self).to_dense()
-        return pair[not b_transposed][None], pair[b_transposed][None]
-
-    bias, _ = _parameter(bias_node[0], index) if bias_node else (None, False)
-    if bias is not None and params[bias].shape != params[b].shape[not b_transposed :][:1]:
+    place, weight, transposed = (0, a, a_transposed) if a is not None else (1, b, b_transposed)
+    factors = product_factors(node, len(bias_node) + place)
+    if factors is None:
+        return None
+    assert weight is not None
+    bias, _ = same_values(bias_node[0], index) if bias_node and place else (None, False)
+    if bias is not None and params[bias].shape != params[weight].shape[not transposed :][:1]:
         bias = None
-    layer = Layer(b, bias, flipped=not b_transposed, groups=1)
-    return Use(node, layer, adds_bias=bias is not None, length=shape[0], rows=rows_of_second)
+    layer = Layer(weight, bias, flipped=bool(place) and not transposed, groups=1)
+    length = node._input_metadata[0].shape[1 - place]
+    rows = _rows(factors._replace(transposed=factors.transposed ^ transposed))
+    return Use(node, layer, adds_bias=bias is not None, length=length, rows=rows)
 
 
 def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
-    (weight, transposed), (bias, _) = (_parameter(parent, index) for parent, _ in node.next_functions[1:])
+    (weight, transposed), (bias, _) = (same_values(parent, index) for parent, _ in node.next_functions[1:])
     if weight is None or transposed:
         return None
-    groups = node._saved_groups
-
-    def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        patches = F.pad(node._saved_input, [side for size in reversed(node._saved_padding) for side in (size, size)])
-        sizes = zip(params[weight].shape[2:], node._saved_stride, node._saved_dilation, strict=True)
-        for dim, (size, stride, dilation) in enumerate(sizes, start=2):
-            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        spatial = gradient.ndim - 2
-        back = gradient.unflatten(1, (groups, -1)).flatten(3).movedim(1, 0).mT
-        # (batch, channels, *positions, *kernel) → (groups, batch, positions, channels of a group × kernel)
-        into = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial).flatten(4).permute(1, 0, 3, 2, 4)
-        return back.flatten(1, 2), into.flatten(3).flatten(1, 2)
-
-    layer = Layer(weight, bias, flipped=False, groups=groups)
+    factors = convolution_factors(node, params[weight].shape)
+    layer = Layer(weight, bias, flipped=False, groups=node._saved_groups)
     positions = math.prod(node._input_metadata[0].shape) // params[weight].shape[0]
-    return Use(node, layer, adds_bias=bias is not None, length=positions, rows=rows)
+    return Use(node, layer, adds_bias=bias is not None, length=positions, rows=_rows(factors))
 
 
-def _parameter(node: Any, index: Mapping[int, int]) -> tuple[int | None, bool]:
-    """The parameter behind an argument of an operation, and whether it, a matrix, is transposed on the way."""
+def _rows(factors: Factors) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        back, into = factors.back(gradient), factors.into()
+        return (into, back) if factors.transposed else (back, into)
+
+    return rows
+
+
+def same_values(node: Any, index: Mapping[int, int]) -> tuple[int | None, bool]:
+    """The parameter behind an argument of an operation, and whether it, a matrix, is transposed."""
+    source, transposed = source_of(node)
+    return index.get(id(leaf(source))), transposed
+
+
+def source_of(node: Any) -> tuple[Any, bool]:
+    """The node that an argument of an operation copies, and whether it, a matrix, is transposed."""
     transposed = False
     while node is not None and node.name() in _SAME_VALUES:
         if node.name() in _TRANSPOSES:
             if len(node._input_metadata[0].shape) != 2:
-                return None, False
-            transposed ^= node.name() != "PermuteBackward0" or node._saved_dims[0] % 2 == 1  # −1 is saved unsigned
+                break
+            # Dimension −1 is saved as an unsigned number, which is odd.
+            transposed ^= node.name() != "PermuteBackward0" or node._saved_dims[0] % 2 == 1
         node = node.next_functions[0][0]
-    return index.get(id(leaf(node))), transposed
+    return node, transposed

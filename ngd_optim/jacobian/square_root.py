@@ -1,4 +1,4 @@
-"""A root of the curvature: the matrix ``A`` with ``F = AᵀA``, for metrics that live at the model's outputs."""
+"""A square root of the curvature: ``A`` with ``F = AᵀA``, for metrics at the model's outputs."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ngd_optim.curvature import Map, OutputMetric
-from ngd_optim.jacobian.jacobian import jacobian, quick_jacobian
+from ngd_optim.jacobian.jacobian import compute_cheap_jacobian, jacobian
 from ngd_optim.parameters import FlatParameters
 
 _LARGEST_BLOCK = 256
 
 
-class Root(NamedTuple):
-    """``F = AᵀA`` and what the gradient is in these terms, ``g = Aᵀs + …``.
+class SqrtGGN(NamedTuple):
+    """The square root of a Gauss-Newton or Fisher matrix, ``F = AᵀA``, and ``g = Aᵀs + …``.
 
     Attributes:
         rows: ``A``, shape (m, n), a row for each element of the model's outputs.
@@ -28,29 +28,28 @@ class Root(NamedTuple):
     displaced: Callable[[], Tensor | None]
 
 
-class NotSemidefiniteError(ValueError):
-    """The metric at the outputs has negative curvature, and hence no root."""
-
-
-def root_of(
-    metric: OutputMetric, loss: Tensor, parameters: FlatParameters, outputs_now: Callable[[], Sequence[Tensor] | None]
-) -> Root:
-    """``A = H_z^½ J``, and ``s = H_z^-½ ∂loss/∂z``.
+def square_root_of(
+    metric: OutputMetric,
+    loss: Tensor,
+    parameters: FlatParameters,
+    outputs_now: Callable[[], Sequence[Tensor] | None],
+) -> SqrtGGN | None:
+    """``A = H_z^½ J``, and ``s = H_z^-½ ∂loss/∂z``; None if ``H_z`` is not positive semidefinite.
 
     Args:
         metric: of the closure, with its graph.
         loss: likewise.
         parameters: what the Jacobian is taken in.
         outputs_now: the outputs at the parameters as they are then; None where there are none.
-
-    Raises:
-        NotSemidefiniteError: ``H_z`` is not positive semidefinite.
     """
+    powers = _powers(metric, parameters.dtype)
+    if powers is None:
+        return None
+    halves, inverses = powers
     slopes = torch.autograd.grad(loss, metric.outputs, retain_graph=True, materialize_grads=True)
     rows = jacobian(metric.outputs, parameters)
     slope = _flat(slopes, rows)
     here = _flat(metric.outputs, rows)
-    halves, inverses = _halves(metric, rows)
     _multiply(halves, rows)
     _multiply(inverses, slope.unsqueeze(1))
 
@@ -62,26 +61,29 @@ def root_of(
         _multiply(halves, change.unsqueeze(1))
         return change
 
-    return Root(rows, slope, displaced)
+    return SqrtGGN(rows, slope, displaced)
 
 
-def quick_diagonal(metric: OutputMetric, parameters: FlatParameters) -> Tensor | None:
-    """The diagonal of ``F``, from the squares of ``A``, where that takes as little as some products; else None."""
-    rows = quick_jacobian(metric.outputs, parameters)
-    if rows is None:
+def compute_cheap_diagonal(metric: OutputMetric, parameters: FlatParameters) -> Tensor | None:
+    """The diagonal of ``F`` from the squares of ``A``; None if that costs more than some products."""
+    rows = compute_cheap_jacobian(metric.outputs, parameters)
+    powers = None if rows is None else _powers(metric, parameters.dtype)
+    if rows is None or powers is None:
         return None
-    try:
-        halves, _ = _halves(metric, rows)
-    except NotSemidefiniteError:
-        return None
+    halves, _ = powers
     _multiply(halves, rows)
     return rows.square_().sum(0)
 
 
-def _halves(metric: OutputMetric, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The diagonal blocks of ``H_z^½`` and of ``H_z^-½``."""
-    roots = [_roots(blocks) for blocks in _blocks(metric.weigh, metric.outputs)]
-    halves, inverses = ([part.to(like) for part in parts] for parts in zip(*roots, strict=True))
+def _powers(metric: OutputMetric, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The diagonal blocks of ``H_z^½`` and of ``H_z^-½``; None if ``H_z`` has negative eigenvalues."""
+    halves, inverses = [], []
+    for blocks in _blocks(metric.weigh, metric.outputs):
+        powers = _powers_of_blocks(blocks)
+        if powers is None:
+            return None
+        halves.append(powers[0].to(dtype))
+        inverses.append(powers[1].to(dtype))
     return halves, inverses
 
 
@@ -144,13 +146,16 @@ def _block_columns(
     return [torch.stack(part, 2) for part in columns]
 
 
-def _roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric root of each block and its pseudo-inverse."""
-    one = blocks.shape[-1] == 1
-    values, vectors = (blocks[..., 0], torch.ones_like(blocks)) if one else torch.linalg.eigh((blocks + blocks.mT) / 2)
-    floor = torch.finfo(values.dtype).eps * values.shape[-1] * values.abs().amax(-1, keepdim=True)
+def _powers_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The symmetric root of each block and its pseudo-inverse; None if an eigenvalue is negative."""
+    if blocks.shape[-1] == 1:
+        values, vectors = blocks[..., 0], torch.ones_like(blocks)
+    else:
+        values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    largest = values.abs().amax(-1, keepdim=True)
+    floor = torch.finfo(values.dtype).eps * values.shape[-1] * largest
     if (values < -1e3 * floor).any():
-        raise NotSemidefiniteError("the metric at the model's outputs is not positive semidefinite")
+        return None
     roots = values.clamp(min=0).sqrt()
     inverse = torch.where(values > floor, 1 / roots, 0.0)
     return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT

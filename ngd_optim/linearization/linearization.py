@@ -55,7 +55,7 @@ class Linearization:
         It is exact: the sums of squares of a Jacobian's columns where that is small, else from ``n`` products.
         """
         with twice_differentiable():
-            diagonal = self._point.quick_diagonal()
+            diagonal = self._point.compute_cheap_diagonal()
         if diagonal is not None:
             return diagonal
         diagonal, unit = torch.zeros_like(self.gradient), torch.zeros_like(self.gradient)

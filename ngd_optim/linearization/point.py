@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric, kl_of
 from ngd_optim.distributed import ALONE, Ranks
-from ngd_optim.jacobian import Root, quick_diagonal, root_of
+from ngd_optim.jacobian import SqrtGGN, compute_cheap_diagonal, square_root_of
 from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import (
     Checked,
@@ -74,12 +74,8 @@ class Point:
     parameters: FlatParameters
     measure: Callable[[], tuple[float, float | None]]
 
-    def root(self) -> Root:
-        """The matrix ``A`` with ``F = AᵀA``; where there are outputs.
-
-        Raises:
-            NotSemidefiniteError: ``F`` has negative curvature.
-        """
+    def square_root(self) -> SqrtGGN | None:
+        """The matrix ``A`` with ``F = AᵀA``, where there are outputs; None if ``F`` is indefinite."""
         traced, metric = self.graph.get()
         assert isinstance(metric, OutputMetric)
         run, select = self.graph.run, metric.select
@@ -88,15 +84,15 @@ class Point:
             there = run.tried()
             return None if there is None else select(there)
 
-        return root_of(metric, traced.loss, self.parameters, outputs_now)
+        return square_root_of(metric, traced.loss, self.parameters, outputs_now)
 
-    def quick_diagonal(self) -> Tensor | None:
+    def compute_cheap_diagonal(self) -> Tensor | None:
         """The diagonal of ``F``, where it takes as little as some products; else None."""
         if not self.outputs:
             return None
         _, metric = self.graph.get()
         assert isinstance(metric, OutputMetric)
-        return quick_diagonal(metric, self.parameters)
+        return compute_cheap_diagonal(metric, self.parameters)
 
     @property
     def rounding(self) -> float:

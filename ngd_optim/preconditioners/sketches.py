@@ -206,7 +206,7 @@ class Sketched(Preconditioning):
         if old is None or len(old.basis) != len(shift) or bool(len(old.values)) != isinstance(kind, Nystrom):
             old = None
         if old is None or old.age >= kind.refresh:
-            diagonal = point.quick_diagonal() if isinstance(kind, Diagonal) else None
+            diagonal = point.compute_cheap_diagonal() if isinstance(kind, Diagonal) else None
             old = kind.drawn(counted, len(shift), shift, old, self._generator) if diagonal is None else known(diagonal)
             self._draws += 1
         self._sketch = old._replace(age=old.age + 1)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ngd_optim.jacobian import NotSemidefiniteError, Root
+from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import SolverName
@@ -30,7 +30,7 @@ class Solver(Protocol):
     def diagonal(self) -> Tensor | None: ...  # noqa: D102
 
     @property
-    def square_root(self) -> Root | None: ...  # noqa: D102
+    def square_root(self) -> SqrtGGN | None: ...  # noqa: D102
 
     @property
     def pull_back(self) -> Callable[[Tensor], Tensor] | None: ...  # noqa: D102
@@ -86,15 +86,12 @@ def _automatic(point: Point) -> SolverName:
 
 
 def _direct_solver(name: SolverName, point: Point) -> Solver:
-    if not point.outputs:
-        return Matrix(point.product, point.gradient)
-    try:
-        root = point.root()
-    except NotSemidefiniteError:
-        if name == "sample":
-            raise
-        return Matrix(point.product, point.gradient)
-    return SampleSpace(root) if name == "sample" else LeastSquares(root)
+    root = point.square_root() if point.outputs else None
+    if root is not None:
+        return SampleSpace(root) if name == "sample" else LeastSquares(root)
+    if name == "sample":
+        raise ValueError("the metric at the model's outputs is not positive semidefinite")
+    return Matrix(point.product, point.gradient)
 
 
 def curvature_diagonal(solver: Solver, point: Point) -> Tensor:
@@ -107,4 +104,7 @@ def curvature_diagonal(solver: Solver, point: Point) -> Tensor:
         return solver.diagonal
     if not point.outputs:
         raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
-    return point.root().rows.square().sum(0)
+    root = point.square_root()
+    if root is None:
+        raise ValueError("the metric at the model's outputs is not positive semidefinite")
+    return root.rows.square().sum(0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ngd_optim.jacobian import Root
+from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.quadratic_model import QuadraticModel
@@ -25,7 +25,7 @@ class LeastSquares:
 
     name: SolverName = "dense"
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: SqrtGGN) -> None:
         n = root.rows.shape[1]
         self.square_root = root
         self._factor = root.rows
@@ -62,7 +62,7 @@ class SampleSpace:
 
     name: SolverName = "sample"
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: SqrtGGN) -> None:
         self.square_root = root
         self._unit: Tensor | None = None
         self._factor = self._gram = root.rows
@@ -124,7 +124,7 @@ def _gram(A: Tensor) -> Tensor:
     return K
 
 
-def _beside(root: Root, model: QuadraticModel) -> Tensor | None:
+def _beside(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
     """``−b − Aᵀs``: the part of the right-hand side that is not the residuals'; None where it is rounding."""
     rest = -model.right_side - root.rows.T @ root.slope
     noise = torch.finfo(rest.dtype).eps * math.sqrt(len(root.slope)) * root.rows.norm() * root.slope.norm()

@@ -123,7 +123,7 @@ def with_two_outputs():
 
 def diagonals(closure, params):
     """The diagonal that is found in one pull-back, and the one from products with unit vectors."""
-    found = linearize(closure, params)._point.quick_diagonal()
+    found = linearize(closure, params)._point.compute_cheap_diagonal()
     point = linearize(closure, params)
     units = torch.eye(len(point.gradient), dtype=torch.float64)
     return found, torch.stack([point.curvature(unit)[i] for i, unit in enumerate(units)])
@@ -142,21 +142,21 @@ def test_the_diagonal_is_exact_where_it_takes_one_pull_back():
 
 def test_the_diagonal_is_estimated_where_it_takes_more(monkeypatch):
     model, closure = with_two_outputs()
-    assert linearize(closure, model.parameters())._point.quick_diagonal() is None  # several outputs of a sample
+    assert linearize(closure, model.parameters())._point.compute_cheap_diagonal() is None  # several outputs of a sample
     model, closure = ill_conditioned(True)
 
     def penalised():
         return closure() + model.weight.pow(4).sum()
 
-    assert linearize(penalised, model.parameters())._point.quick_diagonal() is None  # a Hessian beside the outputs
-    assert linearize(lambda: model.weight.pow(4).sum(), model.parameters())._point.quick_diagonal() is None
+    beside = linearize(penalised, model.parameters())  # a Hessian beside the outputs
+    assert beside._point.compute_cheap_diagonal() is None
+    assert linearize(lambda: model.weight.pow(4).sum(), model.parameters())._point.compute_cheap_diagonal() is None
     norm = nn.Sequential(model, nn.BatchNorm1d(1, dtype=torch.float64))
     x = torch.randn(200, N, dtype=torch.float64)
-    assert (
-        linearize(lambda: least_squares(norm(x)), norm.parameters())._point.quick_diagonal() is None
-    )  # samples that mix
+    mixed = linearize(lambda: least_squares(norm(x)), norm.parameters())  # samples that share statistics
+    assert mixed._point.compute_cheap_diagonal() is None
     monkeypatch.setattr("ngd_optim.jacobian.jacobian._FEW_BYTES", 200 * (N + 1) * 8 - 1)
-    assert linearize(closure, model.parameters())._point.quick_diagonal() is None  # memory
+    assert linearize(closure, model.parameters())._point.compute_cheap_diagonal() is None  # memory
 
 
 @pytest.mark.parametrize("kind", [Nystrom(rank=5, largest_rank=5, refresh=2), Diagonal(probes=5, refresh=2)])
