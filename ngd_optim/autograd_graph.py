@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ngd_optim.torch_internals import outputs_of, variable_of
+
 
 def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
     """Every node of the graph that leads to some tensors."""
@@ -21,13 +23,13 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
 
 def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
     """Of all that was computed on the way from leaves to some tensors."""
-    metadata = (one for node in nodes(roots) for one in getattr(node, "_input_metadata", ()))
+    metadata = (one for node in nodes(roots) for one in outputs_of(node))
     return {one.dtype for one in metadata if one is not None}
 
 
 def leaf(node: Node | None) -> Tensor | None:
     """The tensor whose ``.grad`` a node would add to, None if it is no such node."""
-    return getattr(node, "variable", None)
+    return variable_of(node)
 
 
 def leaves(root: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError, record
+from ngd_optim.torch_internals import version_of
 from ngd_optim.tracing import ReplayedClosure, twice_differentiable
 
 logger = logging.getLogger("ngd_optim")
@@ -43,11 +44,11 @@ class Formed(NamedTuple):
     @classmethod
     def of(cls, product: Product, v: Tensor, image: Tensor) -> "Formed":
         """For ``image = product(v)``."""
-        return cls(product, (v, v._version), image)
+        return cls(product, (v, version_of(v)), image)
 
     def image_of(self, v: Tensor) -> Tensor | None:
         """The value for ``v``, if that is the vector."""
-        is_first = self.first is not None and self.first[0] is v and self.first[1] == v._version
+        is_first = self.first is not None and self.first[0] is v and self.first[1] == version_of(v)
         return self.image if is_first else None
 
     def without_image(self) -> "Formed":

@@ -22,6 +22,7 @@ from ngd_optim.linearization.backend import ON_ANOTHER_RANK, Product, Way, direc
 from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import record
+from ngd_optim.torch_internals import hooks_of
 from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 logger = logging.getLogger("ngd_optim")
@@ -82,7 +83,7 @@ def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
     """That of a closure that was traced."""
     operations = tuple(node.name() for node in nodes([traced.loss]))
     differentiable = tuple(z.requires_grad for z in traced.outputs)
-    has_hooks = traced.has_hooks or any(p._backward_hooks for p in parameters.tensors)
+    has_hooks = traced.has_hooks or any(hooks_of(p) for p in parameters.tensors)
     prefers_forward = has_hooks or not _PREFER_FORWARD.isdisjoint(operations)
     return Signature(operations, differentiable, type(traced.metric), prefers_forward)
 
@@ -274,7 +275,7 @@ def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, flo
 
 def _refuse_nonlinear_hooks(metric: OutputMetric | ScalarMetric, parameters: FlatParameters, eps: float) -> None:
     """Hooks on parameters run in the pull-back of every product, which must stay linear."""
-    if not any(p._backward_hooks for p in parameters.tensors):
+    if not any(hooks_of(p) for p in parameters.tensors):
         return
     pull = pull_back(metric.outputs, parameters.tensors)
     once, *scaled = (

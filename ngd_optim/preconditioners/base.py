@@ -9,6 +9,7 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer
 from ngd_optim.linearization import Point
 from ngd_optim.solvers import QuadraticModel
+from ngd_optim.torch_internals import version_of
 
 Solve = Callable[[Tensor], Tensor]
 
@@ -55,12 +56,12 @@ def _checked(function: Solve) -> Solve:
     """A preconditioner of the user's, with errors that name it."""
 
     def solve(r: Tensor) -> Tensor:
-        version = r._version
+        version = version_of(r)
         z = function(r)
         if not isinstance(z, Tensor) or z.shape != r.shape:
             got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"the preconditioner must return a vector of shape {tuple(r.shape)}, got {got}")
-        if r._version != version:
+        if version_of(r) != version:
             raise ValueError("the preconditioner must return a new vector, and it changed its argument in place")
         return z.to(r)
 

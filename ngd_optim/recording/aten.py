@@ -1,11 +1,12 @@
-"""What is known of aten operations, and a mode that sees them."""
+"""What is known of aten operations."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ngd_optim.torch_internals import schema_of
 
 _TAGS = torch.Tag
 # The shape of the result depends on values, but of the index or mask, not of what is indexed.
@@ -49,7 +50,8 @@ def facts(func: Any) -> Facts:
 
 def _facts(func: Any) -> Facts:
     reads_values, random = _TAGS.data_dependent_output in func.tags, _TAGS.nondeterministic_seeded in func.tags
-    in_place, gives_tensors = func._schema.is_mutable, any("Tensor" in str(r.type) for r in func._schema.returns)
+    schema = schema_of(func)
+    in_place, gives_tensors = schema.is_mutable, any("Tensor" in str(r.type) for r in schema.returns)
     return Facts(
         in_place=in_place,
         pointwise=_TAGS.pointwise in func.tags,
@@ -63,7 +65,7 @@ def _facts(func: Any) -> Facts:
 
 def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that a call writes to."""
-    for index, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             for tensor in value if isinstance(value, list | tuple) else [value]:
@@ -78,14 +80,3 @@ def tensors_of(result: Any) -> list[tuple[int | None, Tensor]]:
     if isinstance(result, list | tuple):
         return [(index, value) for index, value in enumerate(result) if isinstance(value, Tensor)]
     return []
-
-
-class Mode(TorchDispatchMode):
-    """A dispatch mode without the guard against torch's compiler, which would be imported and cost time at each call.
-
-    Closures run without the compiler.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ngd_optim.recording.aten import facts
 from ngd_optim.recording.program import Meta, Operation, Sharing, note_last_uses, without_dead_code
+from ngd_optim.torch_internals import schema_of
 
 _aten = torch.ops.aten
 _MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}
@@ -192,10 +193,10 @@ def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, shar
 def _out_variant(function: Any) -> tuple[Any, str] | None:
     """The overload that writes its result to a given tensor, and that argument's name."""
     packet = function.overloadpacket
-    wanted = [(a.name, str(a.type)) for a in function._schema.arguments]
+    wanted = [(a.name, str(a.type)) for a in schema_of(function).arguments]
     for name in packet.overloads():
         overload = getattr(packet, name)
-        arguments = overload._schema.arguments
+        arguments = schema_of(overload).arguments
         outs = [a.name for a in arguments if a.is_out]
         if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
             return overload, outs[0]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ngd_optim.recording.aten import facts
+from ngd_optim.torch_internals import schema_of
 
 
 class Meta(NamedTuple):
@@ -76,7 +77,7 @@ class Operation:
         """The slots among them whose memory it changes."""
         if not self.writes:
             return []
-        arguments = self.function._schema.arguments
+        arguments = schema_of(self.function).arguments
         kept = {a.name for a in arguments if a.alias_info is None or not a.alias_info.is_write}
         kept |= {index for index, a in enumerate(arguments) if a.name in kept}
         top = (self.args, self.kwargs)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import Mode, facts, tensors_of, written
+from ngd_optim.recording.aten import facts, tensors_of, written
 from ngd_optim.recording.passes import optimised
 from ngd_optim.recording.program import Meta, Operation, run
+from ngd_optim.torch_internals import DispatchMode
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -84,7 +85,7 @@ def record(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Rec
     return result, Recording(recorder, result)
 
 
-class Recorder(Mode):
+class Recorder(DispatchMode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
 
     It holds none of them: they are freed as they would be without a recording. What it notes of tensors and storages

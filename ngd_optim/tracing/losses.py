@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
+from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.least_squares import least_squares
 
 
@@ -186,7 +186,7 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
     if loss.bend is not None and any(z.requires_grad for z in outputs):
         if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
             flags = call.arguments.pop("size_average", None), call.arguments.pop("reduce", None)
-            call.arguments["reduction"] = _reduction.legacy_get_string(*flags, emit_warning=False)
+            call.arguments["reduction"] = reduction_of(*flags)
         others = [t for t in call.arguments.values() if isinstance(t, Tensor) and t.requires_grad]
         others = [t for t in others if not any(t is z for z in outputs)]
         bent = loss.bend(result, *call.args, **call.kwargs)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ngd_optim.torch_internals import base_of
 from ngd_optim.tracing.losses import LOSSES, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
 
@@ -126,7 +127,7 @@ class Tracing(TorchFunctionMode):
             return None  # forward mode could not follow a closure that sets it to zero in place, and need not
         gradient = _GRAD(parameter)
         if gradient is not None:
-            self._gradients |= {id(gradient), id(gradient._base)}
+            self._gradients |= {id(gradient), id(base_of(gradient))}
         return gradient
 
     def _random(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -150,7 +151,8 @@ class Tracing(TorchFunctionMode):
         if isinstance(generator, torch.Generator):
             self._effects.track_generator(generator)
         for tensor in _changed_in_place(func, args, kwargs):
-            base = tensor if tensor._base is None else tensor._base
+            base = base_of(tensor)
+            base = tensor if base is None else base
             if base.grad_fn is None and not base.requires_grad and not (self._is_new(tensor) or self._is_new(base)):
                 self._effects.track_tensor(base, is_gradient=id(base) in self._gradients)
 

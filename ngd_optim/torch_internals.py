@@ -1,0 +1,63 @@
+"""Private names of torch, each with why it is used. All of them are in torch 2.7, the oldest supported, to 2.13.
+
+What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says which name it was.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.nn import _reduction
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sees every aten operation; no public mode looks below autograd."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Closures run without the compiler; the guard against it would import it, and cost time at each call.
+        return False
+
+
+def schema_of(operation: Any) -> Any:
+    """``OpOverload._schema``, the dispatcher's own record of which arguments an operation writes to."""
+    return operation._schema
+
+
+def version_of(tensor: Tensor) -> int:
+    """``Tensor._version``: how often it was written to in place; what autograd itself compares."""
+    return tensor._version
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """``Tensor._base``: what it is a view of; there is no public question."""
+    return tensor._base
+
+
+def hooks_of(parameter: Any) -> Any:
+    """``Tensor._backward_hooks``: those of ``register_hook``, None or empty where there are none."""
+    return parameter._backward_hooks
+
+
+def outputs_of(node: Any) -> Any:
+    """``Node._input_metadata``: shape and dtype of each output in the forward pass, or None.
+
+    Torch calls them inputs because the gradient comes in there.
+    """
+    return getattr(node, "_input_metadata", ())  # Python functions have none
+
+
+def saved_by(node: Any, name: str) -> Any:
+    """``Node._saved_<name>``: what a node keeps for its backward pass; None if it has no such thing."""
+    return getattr(node, f"_saved_{name}", None)
+
+
+def variable_of(node: Node | None) -> Tensor | None:
+    """``AccumulateGrad.variable``: the tensor whose ``.grad`` a node adds to; None for other nodes."""
+    return getattr(node, "variable", None)
+
+
+def reduction_of(size_average: Any, reduce: Any) -> str:
+    """``torch.nn._reduction``: what the two old flags of a loss function mean, which losses still take."""
+    return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)

@@ -1,0 +1,83 @@
+"""Each private name of torch that the library uses, alone: a failure here says which one broke."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ngd_optim import torch_internals as internals
+
+
+def test_a_dispatch_mode_sees_what_autograd_calls():
+    seen = []
+
+    class Watching(internals.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    w = torch.ones(3, requires_grad=True)
+    with Watching():
+        (w * 2).sum().backward()
+    assert torch.ops.aten.mul.Tensor in seen
+    assert torch.ops.aten.expand.default in seen  # of the sum's gradient
+
+
+def test_a_schema_tells_what_is_written():
+    schema = internals.schema_of(torch.ops.aten.add_.Tensor)
+    assert schema.is_mutable
+    assert [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments] == [True, False, False]
+
+
+def test_a_version_counts_writes():
+    t = torch.zeros(2)
+    before = internals.version_of(t)
+    t[0] = 1
+    assert internals.version_of(t) == before + 1
+
+
+def test_a_view_has_a_base():
+    t = torch.zeros(2)
+    assert internals.base_of(t[:1]) is t
+    assert internals.base_of(t) is None
+
+
+def test_hooks_are_there_while_they_are_registered():
+    w = nn.Parameter(torch.ones(2))
+    assert not internals.hooks_of(w)
+    handle = w.register_hook(lambda gradient: gradient)
+    assert len(internals.hooks_of(w)) == 1
+    handle.remove()
+    assert not internals.hooks_of(w)
+
+
+def test_a_node_knows_its_outputs():
+    z = torch.ones(2, 3, requires_grad=True) * 2
+    (one,) = internals.outputs_of(z.grad_fn)
+    assert (tuple(one.shape), one.dtype) == ((2, 3), torch.float32)
+
+
+def test_nodes_keep_what_matrix_products_and_convolutions_need():
+    x, layer = torch.randn(4, 3), nn.Linear(3, 2)
+    node = layer(x).grad_fn
+    assert node.name() == "AddmmBackward0"
+    assert torch.equal(internals.saved_by(node, "mat1"), x)
+    assert internals.saved_by(node, "alpha") == internals.saved_by(node, "beta") == 1
+    assert internals.saved_by(node, "nothing") is None
+    image = torch.randn(1, 2, 5, 5)
+    node = F.conv2d(image, nn.Parameter(torch.randn(4, 1, 3, 3)), padding=1, groups=2).grad_fn
+    assert node.name() == "ConvolutionBackward0"
+    assert torch.equal(internals.saved_by(node, "input"), image)
+    assert (internals.saved_by(node, "groups"), internals.saved_by(node, "padding")) == (2, (1, 1))
+
+
+def test_a_leaf_is_the_variable_of_its_node():
+    w = nn.Parameter(torch.ones(2))
+    node = (w * 2).grad_fn
+    assert internals.variable_of(node.next_functions[0][0]) is w
+    assert internals.variable_of(node) is None
+
+
+def test_old_flags_of_losses_have_a_name():
+    assert internals.reduction_of(None, None) == internals.reduction_of(True, True) == "mean"
+    assert internals.reduction_of(False, None) == "sum"
+    assert internals.reduction_of(None, False) == "none"
