@@ -58,7 +58,7 @@ def products(model: nn.Module, x: Tensor, classes: int) -> tuple[dict[str, Calla
     point = ngd_optim.linearize(lambda: F.cross_entropy(model(x), y), params)
     point.curvature(v)
     z, pull = vjp(output, *values)
-    weigh = softmax_metric(z.detach())
+    apply_hessian = softmax_metric(z.detach())
     _, push = linearize(output, *values)
     curvlinops = GGNLinearOperator(model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False)
 
@@ -76,8 +76,8 @@ def products(model: nn.Module, x: Tensor, classes: int) -> tuple[dict[str, Calla
         "gradient": lambda: torch.autograd.grad(F.cross_entropy(model(x), y), params),
         OURS: lambda: point.curvature(v),
         "double-backward KL": lambda: flat(torch.autograd.grad(kl_gradient @ v, params, retain_graph=True)),
-        "fresh jvp + vjp": lambda: flat(pull(weigh(jvp(output, values, pieces)[1]))),
-        "torch.func.linearize": lambda: flat(pull(weigh(push(*pieces)))),
+        "fresh jvp + vjp": lambda: flat(pull(apply_hessian(jvp(output, values, pieces)[1]))),
+        "torch.func.linearize": lambda: flat(pull(apply_hessian(push(*pieces)))),
         "curvlinops": lambda: curvlinops @ v,
         "pytorch-minimize (Hessian)": lambda: hessian_product.mv(v),
     }

@@ -101,7 +101,7 @@ def draw_step() -> Figure:
         return tried[-1][1], None
 
     trial = line_search(
-        evaluate, point.loss.item(), slope, max_kl=None, max_backtracks=10, demanding=True, backtrack_ratio=0.8
+        evaluate, point.loss.item(), slope, max_kl=None, max_backtracks=10, requires_decrease=True, backtrack_ratio=0.8
     )
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     plane, line = figure.subplots(1, 2)

@@ -41,9 +41,9 @@ class Ranks:
             with self._noticing_ddp():
                 result = work()
         except Exception as error:
-            self._share(error)
+            self._exchange(error)
             raise
-        self._share(None)
+        self._exchange(None)
         return result
 
     def mean_deferring_errors(self, work: Callable[[], Tensor], v: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Ranks:
     def check(self) -> None:
         """Raise what :meth:`mean_deferring_errors` met on a rank."""
         error, self._error = self._error, None
-        self._share(error)
+        self._exchange(error)
         if error is not None:
             raise error
 
@@ -113,7 +113,7 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
-    def _share(self, error: Exception | None) -> None:
+    def _exchange(self, error: Exception | None) -> None:
         """Tell the other ranks of an error, or be told of one."""
         if self.group is not None:
             (failed,) = self._maximum([0 if error is None else 1 + dist.get_rank(self.group)])

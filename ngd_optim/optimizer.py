@@ -18,7 +18,7 @@ from ngd_optim.linearization import Learnt, Point, linearize_mean
 from ngd_optim.names import BackendChoice, Curvature, DampingLimit, DampingScale, MaxKL, SolverName, TrustRegion
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, build_preconditioner
-from ngd_optim.report import StepReport, report_of
+from ngd_optim.report import StepReport, build_report
 from ngd_optim.settings import Settings, check_saved, check_settings, to_plain_numbers
 from ngd_optim.solvers import ConjugateGradients, Solver, UndampedModel, build_solver, curvature_diagonal
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
@@ -302,7 +302,7 @@ class NaturalCG(Optimizer):
             run.settle()
         closures[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
-        report = report_of(
+        report = build_report(
             point,
             outcome,
             max_kl=max_kl,

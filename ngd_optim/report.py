@@ -86,7 +86,7 @@ class StepReport:
         return asdict(self)
 
 
-def report_of(
+def build_report(
     point: Point,
     outcome: Outcome,
     *,

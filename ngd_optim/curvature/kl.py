@@ -60,7 +60,7 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
             f"{type(distribution).__name__} has no Fisher information: its support depends on its parameters; "
             f"{_USE_FORM_C}"
         )
-    base = _wrapped(distribution)
+    base = _unwrap(distribution)
     if base is not None:
         return parameters_of(base)
     names = [name for name in distribution.arg_constraints if name not in _REDUNDANT]
@@ -76,7 +76,7 @@ def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distrib
     Raises:
         NotImplementedError: the constructor does not take them.
     """
-    base = _wrapped(distribution)
+    base = _unwrap(distribution)
     try:
         if isinstance(distribution, Independent):
             return Independent(
@@ -113,20 +113,20 @@ def _kl(old: Distribution, new: Distribution) -> Tensor:
         inner = _kl(old.base_dist, new.base_dist)
         return inner.sum(list(range(inner.ndim - old.reinterpreted_batch_ndims, inner.ndim)))
     if isinstance(old, Categorical | OneHotCategorical) and isinstance(new, Categorical | OneHotCategorical):
-        return _expected(old.probs, old.logits - new.logits).sum(-1)
+        return _expect(old.probs, old.logits - new.logits).sum(-1)
     if isinstance(old, Bernoulli) and isinstance(new, Bernoulli):
-        yes = _expected(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))
-        return yes + _expected(1 - old.probs, F.softplus(new.logits) - F.softplus(old.logits))
+        yes = _expect(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))
+        return yes + _expect(1 - old.probs, F.softplus(new.logits) - F.softplus(old.logits))
     return kl_divergence(old, new)
 
 
-def _expected(probability: Tensor, value: Tensor) -> Tensor:
+def _expect(probability: Tensor, value: Tensor) -> Tensor:
     return probability * torch.where(probability > 0, value, 0)
 
 
 def local_divergence(old: Distribution, new: Distribution) -> Tensor:
     """A scalar whose Hessian in ``new``'s parameters, at ``new = old``, is that of :func:`mean_kl`."""
-    base, new_base = _wrapped(old), _wrapped(new)
+    base, new_base = _unwrap(old), _unwrap(new)
     if base is not None and new_base is not None:
         # The wrapper sums the base's KL over some dimensions, and its mean is over the others.
         return local_divergence(base, new_base) * (base.batch_shape.numel() / old.batch_shape.numel())
@@ -142,13 +142,13 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
     return mean_kl(old, new)
 
 
-def _wrapped(distribution: Distribution) -> Distribution | None:
+def _unwrap(distribution: Distribution) -> Distribution | None:
     """The base distribution, for a wrapper that has no parameters of its own."""
     if isinstance(distribution, Independent):
         return distribution.base_dist
     if isinstance(distribution, TransformedDistribution) and not distribution.arg_constraints:
         for transform in distribution.transforms:
-            if _learns(transform):
+            if _has_parameters(transform):
                 raise NotImplementedError(
                     f"{type(transform).__name__} has learned parameters, and only the base distribution's can be "
                     f"followed; {_USE_FORM_C}"
@@ -157,14 +157,14 @@ def _wrapped(distribution: Distribution) -> Distribution | None:
     return None
 
 
-def _learns(part: object, seen: frozenset[int] = frozenset()) -> bool:
+def _has_parameters(part: object, seen: frozenset[int] = frozenset()) -> bool:
     """Whether a transform, or something inside it, holds what requires a gradient."""
     if isinstance(part, Tensor):
         return part.requires_grad
     if isinstance(part, nn.Module):
         return any(p.requires_grad for p in part.parameters())
     if isinstance(part, list | tuple):
-        return any(_learns(piece, seen) for piece in part)
+        return any(_has_parameters(piece, seen) for piece in part)
     if not isinstance(part, Transform) or id(part) in seen:  # a transform and its inverse know each other
         return False
-    return any(_learns(value, seen | {id(part)}) for name, value in vars(part).items() if name != "_cached_x_y")
+    return any(_has_parameters(value, seen | {id(part)}) for name, value in vars(part).items() if name != "_cached_x_y")

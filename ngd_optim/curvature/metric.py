@@ -31,14 +31,14 @@ class OutputMetric:
 
     Attributes:
         outputs: the outputs ``z``, tensors of any shapes, with their graph.
-        weigh: ``u ↦ H_z u`` for tangents shaped like the outputs.
+        apply_hessian: ``u ↦ H_z u`` for tangents shaped like the outputs.
         select: finds the same outputs in another evaluation of the closure.
         kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the parameters around the
             outputs counts as well.
     """
 
     outputs: Tensors
-    weigh: Map
+    apply_hessian: Map
     select: Callable[[Evaluation], Tensors]
     kind: Kind
 
@@ -51,7 +51,7 @@ class OutputMetric:
     def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ Jᵀ H_z J v``, one tensor per parameter."""
         push, pull = self.push(run, params, backend), pull_back(self.outputs, params)
-        return lambda v: pull(self.weigh(push(v)))
+        return lambda v: pull(self.apply_hessian(push(v)))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
     return ScalarMetric(evaluation.loss, lambda other: other.loss, "hessian")
 
 
-def kl_of(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
+def build_kl(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
     """``other ↦`` mean KL from the prediction here to another evaluation's, in nats per sample; None if unknown."""
     metric = evaluation.metric
     if metric is None:
@@ -111,14 +111,14 @@ def kl_of(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
     if isinstance(metric, Tensor):
         return _returned_kl
     try:
-        old = [_frozen(head) for head in distributions_in(metric)]
+        old = [_freeze(head) for head in distributions_in(metric)]
     except NotImplementedError:
         return lambda other: None
 
     def kl(other: Evaluation) -> Tensor | None:
         pairs = zip(old, distributions_in(other.metric), strict=True)
         try:
-            return sum_of(mean_kl(before, after) for before, after in pairs)
+            return add_scalars(mean_kl(before, after) for before, after in pairs)
         except NotImplementedError:
             return None
 
@@ -155,12 +155,12 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
     for i, name in learned:
         moving[i][name] = moving[i][name].clone().requires_grad_()
     with torch.enable_grad():
-        divergence = sum_of(
-            local_divergence(_frozen(head), rebuild(head, of_head)) for head, of_head in zip(heads, moving, strict=True)
+        divergence = add_scalars(
+            local_divergence(_freeze(head), rebuild(head, of_head)) for head, of_head in zip(heads, moving, strict=True)
         )
     return OutputMetric(
         outputs=[values[i][name] for i, name in learned],
-        weigh=hessian(divergence, [moving[i][name] for i, name in learned]),
+        apply_hessian=hessian(divergence, [moving[i][name] for i, name in learned]),
         select=select,
         kind="fisher",
     )
@@ -203,12 +203,12 @@ def penalty_of(run: ReplayedClosure, params: Tensors) -> Map | None:
     return None if all(gradient is None for gradient in reached) else hessian(loss, params)
 
 
-def sum_of(scalars: Iterable[Tensor]) -> Tensor:
+def add_scalars(scalars: Iterable[Tensor]) -> Tensor:
     """The sum of some one-element tensors, 0-dim."""
     return torch.stack([scalar.reshape(()) for scalar in scalars]).sum()
 
 
-def _frozen(head: Distribution) -> Distribution:
+def _freeze(head: Distribution) -> Distribution:
     return rebuild(head, {k: v.detach() for k, v in parameters_of(head).items()})
 
 

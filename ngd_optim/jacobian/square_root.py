@@ -78,7 +78,7 @@ def compute_cheap_diagonal(metric: OutputMetric, parameters: FlatParameters) -> 
 def _powers(metric: OutputMetric, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]] | None:
     """The diagonal blocks of ``H_z^½`` and of ``H_z^-½``; None if ``H_z`` has negative eigenvalues."""
     halves, inverses = [], []
-    for blocks in _blocks(metric.weigh, metric.outputs):
+    for blocks in _blocks(metric.apply_hessian, metric.outputs):
         powers = _powers_of_blocks(blocks)
         if powers is None:
             return None
@@ -104,7 +104,7 @@ def _multiply(blocks: Sequence[Tensor], rows: Tensor) -> None:
         first += count * size
 
 
-def _blocks(weigh: Map, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _blocks(apply_hessian: Map, outputs: Sequence[Tensor]) -> list[Tensor]:
     """``H_z`` as diagonal blocks, shape (count, size, size), that cover the flattened outputs one after another.
 
     Tried are single elements, then the elements of one sample, then everything as one block.
@@ -113,7 +113,7 @@ def _blocks(weigh: Map, outputs: Sequence[Tensor]) -> list[Tensor]:
 
     def product(flat: Tensor) -> Tensor:
         pieces = [part.view(z.shape).to(z.dtype) for part, z in zip(flat.split(sizes), outputs, strict=True)]
-        return torch.cat([part.reshape(-1).to(flat) for part in weigh(pieces)])
+        return torch.cat([part.reshape(-1).to(flat) for part in apply_hessian(pieces)])
 
     per_sample = [z.numel() // z.shape[0] if z.ndim else 1 for z in outputs]
     generator = torch.Generator().manual_seed(0)

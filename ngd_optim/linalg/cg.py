@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from ngd_optim.linalg.scalars import Scalar, scalars_of
+from ngd_optim.linalg.scalars import Scalar, choose_scalars
 
 Stop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
 # While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
@@ -109,7 +109,7 @@ def conjugate_gradient(
         tensor([0.0909, 0.6364])
     """
     _check(b, x0, max_iters, tol, progress_tol)
-    on = scalars_of(b.device)
+    on = choose_scalars(b.device)
     norm = _norm(b).item()
     target = tol * norm
     x = r = None
@@ -117,11 +117,12 @@ def conjugate_gradient(
     if x0 is not None and x0.any() and math.isfinite(target):
         a_x0 = matvec(x0)
         start_products = 1
-        slope, bend = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
-        if slope > 0 and math.isfinite(bend):
-            share = min(1.0, slope / bend) if bend > 0 else 1.0
-            x, r = share * x0, torch.sub(b, a_x0, alpha=share)
-            model = share * (0.5 * share * bend - slope)
+        slope, x0_dot_ax0 = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
+        if slope > 0 and math.isfinite(x0_dot_ax0):
+            # The lowest point of φ between zero and x0.
+            fraction = min(1.0, slope / x0_dot_ax0) if x0_dot_ax0 > 0 else 1.0
+            x, r = fraction * x0, torch.sub(b, a_x0, alpha=fraction)
+            model = fraction * (0.5 * fraction * x0_dot_ax0 - slope)
         del a_x0
     x0 = None  # of long vectors there is none to spare
     if x is None or r is None:
@@ -136,7 +137,7 @@ def conjugate_gradient(
         r_dot_r = on.dot(r, r)
         stop = first(stop, _not_finite(r_dot_r), _NOT_FINITE)
         stop = first(stop, r_dot_r**0.5 <= target, _TOLERANCE)
-        stop = first(stop, _stalled(models, progress_tol), _PROGRESS)
+        stop = first(stop, _has_stalled(models, progress_tol), _PROGRESS)
         rounds = len(models) - 1
         if rounds == max_iters or (rounds % on.look_every == 0 and stop):
             break
@@ -201,7 +202,7 @@ def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor,
     return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), rounding))
 
 
-def _stalled(models: list[Scalar], progress_tol: float) -> Scalar:
+def _has_stalled(models: list[Scalar], progress_tol: float) -> Scalar:
     i = len(models) - 1
     window = max(3, i // 10)
     if progress_tol == 0 or i < window:

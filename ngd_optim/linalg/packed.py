@@ -7,7 +7,7 @@ over, fills the corner above the trapezoid. What is linear, as means are, can be
 from torch import Tensor
 
 
-def packed(matrix: Tensor) -> Tensor:
+def pack(matrix: Tensor) -> Tensor:
     """(..., n, n), of which the lower triangle counts → (..., n + 1, n / 2), or (..., n, (n + 1) / 2) for an odd n."""
     n = matrix.shape[-1]
     half, shift = (n + 1) // 2, 1 - n % 2
@@ -18,15 +18,15 @@ def packed(matrix: Tensor) -> Tensor:
     return result
 
 
-def order(rectangle: Tensor) -> int:
+def order_of(rectangle: Tensor) -> int:
     """The ``n`` of a packed matrix."""
     rows, half = rectangle.shape[-2:]
     return 2 * half if rows == 2 * half + 1 else rows
 
 
-def unpacked(rectangle: Tensor) -> Tensor:
+def unpack(rectangle: Tensor) -> Tensor:
     """The symmetric matrix."""
-    n, half = order(rectangle), rectangle.shape[-1]
+    n, half = order_of(rectangle), rectangle.shape[-1]
     shift = rectangle.shape[-2] - n
     result = rectangle.new_zeros(*rectangle.shape[:-2], n, n)
     result[..., :half] = rectangle[..., shift:, :].tril()

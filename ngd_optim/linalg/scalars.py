@@ -57,6 +57,6 @@ class OnDevice:
         y.addcmul_(torch.where(factor != 0, x, 0.0), factor)
 
 
-def scalars_of(device: torch.device) -> type[OnHost] | type[OnDevice]:
+def choose_scalars(device: torch.device) -> type[OnHost] | type[OnDevice]:
     """What suits vectors on a device."""
     return OnHost if device.type == "cpu" else OnDevice

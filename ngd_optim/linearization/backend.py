@@ -83,7 +83,7 @@ def form_product(
             except RuntimeError as error:
                 if is_last:
                     raise
-                return why_not(error, way.backend)
+                return explain_failure(error, way.backend)
 
         formed = ranks.together(attempt)
         if ranks.all(isinstance(formed, Formed)):
@@ -124,7 +124,7 @@ def direct_product(
     return in_context
 
 
-def why_not(error: RuntimeError, backend: Backend) -> str:
+def explain_failure(error: RuntimeError, backend: Backend) -> str:
     """Why a way fails. A string: the error itself would keep the graph alive."""
     first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if isinstance(error, CannotReplayError):

@@ -18,7 +18,7 @@ from ngd_optim.autograd_graph import dtypes, leaves, nodes
 from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of, pull_back
 from ngd_optim.distributed import Ranks
 from ngd_optim.linalg import conjugate_gradient
-from ngd_optim.linearization.backend import ON_ANOTHER_RANK, Product, Way, direct_product, log_change, why_not
+from ngd_optim.linearization.backend import ON_ANOTHER_RANK, Product, Way, direct_product, explain_failure, log_change
 from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import record
@@ -88,7 +88,7 @@ def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
     return Signature(operations, differentiable, type(traced.metric), prefers_forward)
 
 
-def unchecked(backend: BackendChoice) -> Checked:
+def assume_unchecked(backend: BackendChoice) -> Checked:
     """What is assumed of a closure whose loss or gradient is not finite: there is nothing to compare."""
     backends = get_args(Backend) if backend == "auto" else (backend,)
     return Checked(tuple(Way(b, recorded=False) for b in backends))
@@ -147,7 +147,7 @@ def check_closure(
     ranks.require_equal(parameters.read())
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
-    plain = ranks.average(ranks.together(lambda: parameters.flatten(run.plain_gradients(leaves(traced.loss)))))
+    plain = ranks.average(ranks.together(lambda: parameters.flatten(run.compute_plain_gradients(leaves(traced.loss)))))
     floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
     _check_gradient(ranks.average(gradient), plain, eps, floor)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
@@ -231,7 +231,7 @@ def _problems_of_backends(
         try:
             products[backend] = parameters.flatten(metric.product(run, parameters.tensors, backend)(v))
         except RuntimeError as error:
-            problems[backend] = why_not(error, backend)
+            problems[backend] = explain_failure(error, backend)
     if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
         return {}
     errors: dict[Backend, float] = {b: _adjoint_error(b, products, run, metric, v, parameters) for b in products}

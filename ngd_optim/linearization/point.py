@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from ngd_optim.curvature import OutputMetric, ScalarMetric, kl_of
+from ngd_optim.curvature import OutputMetric, ScalarMetric, build_kl
 from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.jacobian import SqrtGGN, compute_cheap_diagonal, square_root_of
 from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import (
     Checked,
     Signature,
+    assume_unchecked,
     check_closure,
     refuse_unsupported,
     signature_of,
-    unchecked,
 )
 from ngd_optim.linearization.product import ClosureProduct, Graph, MeanProduct, RanksProduct
 from ngd_optim.names import BackendChoice, Curvature, Kind
@@ -81,7 +81,7 @@ class Point:
         run, select = self.graph.run, metric.select
 
         def outputs_now() -> Sequence[Tensor] | None:
-            there = run.tried()
+            there = run.evaluate_trial()
             return None if there is None else select(there)
 
         return square_root_of(metric, traced.loss, self.parameters, outputs_now)
@@ -99,7 +99,7 @@ class Point:
         """Differences of the loss below this are noise."""
         return 10 * torch.finfo(self.loss.dtype).eps * abs(self.loss.item())
 
-    def averaged(self, ranks: Ranks) -> "Point":
+    def average(self, ranks: Ranks) -> "Point":
         """The mean over several processes. What it measures and multiplies by is then global as well."""
         if ranks.group is None:
             return self
@@ -167,7 +167,7 @@ def linearize_closure(
     params = parameters.tensors
     graph = Graph(run, curvature)
 
-    def differentiated() -> tuple[Signature, list[bool], Tensor]:
+    def differentiate() -> tuple[Signature, list[bool], Tensor]:
         traced, _ = graph.get()
         signature = signature_of(traced, parameters)
         if (run.code, curvature, backend, signature) not in learnt:
@@ -181,7 +181,7 @@ def linearize_closure(
             ) from error
         return signature, [gradient is not None for gradient in gradients], parameters.flatten(gradients)
 
-    signature, reached, gradient = ranks.together(differentiated)
+    signature, reached, gradient = ranks.together(differentiate)
     traced, metric = graph.get()
     key = run.code, curvature, backend, signature
     checked = learnt.get(key)
@@ -191,17 +191,17 @@ def linearize_closure(
         )
         if checked is not None:
             learnt[key] = checked
-    found = checked or unchecked(backend)
+    found = checked or assume_unchecked(backend)
 
     def forget(ways: tuple[Way, ...]) -> None:
         learnt[key] = replace(found, ways=ways)
 
     if observe is not None:
         ranks.together(lambda: observe(metric))
-    kl = kl_of(traced)
+    kl = build_kl(traced)
 
     def measure() -> tuple[float, float | None]:
-        there = run.tried()
+        there = run.evaluate_trial()
         if there is None:
             return math.inf, None
         divergence = kl(there)
@@ -213,7 +213,7 @@ def linearize_closure(
         gradient=gradient,
         product=ClosureProduct(graph, parameters, found, ranks, forget, keep_graph=keep_graph),
         reached=reached,
-        used=reached if all(reached) else _reached([traced.loss, *metric.outputs], params),
+        used=reached if all(reached) else _find_reached([traced.loss, *metric.outputs], params),
         kind=metric.kind,
         has_kl=traced.metric is not None,
         is_least_squares=traced.is_least_squares and at_outputs,
@@ -223,7 +223,7 @@ def linearize_closure(
         measure=measure,
     )
     if not keep_graph:
-        graph.let_go()
+        graph.release()
     return point
 
 
@@ -246,10 +246,10 @@ def linearize_mean(
     ]
     if len(parts) > 1:
         ranks.together(lambda: _require_one_kind(parts))
-    return (parts[0] if len(parts) == 1 else _mean_of(parts)).averaged(ranks)
+    return (parts[0] if len(parts) == 1 else _average_points(parts)).average(ranks)
 
 
-def _mean_of(parts: Sequence[Point]) -> Point:
+def _average_points(parts: Sequence[Point]) -> Point:
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
@@ -281,7 +281,7 @@ def _require_one_kind(parts: Sequence[Point]) -> None:
         )
 
 
-def _reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
+def _find_reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     """For each parameter, whether one of the roots depends on it."""
     zeros = [torch.zeros_like(root) for root in roots]
     gradients = torch.autograd.grad(roots, params, zeros, retain_graph=True, allow_unused=True)

@@ -30,11 +30,11 @@ class Graph:
         """The evaluation and the metric."""
         if self._kept is None:
             with torch.enable_grad():
-                traced = self.run.traced()
+                traced = self.run.trace()
                 self._kept = traced, metric_of(traced, self._curvature)
         return self._kept
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free the memory of the graph."""
         self._kept = None
 
@@ -89,7 +89,7 @@ class ClosureProduct:
             self.ways = ways
             self._forget(ways)
         if self.ways[0].recorded or not self._keep_graph:
-            self._graph.let_go()
+            self._graph.release()
         self._formed = formed
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ClosureProduct:
         def retraced(v: Tensor) -> Tensor:
             _, metric = self._ranks.together(self._graph.get)
             product = direct_product(backend, self._graph.run, metric, self._parameters, penalty=self._penalty)
-            self._graph.let_go()
+            self._graph.release()
             return product(v)
 
         return retraced

@@ -49,10 +49,10 @@ class Given(Preconditioning):
     def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """The function, with its results checked."""
         self.name = "callable"
-        return _checked(self._function)
+        return _check_results(self._function)
 
 
-def _checked(function: Solve) -> Solve:
+def _check_results(function: Solve) -> Solve:
     """A preconditioner of the user's, with errors that name it."""
 
     def solve(r: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.base import Preconditioning, Solve
 from ngd_optim.preconditioners.kronecker import (
     KroneckerFactors,
-    factors_of,
+    average_factors,
+    build_kronecker_preconditioner,
+    estimate_factors,
     fits,
     is_worthwhile,
-    kronecker_preconditioner,
-    mean_of,
 )
 from ngd_optim.solvers import QuadraticModel
 
@@ -89,7 +89,7 @@ class Kronecker(Preconditioning):
         if not (self._must or is_worthwhile(uses, self._parameters.tensors)):
             self._estimates.append(None)
         elif self._is_due or not fits(self._values, layers, self._parameters.tensors):
-            self._estimates.append(factors_of(uses, metric, self._parameters, self._generator))
+            self._estimates.append(estimate_factors(uses, metric, self._parameters, self._generator))
         else:
             self.layers = layers
 
@@ -103,7 +103,7 @@ class Kronecker(Preconditioning):
         values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
         shifts = self._parameters.views(model.shift)
         means = torch.stack([part.sum() / max(1, part.numel()) for part in shifts]).tolist()
-        return kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
+        return build_kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
 
     def keep(self, products: int) -> None:
         """The factors, and how many products they have served."""
@@ -119,7 +119,7 @@ class Kronecker(Preconditioning):
         """Mix the estimates of all closures and ranks with what was known."""
         self._served, self._draws = 0, self._draws + 1
         estimates = [factors for factors in self._estimates if factors is not None]
-        mean = mean_of(estimates) if len(estimates) == len(self._estimates) else None
+        mean = average_factors(estimates) if len(estimates) == len(self._estimates) else None
         del estimates
         self._estimates.clear()  # as large as what they become
         layers = None if mean is None else (mean.layers, sorted(mean.values))
@@ -129,8 +129,8 @@ class Kronecker(Preconditioning):
         values = {key: ranks.average(value) for key, value in mean.values.items()}
         if all(value.isfinite().all() for value in values.values()):  # else the step will be refused
             self.layers, mean = mean.layers, None
-            self._values = {key: _mixed(values.pop(key), self._values.get(key)) for key in list(values)}
+            self._values = {key: _mix(values.pop(key), self._values.get(key)) for key in list(values)}
 
 
-def _mixed(value: Tensor, older: Tensor | None) -> Tensor:
+def _mix(value: Tensor, older: Tensor | None) -> Tensor:
     return value if older is None or older.shape != value.shape else value.lerp(older.to(value), SHARE_OF_OLDER)

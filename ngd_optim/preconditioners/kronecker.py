@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from ngd_optim.curvature import OutputMetric
 from ngd_optim.jacobian import Layer, Use
-from ngd_optim.linalg import order, packed, unpacked
+from ngd_optim.linalg import order_of, pack, unpack
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.sampling import draw
 
@@ -44,7 +44,7 @@ class KroneckerFactors:
 
 
 @torch.no_grad()
-def factors_of(
+def estimate_factors(
     uses: Sequence[Use], metric: OutputMetric, parameters: FlatParameters, generator: torch.Generator
 ) -> KroneckerFactors:
     """Estimate the factors by one pull-back of a random draw from the metric."""
@@ -61,7 +61,7 @@ def factors_of(
     values: dict[tuple[int, str], Tensor] = {}
     for layer, own in by_layer.items():
         left, right = _factors(layer, own, parameters.dtype)
-        values |= {(layer.weight, "left"): stored(left), (layer.weight, "right"): stored(right)}
+        values |= {(layer.weight, "left"): pack_factor(left), (layer.weight, "right"): pack_factor(right)}
     for i, gradient in zip(outside, gradients[len(uses) :], strict=True):
         values[i, "diagonal"] = gradient.to(parameters.dtype).square()
     return KroneckerFactors(tuple(by_layer), values)
@@ -79,20 +79,20 @@ def fits(values: Values, layers: Sequence[Layer], params: Sequence[Tensor]) -> b
 
 
 def _shape(name: str, value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape) if name == "diagonal" or value.ndim == 2 else (len(value), order(value))
+    return tuple(value.shape) if name == "diagonal" or value.ndim == 2 else (len(value), order_of(value))
 
 
-def stored(factor: Tensor) -> Tensor:
+def pack_factor(factor: Tensor) -> Tensor:
     """A ``"left"`` or ``"right"`` as it is kept."""
-    return packed(factor) if factor.ndim == 3 else factor
+    return pack(factor) if factor.ndim == 3 else factor
 
 
-def full(factor: Tensor) -> Tensor:
+def unpack_factor(factor: Tensor) -> Tensor:
     """The matrices of a ``"left"`` or ``"right"``; the diagonals, where it has these alone."""
-    return unpacked(factor) if factor.ndim == 3 else factor
+    return unpack(factor) if factor.ndim == 3 else factor
 
 
-def mean_of(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors | None:
+def average_factors(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors | None:
     """The mean over several closures; None if they do not use the parameters in the same way."""
     if not estimates or any(other.layers != estimates[0].layers for other in estimates):
         return None
@@ -123,16 +123,16 @@ def _factors(layer: Layer, own: list[tuple[Use, Tensor]], dtype: torch.dtype) ->
             back, into = into, back
         if layer.bias is not None:
             into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
-        left, right = _moment(back), _moment(into)
+        left, right = _second_moment(back), _second_moment(into)
         trace_left, trace_right, n = _trace(left), _trace(right), max(1, back.shape[1])
-        lefts.append(_scaled(left, trace_right / n))
-        rights.append(_scaled(right, trace_left / n))
+        lefts.append(_scale(left, trace_right / n))
+        rights.append(_scale(right, trace_left / n))
         traces.append(trace_left * trace_right / n)
     scale = sum(traces).clamp(min=torch.finfo(traces[0].dtype).tiny).rsqrt()  # pyright: ignore
-    return _scaled(sum(lefts), scale), _scaled(sum(rights), scale)  # pyright: ignore
+    return _scale(sum(lefts), scale), _scale(sum(rights), scale)  # pyright: ignore
 
 
-def _moment(rows: Tensor) -> Tensor:
+def _second_moment(rows: Tensor) -> Tensor:
     return rows.square().sum(1) if rows.shape[-1] > LARGEST_FACTOR else rows.mT @ rows
 
 
@@ -140,11 +140,11 @@ def _trace(factor: Tensor) -> Tensor:
     return factor.sum(-1) if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _scaled(factor: Tensor, scale: Tensor) -> Tensor:
+def _scale(factor: Tensor, scale: Tensor) -> Tensor:
     return factor * scale.view(-1, *[1] * (factor.ndim - 1))
 
 
-def kronecker_preconditioner(
+def build_kronecker_preconditioner(
     factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[float]
 ) -> Callable[[Tensor], Tensor]:
     """``r ↦ M⁻¹ r`` for the blocks ``(L + √λ/π I) ⊗ (R + π √λ I)``, and ``diagonal + λ`` for the rest.
@@ -157,7 +157,9 @@ def kronecker_preconditioner(
         shift: for each parameter the ``λ`` that the system adds to the curvature.
     """
     blocks = [_Block(layer, factors.values, shift[layer.weight]) for layer in factors.layers]
-    diagonals = {i: _invertible(value + shift[i]) for (i, name), value in factors.values.items() if name == "diagonal"}
+    diagonals = {
+        i: _make_invertible(value + shift[i]) for (i, name), value in factors.values.items() if name == "diagonal"
+    }
 
     def precondition(r: Tensor) -> Tensor:
         result = torch.empty_like(r)
@@ -176,7 +178,7 @@ class _Block:
 
     def __init__(self, layer: Layer, values: Values, shift: float) -> None:
         self._layer = layer
-        left, right = (full(values[layer.weight, side]) for side in ("left", "right"))
+        left, right = (unpack_factor(values[layer.weight, side]) for side in ("left", "right"))
         pi = (_trace(right) / right.shape[1] / (_trace(left) / left.shape[1])).sqrt()
         pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
         self._left = _inverse(left, shift**0.5 / pi)
@@ -197,7 +199,7 @@ class _Block:
 def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
     """The inverse of ``factor + shift I``, with a larger shift where rounding errors are as large."""
     shift = torch.maximum(shift, _ROUNDING * torch.finfo(factor.dtype).eps * _trace(factor))
-    shift = _invertible(shift)
+    shift = _make_invertible(shift)
     if factor.ndim == 2:
         return 1 / (factor + shift[:, None])
     while True:
@@ -209,6 +211,6 @@ def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
         shift = 10 * shift
 
 
-def _invertible(diagonal: Tensor) -> Tensor:
+def _make_invertible(diagonal: Tensor) -> Tensor:
     """With 1 in place of zeros."""
     return torch.where(diagonal < torch.finfo(diagonal.dtype).tiny, 1, diagonal)

@@ -18,22 +18,22 @@ def draw(metric: OutputMetric, generator: torch.Generator) -> list[Tensor]:
     predictive distribution. Of any other, only the diagonal counts, as estimated from a few probes (Hutchinson 1990).
     """
     # Normal numbers, and not signs: a metric that turns them into zero is zero.
-    probes = [_normal(z, generator) for z in metric.outputs]
-    images = metric.weigh(probes)
-    sums = metric.weigh([torch.ones_like(z) for z in metric.outputs])
+    probes = [_draw_normal(z, generator) for z in metric.outputs]
+    images = metric.apply_hessian(probes)
+    sums = metric.apply_hessian([torch.ones_like(z) for z in metric.outputs])
     draws: list[Tensor | None] = []
     for z, v, image, total in zip(metric.outputs, probes, images, sums, strict=True):
         if _close(v * total, image):
             draws.append(v.sign() * total.clamp(min=0).sqrt())
         else:
-            draws.append(_of_softmax(z.detach(), v, image, generator))
+            draws.append(_draw_from_softmax(z.detach(), v, image, generator))
     if any(u is None for u in draws):
         roots = [d.clamp(min=0).sqrt() for d in _diagonals(metric, generator)]
         draws = [v.sign() * root if u is None else u for u, v, root in zip(draws, probes, roots, strict=True)]
     return [u for u in draws if u is not None]
 
 
-def _of_softmax(z: Tensor, v: Tensor, image: Tensor, generator: torch.Generator) -> Tensor | None:
+def _draw_from_softmax(z: Tensor, v: Tensor, image: Tensor, generator: torch.Generator) -> Tensor | None:
     """A draw for ``w (diag p − p pᵀ)``, if that is what turned ``v`` into ``image``."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     for dim in dict.fromkeys((z.ndim - 1, min(1, z.ndim - 1), 0)):
@@ -53,13 +53,13 @@ def _of_softmax(z: Tensor, v: Tensor, image: Tensor, generator: torch.Generator)
 def _diagonals(metric: OutputMetric, generator: torch.Generator) -> list[Tensor]:
     total = [torch.zeros_like(z) for z in metric.outputs]
     for _ in range(_PROBES):
-        signs = [_normal(z, generator).sign() for z in metric.outputs]
-        for t, s, image in zip(total, signs, metric.weigh(signs), strict=True):
+        signs = [_draw_normal(z, generator).sign() for z in metric.outputs]
+        for t, s, image in zip(total, signs, metric.apply_hessian(signs), strict=True):
             t.add_(s * image, alpha=1 / _PROBES)
     return total
 
 
-def _normal(z: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_normal(z: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(z.shape, generator=generator, device=generator.device).to(z)
 
 

@@ -72,13 +72,13 @@ class Diagonal:
     def __post_init__(self) -> None:
         _at_least_one(probes=self.probes, refresh=self.refresh)
 
-    def drawn(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
+    def draw(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
         """A new estimate."""
         total = torch.zeros_like(shift)
         for _ in range(self.probes):
             signs = torch.randint(0, 2, (n,), generator=generator, device=generator.device).mul_(2).sub_(1).to(shift)
             total += signs * product(signs)
-        return known(total / self.probes)
+        return sketch_of_diagonal(total / self.probes)
 
     def solve(self, sketch: Sketch, shift: Tensor) -> Product:
         """``r ↦ M⁻¹ r``."""
@@ -122,7 +122,7 @@ class Nystrom:
         if self.largest_rank is not None and self.largest_rank < self.rank:
             raise ValueError(f"largest_rank must be at least rank, got {self.largest_rank} < {self.rank}")
 
-    def drawn(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
+    def draw(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
         """A new approximation, of the old one's rank at least."""
         largest = min(max(DEFAULT_LARGEST_RANK, self.rank) if self.largest_rank is None else self.largest_rank, n)
         rank = min(largest, self.rank if old is None else len(old.values))
@@ -149,7 +149,7 @@ class Nystrom:
         return lambda r: r + U @ (weights * (U.T @ r))
 
 
-def known(diagonal: Tensor) -> Sketch:
+def sketch_of_diagonal(diagonal: Tensor) -> Sketch:
     """The sketch that a diagonal makes."""
     return Sketch(diagonal.unsqueeze(1), diagonal.new_zeros(0), 0)
 
@@ -193,7 +193,7 @@ class Sketched(Preconditioning):
         own = [state.get(p, {}) for p in parameters.tensors]
         self._draws = own[0].get("draws", 0)
         self._generator = generator or torch.Generator().manual_seed(self._draws)
-        self._sketch = _sketch_of(own, parameters)
+        self._sketch = _load_sketch(own, parameters)
 
     def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
         """Drawn anew where what earlier steps left is too old or of another kind."""
@@ -207,7 +207,11 @@ class Sketched(Preconditioning):
             old = None
         if old is None or old.age >= kind.refresh:
             diagonal = point.compute_cheap_diagonal() if isinstance(kind, Diagonal) else None
-            old = kind.drawn(counted, len(shift), shift, old, self._generator) if diagonal is None else known(diagonal)
+            old = (
+                kind.draw(counted, len(shift), shift, old, self._generator)
+                if diagonal is None
+                else sketch_of_diagonal(diagonal)
+            )
             self._draws += 1
         self._sketch = old._replace(age=old.age + 1)
         if not (old.basis.isfinite().all() and old.values.isfinite().all()):
@@ -230,7 +234,7 @@ class Sketched(Preconditioning):
         self._state[tensors[0]] |= {"sketch_values": values, "sketch_age": age, "draws": self._draws}
 
 
-def _sketch_of(own: Sequence[Mapping[str, Any]], parameters: FlatParameters) -> Sketch | None:
+def _load_sketch(own: Sequence[Mapping[str, Any]], parameters: FlatParameters) -> Sketch | None:
     """What the state holds of the last sketch; None if that was of other parameters."""
     if not (all("sketch" in entry for entry in own) and "sketch_values" in own[0]):
         return None

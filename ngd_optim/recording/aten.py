@@ -63,7 +63,7 @@ def _facts(func: Any) -> Facts:
     )
 
 
-def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+def find_written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that a call writes to."""
     for index, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.recording.aten import facts
-from ngd_optim.recording.program import Meta, Operation, Sharing, note_last_uses, without_dead_code
+from ngd_optim.recording.program import Meta, Operation, Sharing, note_last_uses, remove_dead_code
 from ngd_optim.torch_internals import schema_of
 
 _aten = torch.ops.aten
@@ -16,25 +16,25 @@ _MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _at
 _FUSED = set(_MATMUL_AND_ADD.values())
 
 
-def optimised(program: list[Operation], metas: list[Meta], output: int) -> tuple[list[Operation], list[Operation]]:
+def optimise(program: list[Operation], metas: list[Meta], output: int) -> tuple[list[Operation], list[Operation]]:
     """A program that computes the same output slot from slot 0, with fewer and cheaper operations.
 
     In two parts: the operations that only look at slot 0 in other ways, and what follows.
     """
     sharing = Sharing()
-    shifts = _shifts(program, metas)
-    program = _without_added_zeros(program, metas, output, sharing)
-    program = _without_chains_of_views(program, metas, output, shifts)
-    program = without_dead_code(program, metas, [output], sharing)
-    program = _with_fused_products(program, metas, output)
-    program = without_dead_code(program, metas, [output], sharing)
-    views, rest = _views_first(program)
+    shifts = _find_offsets(program, metas)
+    program = _remove_added_zeros(program, metas, output, sharing)
+    program = _collapse_views(program, metas, output, shifts)
+    program = remove_dead_code(program, metas, [output], sharing)
+    program = _fuse_products(program, metas, output)
+    program = remove_dead_code(program, metas, [output], sharing)
+    views, rest = _split_off_views(program)
     _reuse_memory([*views, *rest], metas, output, sharing)
     note_last_uses([*views, *rest], [output])
     return views, rest
 
 
-def _views_first(program: list[Operation]) -> tuple[list[Operation], list[Operation]]:
+def _split_off_views(program: list[Operation]) -> tuple[list[Operation], list[Operation]]:
     views, rest, slots = [], [], {0}
     for operation in program:
         if facts(operation.function).shares_memory and slots.issuperset(operation.slots):
@@ -51,13 +51,13 @@ def _rename(operation: Operation, same: dict[int, int]) -> None:
         operation.read([(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs])
 
 
-def _without_added_zeros(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> list[Operation]:
+def _remove_added_zeros(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> list[Operation]:
     """``x + 0``, which derivatives make of what has no tangent, is ``x``, expanded.
 
     If it has to be expanded, only where pointwise operations read it, which do not mind how it lies in memory.
     """
     particular = {output} | {slot for op in program if not facts(op.function).pointwise for slot in op.slots}
-    changed = {metas[slot].memory for op in program for slot in op.written}
+    changed = {metas[slot].memory for op in program for slot in op.written_slots}
     zeros = {op.outputs[0][1] for op in program if op.function is _aten.zeros_like.default}
     zeros = {slot for slot in zeros if metas[slot].memory not in changed}
 
@@ -94,13 +94,13 @@ def _without_added_zeros(program: list[Operation], metas: list[Meta], output: in
     return kept
 
 
-def _shifts(program: list[Operation], metas: list[Meta]) -> dict[int, int]:
+def _find_offsets(program: list[Operation], metas: list[Meta]) -> dict[int, int]:
     """How far views begin after what they are views of."""
     views = [op for op in program if facts(op.function).shares_memory and len(op.inputs) == 1]
     return {slot: metas[slot].offset - metas[op.slots[0]].offset for op in views for _, slot in op.outputs}
 
 
-def _without_chains_of_views(
+def _collapse_views(
     program: list[Operation], metas: list[Meta], output: int, shifts: dict[int, int]
 ) -> list[Operation]:
     """A view of a view is one view of the tensor below; one that lies as another is that one.
@@ -137,7 +137,7 @@ def _without_chains_of_views(
     return kept
 
 
-def _with_fused_products(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
+def _fuse_products(program: list[Operation], metas: list[Meta], output: int) -> list[Operation]:
     """``x + A B`` in one operation, where nothing else needs ``A B``."""
     uses = Counter([output, *(slot for operation in program for slot in operation.slots)])
     products = {op.outputs[0][1]: op for op in program if op.function in _MATMUL_AND_ADD}
@@ -172,7 +172,7 @@ def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, shar
         fused = operation.function in _FUSED
         if operation.writes or operation.kwargs or not (fused or facts(operation.function).pointwise):
             continue
-        variant, result = _out_variant(operation.function), operation.outputs[0][1]
+        variant, result = _find_out_variant(operation.function), operation.outputs[0][1]
         meta = metas[result]
         used = Counter(memory(slot) for slot in operation.slots)
         for place, position, slot in operation.inputs:
@@ -190,7 +190,7 @@ def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, shar
 
 
 @cache
-def _out_variant(function: Any) -> tuple[Any, str] | None:
+def _find_out_variant(function: Any) -> tuple[Any, str] | None:
     """The overload that writes its result to a given tensor, and that argument's name."""
     packet = function.overloadpacket
     wanted = [(a.name, str(a.type)) for a in schema_of(function).arguments]

@@ -73,7 +73,7 @@ class Operation:
         return facts(self.function).in_place
 
     @property
-    def written(self) -> list[int]:
+    def written_slots(self) -> list[int]:
         """The slots among them whose memory it changes."""
         if not self.writes:
             return []
@@ -103,7 +103,7 @@ class Sharing:
             self._parent[memory] = other
 
 
-def without_dead_code(
+def remove_dead_code(
     program: list[Operation], metas: list[Meta], outputs: Iterable[int], sharing: Sharing
 ) -> list[Operation]:
     """The operations that some slots need."""
@@ -116,7 +116,7 @@ def without_dead_code(
     kept = []
     for operation in reversed(program):
         results = [slot for _, slot in operation.outputs]
-        if not needed.isdisjoint(results) or any(memory(slot) in memories for slot in operation.written):
+        if not needed.isdisjoint(results) or any(memory(slot) in memories for slot in operation.written_slots):
             needed.update(operation.slots)
             memories.update(memory(slot) for slot in operation.slots)
             kept.append(operation)

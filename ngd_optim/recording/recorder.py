@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import facts, tensors_of, written
-from ngd_optim.recording.passes import optimised
+from ngd_optim.recording.aten import facts, find_written, tensors_of
+from ngd_optim.recording.passes import optimise
 from ngd_optim.recording.program import Meta, Operation, run
 from ngd_optim.torch_internals import DispatchMode
 
@@ -42,7 +42,7 @@ class Recording:
         self._output = recorder.slot_of(result)
         self._views, self._program = [], []
         if self._output is not None:
-            self._views, self._program = optimised(recorder.program, metas, self._output)
+            self._views, self._program = optimise(recorder.program, metas, self._output)
         self._values: list[Any] = [None] * len(metas)
         self.length = len(self._program)
         computed = [op for op in self._program if not facts(op.function).shares_memory]
@@ -102,7 +102,7 @@ class Recorder(DispatchMode):
 
     def slot_of(self, tensor: Tensor) -> int | None:
         """The slot of a tensor, None if it does not depend on the vector."""
-        return self._noted(tensor, "_slot")
+        return self._read_mark(tensor, "_slot")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,24 +110,24 @@ class Recorder(DispatchMode):
         if fact.asks_about_shapes:
             return func(*args, **kwargs)
         inputs: list[tuple[Any, Any, int]] = []
-        own_args = self._own(list(args), inputs)
-        own_kwargs = self._own(dict(kwargs), inputs) if kwargs else {}
+        own_args = self._take_slots_out(list(args), inputs)
+        own_kwargs = self._take_slots_out(dict(kwargs), inputs) if kwargs else {}
         if not inputs:
             return func(*args, **kwargs)
         if func in _ALIASES:
             result = func(*args, **kwargs)
-            self._note(result, "_slot", inputs[0][2])
+            self._put_mark(result, "_slot", inputs[0][2])
             return result
         if not fact.replayable and not (fact.by_constants and all(p is own_args and key == 0 for p, key, _ in inputs)):
             raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
-        if fact.in_place and any(self._memory(t) is None for t in written(func, args, kwargs)):
+        if fact.in_place and any(self._memory(t) is None for t in find_written(func, args, kwargs)):
             raise CannotReplayError(f"{func} writes what depends on the vector to memory from elsewhere")
         result = func(*args, **kwargs)
         slots = [(index, self._new_slot(tensor)) for index, tensor in tensors_of(result)]
         self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
         return result
 
-    def _own(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
+    def _take_slots_out(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
         """A copy of nested arguments with the tensors that depend on the vector taken out, and their places noted."""
         for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
             if isinstance(value, Tensor):
@@ -136,7 +136,7 @@ class Recorder(DispatchMode):
                     inputs.append((place, key, slot))
                     place[key] = None
             elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
-                place[key] = self._own(list(value), inputs)
+                place[key] = self._take_slots_out(list(value), inputs)
         return place
 
     def _new_slot(self, tensor: Tensor) -> int:
@@ -147,20 +147,20 @@ class Recorder(DispatchMode):
         if memory is None:
             memory = self._memories
             self._memories += 1
-            self._note(tensor.untyped_storage(), "_memory", memory)
+            self._put_mark(tensor.untyped_storage(), "_memory", memory)
         flags = (tensor.is_conj(), tensor.is_neg())
         offset = int(tensor.storage_offset())
         self.metas.append(Meta(tensor.shape, tensor.stride(), tensor.dtype, flags, offset, memory))
-        self._note(tensor, "_slot", len(self.metas) - 1)
+        self._put_mark(tensor, "_slot", len(self.metas) - 1)
         return len(self.metas) - 1
 
     def _memory(self, tensor: Tensor) -> int | None:
         """A number for each piece of memory that depends on the vector, None for others."""
-        return self._noted(tensor.untyped_storage(), "_memory")
+        return self._read_mark(tensor.untyped_storage(), "_memory")
 
-    def _note(self, thing: Tensor | torch.UntypedStorage, name: str, number: int) -> None:
+    def _put_mark(self, thing: Tensor | torch.UntypedStorage, name: str, number: int) -> None:
         setattr(thing, name, (self._mark, number))
 
-    def _noted(self, thing: Tensor | torch.UntypedStorage, name: str) -> int | None:
+    def _read_mark(self, thing: Tensor | torch.UntypedStorage, name: str) -> int | None:
         mark, number = getattr(thing, name, (None, None))
         return number if mark is self._mark else None

@@ -72,11 +72,11 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
     if not point.gradient.isfinite().all():
         return conjugate_gradients  # which say so
     if name == "auto":
-        name = _automatic(point)
+        name = _choose_automatically(point)
     return conjugate_gradients if name == "cg" else _direct_solver(name, point)
 
 
-def _automatic(point: Point) -> SolverName:
+def _choose_automatically(point: Point) -> SolverName:
     m, n = point.outputs, len(point.gradient)
     few = n if not m else min(m, n)
     bytes_needed = point.gradient.element_size() * n * (m or n)

@@ -41,10 +41,12 @@ class LeastSquares:
         R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
         R, c = R[:n, :n], R[:n, n:]
         self._factor = R
-        rest = _beside(self.square_root, model)
+        rest = _find_remainder(self.square_root, model)
         if rest is not None:
             c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
-        return _result(-torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.square_root.rows, model)
+        return _solution_from_rows(
+            -torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.square_root.rows, model
+        )
 
     def pull_back(self, u: Tensor) -> Tensor:
         """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
@@ -75,14 +77,14 @@ class SampleSpace:
         unit = model.shift / size
         if self._unit is None or not torch.allclose(unit, self._unit, rtol=1e-12, atol=0):
             self._unit, self._gram = unit, _gram(A * unit.rsqrt())
-        rest = _beside(self.square_root, model)
+        rest = _find_remainder(self.square_root, model)
         pulled = None if rest is None else rest / model.shift
         L, info = torch.linalg.cholesky_ex(self._gram + size * torch.eye(len(s)).to(s))
         if info:
-            return _failed(model)
+            return _indefinite_solution(model)
         self._factor = L
         x = self.pull_back(s if pulled is None else s - A @ pulled)
-        return _result(-(x if pulled is None else x + pulled), A, model)
+        return _solution_from_rows(-(x if pulled is None else x + pulled), A, model)
 
     def pull_back(self, u: Tensor) -> Tensor:
         """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
@@ -105,10 +107,10 @@ class Matrix:
         """By its Cholesky factor; where it has none, more damping must come to the rescue."""
         L, info = torch.linalg.cholesky_ex(self._matrix + model.shift.diag())
         if info:
-            return _failed(model)
+            return _indefinite_solution(model)
         x = torch.cholesky_solve(model.right_side.unsqueeze(1), L).squeeze(1)
         image = self._matrix @ x + model.shift * x
-        return _exact(x, model, image, torch.dot(x, image).item())
+        return _solution_of(x, model, image, torch.dot(x, image).item())
 
 
 def _gram(A: Tensor) -> Tensor:
@@ -124,20 +126,20 @@ def _gram(A: Tensor) -> Tensor:
     return K
 
 
-def _beside(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
+def _find_remainder(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
     """``−b − Aᵀs``: the part of the right-hand side that is not the residuals'; None where it is rounding."""
     rest = -model.right_side - root.rows.T @ root.slope
     noise = torch.finfo(rest.dtype).eps * math.sqrt(len(root.slope)) * root.rows.norm() * root.slope.norm()
     return rest if rest.norm() > 10 * noise else None
 
 
-def _result(x: Tensor, A: Tensor, model: QuadraticModel) -> LinearSolution:
+def _solution_from_rows(x: Tensor, A: Tensor, model: QuadraticModel) -> LinearSolution:
     pushed = A @ x
     image = A.T @ pushed + model.shift * x
-    return _exact(x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item())
+    return _solution_of(x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item())
 
 
-def _exact(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> LinearSolution:
+def _solution_of(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> LinearSolution:
     b = model.right_side
     x_dot_b = torch.dot(x, b).item()
     finite = math.isfinite(x_dot_ax) and math.isfinite(x_dot_b)
@@ -152,5 +154,5 @@ def _exact(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> 
     )
 
 
-def _failed(model: QuadraticModel) -> LinearSolution:
+def _indefinite_solution(model: QuadraticModel) -> LinearSolution:
     return LinearSolution(torch.zeros_like(model.gradient), 0, 0, 1.0, "indefinite", 0.0, 0.0)

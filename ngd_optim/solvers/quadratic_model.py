@@ -60,7 +60,7 @@ class UndampedModel:
     scale: Tensor | None
     centre: Tensor | None
 
-    def damped(self, damping: float | Tensor, *, is_first: bool) -> QuadraticModel:
+    def with_damping(self, damping: float | Tensor, *, is_first: bool) -> QuadraticModel:
         """The model with a damping; at later attempts than the first one it pulls to zero."""
         damping = damping if self.scale is None else damping * self.scale
         return QuadraticModel(self.gradient, self.curvature, self.decay, damping, self.centre if is_first else None)

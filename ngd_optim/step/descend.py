@@ -71,7 +71,7 @@ class Descent:
         while True:
             attempt += 1
             damping = self.damping.values
-            model = undamped.damped(self.parameters.spread(damping), is_first=attempt == 1)
+            model = undamped.with_damping(self.parameters.spread(damping), is_first=attempt == 1)
             solution = self.solver.solve(model)
             step = self._scale(solution, model)
             check()
@@ -82,7 +82,7 @@ class Descent:
                 return Outcome(damping, model, solution, step, trial)
 
     def _scale(self, solution: LinearSolution, model: QuadraticModel) -> Step:
-        """The solution, cut to the trust region and multiplied by ``lr``; bent along its valley if it is all there."""
+        """The solution, cut to the trust region and times ``lr``; with a geodesic correction if it is all there."""
         lr, measures_kl = self.parameters.spread(self.lr), self.point.kind == "fisher"
         step = scale_step(model, solution, self.theta, lr, self.max_kl, self.trust_region, measures_kl)
         is_full = step.scale == 1.0 and all(value == 1.0 for value in self.lr) and solution.stop == "exact"
@@ -94,11 +94,11 @@ class Descent:
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
         if not self.point.loss.isfinite():
-            return Trial.refused(f"the loss is {self.point.loss.item()}")
+            return Trial.refuse(f"the loss is {self.point.loss.item()}")
         if solution.stop == "not_finite":
-            return Trial.refused("the gradient, a curvature product or the preconditioner is not finite")
+            return Trial.refuse("the gradient, a curvature product or the preconditioner is not finite")
         if solution.stop == "indefinite":
-            return Trial.refused("the damped curvature is not positive definite")
+            return Trial.refuse("the damped curvature is not positive definite")
 
         def evaluate(fraction: float) -> tuple[float, float | None]:
             self.parameters.move(self.theta, step.direction, fraction)
@@ -111,7 +111,7 @@ class Descent:
             step.slope,
             max_kl=self.max_kl,
             max_backtracks=max_backtracks,
-            demanding=self.max_backtracks > 0,
+            requires_decrease=self.max_backtracks > 0,
             backtrack_ratio=self.backtrack_ratio,
         )
         if not trial.accepted:

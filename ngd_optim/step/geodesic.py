@@ -17,7 +17,7 @@ from ngd_optim.step.trust_region import Step
 _PROBE = 0.1
 """Part of the step at which the residuals are looked at."""
 
-_LARGEST_BEND = 0.75
+_LARGEST_CORRECTION = 0.75
 """A correction may be so large, ``2 |a| ÷ |d|`` in the norm of the damping; else the straight step is tried."""
 
 
@@ -44,7 +44,7 @@ def apply_geodesic_correction(
         return step
     second = 2 / _PROBE * (change / _PROBE - square_root.rows @ d)
     a = solver.pull_back(second).mul_(-0.5)
-    if not 2 * _norm(a, model.shift) <= _LARGEST_BEND * _norm(d, model.shift):
+    if not 2 * _norm(a, model.shift) <= _LARGEST_CORRECTION * _norm(d, model.shift):
         return step
     direction = d + a
     return replace(

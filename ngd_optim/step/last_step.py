@@ -49,7 +49,7 @@ class LastStep:
         """That of the objective along the last step ÷ its steepness at that step's start; NaN if the data are the same.
 
         They are taken for the same where the loss is what it was at the last step's end. Also NaN if the step had other
-        parameters. Of a step that was bent, it is the straight one.
+        parameters. Of a step with a geodesic correction, it is the straight one.
 
         Args:
             point: where the step ended, seen by the data of this one.

@@ -37,11 +37,11 @@ class Trial:
         if not self.fraction:
             return f"rejected: {self.problem}"
         if self.accepted:
-            return f"accepted after {_counted(self.backtracks, 'backtrack')}" if self.backtracks else "accepted"
-        return f"rejected after {_counted(self.backtracks, 'trial point')}, the last one because {self.problem}"
+            return f"accepted after {_count_things(self.backtracks, 'backtrack')}" if self.backtracks else "accepted"
+        return f"rejected after {_count_things(self.backtracks, 'trial point')}, the last one because {self.problem}"
 
     @classmethod
-    def refused(cls, why: str) -> "Trial":
+    def refuse(cls, why: str) -> "Trial":
         """A step that is not worth a trial."""
         return cls(0.0, math.nan, None, 0, False, True, why)
 
@@ -54,7 +54,7 @@ def line_search(
     max_kl: float | None,
     max_backtracks: int,
     backtrack_ratio: float,
-    demanding: bool = True,
+    requires_decrease: bool = True,
 ) -> Trial:
     """Shrink a step until the objective falls enough and the KL is at most ``max_kl``.
 
@@ -65,19 +65,19 @@ def line_search(
         max_kl: largest KL allowed; None for no limit.
         max_backtracks: how often to shrink.
         backtrack_ratio: factor by which the step shrinks each time.
-        demanding: False lets every point pass that is finite.
+        requires_decrease: False lets every point pass that is finite.
     """
     if not math.isfinite(objective):
-        return Trial.refused(f"the loss is {objective}")
+        return Trial.refuse(f"the loss is {objective}")
     if not slope <= 0:
-        return Trial.refused(f"the loss does not fall along the step, its slope is {slope:.3g}")
-    trial = Trial.refused("")
+        return Trial.refuse(f"the loss does not fall along the step, its slope is {slope:.3g}")
+    trial = Trial.refuse("")
     overshot = False
     for turned_down in range(max_backtracks + 1):
         fraction = backtrack_ratio**turned_down
         found, kl = evaluate(fraction)
-        target = objective + SUFFICIENT_DECREASE * fraction * slope if demanding else math.inf
-        problem = _problem(found, kl, target, max_kl if demanding else None)
+        target = objective + SUFFICIENT_DECREASE * fraction * slope if requires_decrease else math.inf
+        problem = _find_problem(found, kl, target, max_kl if requires_decrease else None)
         if problem is None:
             return Trial(fraction, found, kl, turned_down, True, overshot)
         overshot |= not (math.isfinite(found) and found <= target)
@@ -85,11 +85,11 @@ def line_search(
     return trial
 
 
-def _counted(number: int, thing: str) -> str:
+def _count_things(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _problem(objective: float, kl: float | None, target: float, max_kl: float | None) -> str | None:
+def _find_problem(objective: float, kl: float | None, target: float, max_kl: float | None) -> str | None:
     """What speaks against a point, or None."""
     if not math.isfinite(objective):
         return f"its loss is {objective}"

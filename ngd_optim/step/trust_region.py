@@ -54,7 +54,7 @@ class Step:
         scale: what the trust region made of the solution of the system, ``lr`` not counted.
         slope: ``gᵀd``.
         metric: ``dᵀF d``.
-        bend: that again where ``F`` is curvature of the objective too; 0 where it measures the KL alone.
+        objective_curvature: that again where ``F`` is curvature of the objective too; 0 where it measures the KL alone.
         decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
         products: how many curvature products it took to know all this.
     """
@@ -63,14 +63,14 @@ class Step:
     scale: float
     slope: float
     metric: float
-    bend: float
+    objective_curvature: float
     decay_slope: float
     decay_quadratic: float
     products: int
 
     def predicted_decrease(self, fraction: float) -> float:
         """What the model says that the objective falls by."""
-        return -(fraction * self.slope + 0.5 * fraction**2 * (self.bend + self.decay_quadratic))
+        return -(fraction * self.slope + 0.5 * fraction**2 * (self.objective_curvature + self.decay_quadratic))
 
     def kl(self, fraction: float) -> float:
         """The second-order model of the KL, ``½ |dᵀF d|``."""
@@ -98,11 +98,11 @@ def scale_step(
     ``dᵀF d`` comes from CG's own scalars; it costs one more product only where ``lr`` differs between groups.
     """
     x = solution.solution
-    share = torch.dot(x, (model.decay + model.damping) * x).item()
-    metric = solution.x_dot_ax - share
+    damping_part = torch.dot(x, (model.decay + model.damping) * x).item()
+    metric = solution.x_dot_ax - damping_part
     # A difference of two numbers is known to their rounding only, and a boundary step could be huge. Where F has
     # negative curvature the region is that of |F|, as for the solve, which has gone to the boundary by itself.
-    size = max(abs(metric), 16 * torch.finfo(x.dtype).eps * abs(share))
+    size = max(abs(metric), 16 * torch.finfo(x.dtype).eps * abs(damping_part))
     kind = "clip" if solution.stop == "negative_curvature" else trust_region
     scale = trust_region_scale(solution.x_dot_ax if kind == "damped" else size, max_kl, kind)
     direction = (scale * lr) * x
@@ -116,7 +116,7 @@ def scale_step(
         scale=scale,
         slope=torch.dot(model.gradient, direction).item(),
         metric=quadratic,
-        bend=0.0 if measures_kl and kind != "clip" else quadratic,
+        objective_curvature=0.0 if measures_kl and kind != "clip" else quadratic,
         decay_slope=torch.dot(theta, model.decay * direction).item(),
         decay_quadratic=torch.dot(direction, model.decay * direction).item(),
         products=int(isinstance(lr, Tensor)),

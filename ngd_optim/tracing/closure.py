@@ -97,10 +97,10 @@ class ReplayedClosure:
             raise RuntimeError("it changes buffers in place, such as running statistics")
         self._effects.rewind(tensors=in_place)
         try:
-            with torch.set_grad_enabled(graph or self._differentiates), quiet_ddp(broadcast=not self._effects.known):
+            with torch.set_grad_enabled(graph or self._differentiates), quiet_ddp(broadcast=not self._effects.is_known):
                 with twice_differentiable(), mode:
                     returned = self.function()
-                loss, metric = _loss_and_metric(mode.substitute(returned), mode.roots)
+                loss, metric = _split_returned(mode.substitute(returned), mode.roots)
         finally:
             self._effects.settle(tensors=in_place)
         self._differentiates |= mode.differentiates
@@ -109,7 +109,7 @@ class ReplayedClosure:
             self._left_gradients = [p.grad for p in self._params]
         return Evaluation(loss, tuple(mode.outputs), mode.losses == {least_squares}, metric, mode.has_hooks)
 
-    def traced(self) -> Evaluation:
+    def trace(self) -> Evaluation:
         """Run the closure, with a graph that leads to its loss.
 
         Raises:
@@ -123,7 +123,7 @@ class ReplayedClosure:
             )
         return traced
 
-    def tried(self) -> Evaluation | None:
+    def evaluate_trial(self) -> Evaluation | None:
         """Run the closure without a graph, at the parameters as they are now; None outside of its domain."""
         try:
             return self(graph=False)
@@ -131,7 +131,7 @@ class ReplayedClosure:
             logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
             return None
 
-    def plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def compute_plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradients that the closure gives when nothing is traced; ``.grad`` of all leaves is left alone."""
         before = [(leaf, leaf.grad) for leaf in {id(t): t for t in [*self._params, *leaves]}.values()]
         self.count += 1
@@ -144,7 +144,7 @@ class ReplayedClosure:
                     returned = self.function()
                 gradients = [p.grad for p in self._params]
                 if all(gradient is None for gradient in gradients):  # it called no backward
-                    loss, _ = _loss_and_metric(returned, [])
+                    loss, _ = _split_returned(returned, [])
                     gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
             return gradients
         finally:
@@ -207,7 +207,7 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-def _loss_and_metric(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
+def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
     loss, metric = returned, None
     if isinstance(returned, tuple):
         if len(returned) != 2:

@@ -1,7 +1,7 @@
 """The loss functions of torch that define a Gauss-Newton matrix, and the Hessian that each has at its inputs.
 
-Most are convex in the model's output, and autograd finds their Hessian. The others are *bent*: their value and gradient
-are kept, and their Hessian is replaced by the positive semidefinite one of the likelihood (or least squares) that they
+Most are convex in the model's output, and autograd finds their Hessian. Of the others the value and the gradient are
+kept, and the Hessian is replaced by the positive semidefinite one of the likelihood (or least squares) that they
 stand for: the Fisher information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9).
 """
 
@@ -23,15 +23,15 @@ class Loss:
 
     Attributes:
         outputs: names of the arguments that are outputs of the model, or tuples of them.
-        bend: ``(result, *arguments) ↦ result`` with another Hessian; None where the loss is convex in the outputs.
+        replace_hessian: ``(result, *arguments) ↦ result`` with another Hessian; None for convex losses.
     """
 
-    def __init__(self, *outputs: str, bend: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, *outputs: str, replace_hessian: Callable[..., Tensor] | None = None) -> None:
         self.outputs = outputs
-        self.bend = bend
+        self.replace_hessian = replace_hessian
 
 
-def _bent(
+def _replace_hessian(
     loss: Tensor, outputs: Sequence[Tensor], metric: Sequence[tuple[Tensor, Tensor]], sample_dims: tuple[int, ...]
 ) -> Tensor:
     """A tensor with the value and the gradient of ``loss``, and the Hessian of ``½ Σ h (u − u₀)²``.
@@ -52,7 +52,7 @@ def _bent(
     return result
 
 
-def _reduced(per_sample: Tensor, reduction: str) -> Tensor:
+def _sample_weights(per_sample: Tensor, reduction: str) -> Tensor:
     """The weight of each sample in the result."""
     return per_sample / per_sample.sum() if reduction == "mean" else per_sample
 
@@ -69,8 +69,8 @@ def _nll(
 ) -> Tensor:
     class_dim = 0 if input.ndim == 1 else 1
     per_sample = F.nll_loss(-torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none")
-    share = _reduced(per_sample, reduction).unsqueeze(class_dim)
-    return _bent(loss, [input], [(input, share * input.exp())], (class_dim,))
+    weight_of_sample = _sample_weights(per_sample, reduction).unsqueeze(class_dim)
+    return _replace_hessian(loss, [input], [(input, weight_of_sample * input.exp())], (class_dim,))
 
 
 def _kl_div(
@@ -82,8 +82,8 @@ def _kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    share = {"mean": 1 / input.numel(), "batchmean": 1 / input.shape[0]}.get(reduction, 1.0)
-    return _bent(loss, [input], [(input, share * input.exp())], ())
+    weight_of_sample = {"mean": 1 / input.numel(), "batchmean": 1 / input.shape[0]}.get(reduction, 1.0)
+    return _replace_hessian(loss, [input], [(input, weight_of_sample * input.exp())], ())
 
 
 def _ctc(
@@ -102,9 +102,9 @@ def _ctc(
     )
     seen = torch.arange(frames, device=log_probs.device).unsqueeze(1) < lengths
     targets_per_sample = target_lengths.clamp(min=1).to(log_probs.dtype)
-    share = 1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
-    weights = (seen * share).reshape(*log_probs.shape[:-1], 1)
-    return _bent(loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1))
+    weight_of_sample = 1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
+    weights = (seen * weight_of_sample).reshape(*log_probs.shape[:-1], 1)
+    return _replace_hessian(loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1))
 
 
 def _gaussian_nll(
@@ -122,9 +122,14 @@ def _gaussian_nll(
         var = var.unsqueeze(-1)
     mean, target, variance = torch.broadcast_tensors(input, target, var)
     loss = F.gaussian_nll_loss(mean, target, variance, full=full, eps=eps, reduction=reduction)
-    share = _reduced(torch.ones_like(mean), reduction)
+    weight_of_sample = _sample_weights(torch.ones_like(mean), reduction)
     clamped = variance.detach().clamp(min=eps)
-    return _bent(loss, [mean, variance], [(mean, share / clamped), (variance, share / (2 * clamped.square()))], ())
+    return _replace_hessian(
+        loss,
+        [mean, variance],
+        [(mean, weight_of_sample / clamped), (variance, weight_of_sample / (2 * clamped.square()))],
+        (),
+    )
 
 
 def _cosine_embedding(
@@ -139,24 +144,24 @@ def _cosine_embedding(
 ) -> Tensor:
     # 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖²: least squares.
     per_sample = F.cosine_embedding_loss(input1, input2, target, margin, reduction="none")
-    share = _reduced(torch.ones_like(per_sample), reduction)
-    weights = torch.where((target > 0) | (per_sample > 0), share, 0.0).unsqueeze(-1)
+    weight_of_sample = _sample_weights(torch.ones_like(per_sample), reduction)
+    weights = torch.where((target > 0) | (per_sample > 0), weight_of_sample, 0.0).unsqueeze(-1)
     difference = F.normalize(input1, dim=-1) - F.normalize(input2, dim=-1)
-    return _bent(loss, [input1, input2], [(difference, weights)], (-1,))
+    return _replace_hessian(loss, [input1, input2], [(difference, weights)], (-1,))
 
 
 LOSSES: dict[Callable[..., Any], Loss] = {
     F.binary_cross_entropy: Loss("input"),
     F.binary_cross_entropy_with_logits: Loss("input"),
-    F.cosine_embedding_loss: Loss("input1", "input2", bend=_cosine_embedding),
+    F.cosine_embedding_loss: Loss("input1", "input2", replace_hessian=_cosine_embedding),
     F.cross_entropy: Loss("input"),
-    F.ctc_loss: Loss("log_probs", bend=_ctc),
-    F.gaussian_nll_loss: Loss("input", "var", bend=_gaussian_nll),
+    F.ctc_loss: Loss("log_probs", replace_hessian=_ctc),
+    F.gaussian_nll_loss: Loss("input", "var", replace_hessian=_gaussian_nll),
     F.huber_loss: Loss("input", "target"),
-    F.kl_div: Loss("input", bend=_kl_div),
+    F.kl_div: Loss("input", replace_hessian=_kl_div),
     F.mse_loss: Loss("input", "target"),
     F.multilabel_soft_margin_loss: Loss("input"),
-    F.nll_loss: Loss("input", bend=_nll),
+    F.nll_loss: Loss("input", replace_hessian=_nll),
     F.poisson_nll_loss: Loss("input"),
     F.smooth_l1_loss: Loss("input", "target"),
     F.soft_margin_loss: Loss("input"),
@@ -183,14 +188,14 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
             call.arguments[name] = _alias(z, cut)
             outputs.append(call.arguments[name])
     result = func(*call.args, **call.kwargs)
-    if loss.bend is not None and any(z.requires_grad for z in outputs):
+    if loss.replace_hessian is not None and any(z.requires_grad for z in outputs):
         if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
             flags = call.arguments.pop("size_average", None), call.arguments.pop("reduce", None)
             call.arguments["reduction"] = reduction_of(*flags)
         others = [t for t in call.arguments.values() if isinstance(t, Tensor) and t.requires_grad]
         others = [t for t in others if not any(t is z for z in outputs)]
-        bent = loss.bend(result, *call.args, **call.kwargs)
-        return _with_first_order(bent, result, others), outputs
+        replaced = loss.replace_hessian(result, *call.args, **call.kwargs)
+        return _add_first_order(replaced, result, others), outputs
     return result, outputs
 
 
@@ -200,12 +205,12 @@ def _alias(z: Any, cut: bool) -> Any:
     return z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
 
 
-def _with_first_order(bent: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:
+def _add_first_order(replaced: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Add the gradient that ``loss`` has in other arguments, such as a learned target."""
     for t in others:
         (gradient,) = torch.autograd.grad(loss.sum(), t, retain_graph=True)
-        bent = bent + (gradient * (t - t.detach())).sum_to_size(bent.shape)
-    return bent
+        replaced = replaced + (gradient * (t - t.detach())).sum_to_size(replaced.shape)
+    return replaced
 
 
 @cache

@@ -87,14 +87,14 @@ class Tracing(TorchFunctionMode):
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
         self.has_hooks |= func is torch.Tensor.register_hook
-        if not self._effects.known:
+        if not self._effects.is_known:
             self._note_changes(func, args, kwargs)
         result = self._call(func, args, kwargs)
-        if not self._effects.known:
+        if not self._effects.is_known:
             self._note_made_here(args, kwargs, result)
         if self._stand_ins and not torch.is_grad_enabled():
             # Forward mode does not heed no_grad: what is computed under it would still carry a tangent.
-            return _detached(result)
+            return _detach(result)
         return result
 
     def substitute(self, value: Any) -> Any:
@@ -150,7 +150,7 @@ class Tracing(TorchFunctionMode):
         generator = kwargs.get("generator")
         if isinstance(generator, torch.Generator):
             self._effects.track_generator(generator)
-        for tensor in _changed_in_place(func, args, kwargs):
+        for tensor in _find_changed(func, args, kwargs):
             base = base_of(tensor)
             base = tensor if base is None else base
             if base.grad_fn is None and not base.requires_grad and not (self._is_new(tensor) or self._is_new(base)):
@@ -205,7 +205,7 @@ def _native_kernels() -> Iterator[None]:
             library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _changed_in_place(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     name = getattr(func, "__name__", "")
     if func in _NORMS_BY_BATCH:
         flag, default = _NORMS_BY_BATCH[func]
@@ -233,9 +233,9 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _detached(value: Any) -> Any:
+def _detach(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach() if value.is_floating_point() else value
     if type(value) in (list, tuple):
-        return type(value)(_detached(part) for part in value)
+        return type(value)(_detach(part) for part in value)
     return value

@@ -31,7 +31,7 @@ class SideEffects:
         self.layouts: list[tuple[int, ...]] = []
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether the closure has run once, so that all that it changes has been seen."""
         return self._after is not None
 

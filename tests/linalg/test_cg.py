@@ -476,7 +476,7 @@ class TestAccelerator:
     def test_stops_where_the_host_does(self, name, monkeypatch):
         matvec, b, settings = ENDINGS[name]
         host = conjugate_gradient(matvec(), b, **settings)
-        monkeypatch.setattr(cg, "scalars_of", lambda device: OnDevice)
+        monkeypatch.setattr(cg, "choose_scalars", lambda device: OnDevice)
         device = conjugate_gradient(matvec(), b, **settings)
         assert host.stop == name.split(" at ")[0].split(",")[0]
         assert (device.stop, device.iterations) == (host.stop, host.iterations)
@@ -493,25 +493,25 @@ class TestAccelerator:
 
     def test_every_iterate(self, monkeypatch):
         host = [conjugate_gradient(ILL.mul, ONES, tol=0.0, max_iters=i).solution for i in range(1, 30)]
-        monkeypatch.setattr(cg, "scalars_of", lambda device: OnDevice)
+        monkeypatch.setattr(cg, "choose_scalars", lambda device: OnDevice)
         for i, x in enumerate(host, start=1):
             assert_near(conjugate_gradient(ILL.mul, ONES, tol=0.0, max_iters=i).solution, x, 1e-12)
 
     def test_float32_keeps_its_type(self, monkeypatch):
-        monkeypatch.setattr(cg, "scalars_of", lambda device: OnDevice)
+        monkeypatch.setattr(cg, "choose_scalars", lambda device: OnDevice)
         A, b = spd(30, 10, dtype=torch.float32)
         result = conjugate_gradient(A.mv, b, tol=1e-4)
         assert (result.stop, result.solution.dtype) == ("tolerance", torch.float32)
         assert_near(result.solution, torch.linalg.solve(A, b), 1e-3)
 
     def test_an_indefinite_preconditioner_is_refused(self, monkeypatch):
-        monkeypatch.setattr(cg, "scalars_of", lambda device: OnDevice)
+        monkeypatch.setattr(cg, "choose_scalars", lambda device: OnDevice)
         with pytest.raises(ValueError, match=r"must be positive definite, .* rᵀM⁻¹r = -300$"):
             conjugate_gradient(ILL.mul, ONES, preconditioner=torch.neg)
 
     @pytest.mark.parametrize("preconditioner", [None, lambda r: r / ILL.sqrt()])
     def test_the_host_reads_only_when_it_looks(self, preconditioner, monkeypatch):
-        monkeypatch.setattr(cg, "scalars_of", lambda device: OnDevice)
+        monkeypatch.setattr(cg, "choose_scalars", lambda device: OnDevice)
         events = []
 
         class Reads(TorchDispatchMode):

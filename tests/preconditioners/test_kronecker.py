@@ -24,13 +24,13 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import kronecker
 from ngd_optim.preconditioners.kronecker import (
     KroneckerFactors,
-    factors_of,
+    average_factors,
+    build_kronecker_preconditioner,
+    estimate_factors,
     fits,
-    full,
     is_worthwhile,
-    kronecker_preconditioner,
-    mean_of,
-    stored,
+    pack_factor,
+    unpack_factor,
 )
 
 N, IN, OUT, STEPS = 5, 3, 4, 2
@@ -354,12 +354,12 @@ def test_a_frozen_or_foreign_weight_is_no_layer():
 def factors(closure: Callable[[], Any], params: Iterable[Tensor], seed: int = 0) -> KroneckerFactors:
     parameters = FlatParameters([{"params": list(params)}])
     metric = output_metric_of(closure, parameters.tensors)
-    return factors_of(uses_of(metric.outputs, parameters.tensors), metric, parameters, seeded(seed))
+    return estimate_factors(uses_of(metric.outputs, parameters.tensors), metric, parameters, seeded(seed))
 
 
 def pair(closure: Callable[[], Any], params: Iterable[Tensor], index: int = 0) -> tuple[Tensor, Tensor]:
     values = factors(closure, params).values
-    return full(values[index, "left"]), full(values[index, "right"])
+    return unpack_factor(values[index, "left"]), unpack_factor(values[index, "right"])
 
 
 def dense(factors: KroneckerFactors, params: list[Tensor], shift: list[float] | None = None) -> Tensor:
@@ -369,7 +369,7 @@ def dense(factors: KroneckerFactors, params: list[Tensor], shift: list[float] | 
     matrix = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
 
     def matrices(side: Tensor) -> list[Tensor]:
-        return [(factor.diag() if factor.ndim == 1 else factor).double() for factor in full(side)]
+        return [(factor.diag() if factor.ndim == 1 else factor).double() for factor in unpack_factor(side)]
 
     for layer in factors.layers:
         joined = layer.join(places[layer.weight], None if layer.bias is None else places[layer.bias])
@@ -397,7 +397,10 @@ def gauss_newton(metric: OutputMetric, params: list[Tensor]) -> Tensor:
             u.view(z.shape)
             for u, z in zip(units.split([z.numel() for z in metric.outputs]), metric.outputs, strict=True)
         ]
-        images = [torch.autograd.grad(metric.outputs, params, u, retain_graph=True) for u in (unit, metric.weigh(unit))]
+        images = [
+            torch.autograd.grad(metric.outputs, params, u, retain_graph=True)
+            for u in (unit, metric.apply_hessian(unit))
+        ]
         rows.append([torch.cat([g.flatten() for g in image]) for image in images])
     jacobian, weighed = (torch.stack(part) for part in zip(*rows, strict=True))
     return jacobian.T @ weighed
@@ -502,7 +505,7 @@ def test_several_uses_have_the_sum_of_their_traces():
     metric = output_metric_of(lambda: F.mse_loss(F.linear(F.linear(x, W, b).tanh(), W.T), y), [W, b])
     parameters = FlatParameters([{"params": [W, b]}])
     uses = uses_of(metric.outputs, [W, b])
-    values = factors_of(uses, metric, parameters, seeded()).values
+    values = estimate_factors(uses, metric, parameters, seeded()).values
     u = kronecker.draw(metric, seeded())
     total = 0.0
     for use in uses:
@@ -511,7 +514,7 @@ def test_several_uses_have_the_sum_of_their_traces():
         left, right = use.rows(at_node)
         ones = use.length * use.adds_bias
         total += left.square().sum() * (right.square().sum() + ones) / use.length
-    traces = [full(values[0, name]).diagonal(dim1=1, dim2=2).sum() for name in ("left", "right")]
+    traces = [unpack_factor(values[0, name]).diagonal(dim1=1, dim2=2).sum() for name in ("left", "right")]
     assert_near(traces[0] * traces[1], total, 1e-12)
 
 
@@ -607,14 +610,14 @@ def test_the_mean_of_several_closures():
     params = list(model.parameters())
     y, batches = torch.zeros(N, 2).double(), (real(N, IN), real(N, IN))
     one, two = (factors(lambda x=x: F.mse_loss(model(x), y), params) for x in batches)
-    mean = mean_of([one, two])
+    mean = average_factors([one, two])
     assert mean is not None
-    assert mean_of([one]) is one
+    assert average_factors([one]) is one
     for key, value in mean.values.items():
         assert_near(value, (one.values[key] + two.values[key]) / 2, 1e-12)
     other = factors(lambda: F.mse_loss(model[0](real(N, IN)), torch.zeros(N, 6).double()), params)
-    assert mean_of([one, other]) is None
-    assert mean_of([]) is None
+    assert average_factors([one, other]) is None
+    assert average_factors([]) is None
 
 
 def test_both_factors_of_a_square_weight_take_as_much_memory_as_the_weight():
@@ -668,8 +671,8 @@ def random_factors(layers: tuple[Layer, ...], params: list[Tensor], rank: int | 
     values = {(i, "diagonal"): real(*p.shape).square() for i, p in enumerate(params) if i not in inside}
     for layer in layers:
         groups, rows, columns = layer.shape(params)
-        values[layer.weight, "left"] = stored(spd(groups, rows, rank))
-        values[layer.weight, "right"] = stored(spd(groups, columns, rank))
+        values[layer.weight, "left"] = pack_factor(spd(groups, rows, rank))
+        values[layer.weight, "right"] = pack_factor(spd(groups, columns, rank))
     return KroneckerFactors(layers, values)
 
 
@@ -689,7 +692,7 @@ LAYERS = {
 def inverse_of(found: KroneckerFactors, params: list[Tensor], shift: list[float]) -> Tensor:
     """The preconditioner as a matrix."""
     parameters = FlatParameters([{"params": params}])
-    solve = kronecker_preconditioner(found, parameters, shift)
+    solve = build_kronecker_preconditioner(found, parameters, shift)
     n = sum(p.numel() for p in params)
     return torch.stack([solve(unit) for unit in torch.eye(n, dtype=parameters.dtype)], 1)
 
@@ -701,8 +704,8 @@ def test_the_preconditioner_is_the_inverse_of_the_damped_factors(name, diagonal_
     params: list[Tensor] = [weight(*shape) for shape in (*shapes, (2, 2))]
     found = random_factors((layer,), params)
     values = {
-        key: full(value).diagonal(dim1=1, dim2=2)
-        if key[1] != "diagonal" and full(value).shape[1] > diagonal_from
+        key: unpack_factor(value).diagonal(dim1=1, dim2=2)
+        if key[1] != "diagonal" and unpack_factor(value).shape[1] > diagonal_from
         else value
         for key, value in found.values.items()
     }
@@ -729,12 +732,12 @@ SINGULAR = {
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(SINGULAR, SINGULAR)))
 def test_singular_factors_have_a_positive_definite_inverse(left, right, dtype, shift):
     params: list[Tensor] = [nn.Parameter(torch.zeros(9, 7, dtype=dtype)), nn.Parameter(torch.zeros(3, dtype=dtype))]
-    sides = {(0, "left"): stored(SINGULAR[left](9)), (0, "right"): stored(SINGULAR[right](7))}
+    sides = {(0, "left"): pack_factor(SINGULAR[left](9)), (0, "right"): pack_factor(SINGULAR[right](7))}
     values = sides | {(1, "diagonal"): torch.zeros(3)}
     found = KroneckerFactors(
         (Layer(0, None, flipped=False, groups=1),), {key: value.to(dtype) for key, value in values.items()}
     )
-    solve = kronecker_preconditioner(found, FlatParameters([{"params": params}]), [shift, shift])
+    solve = build_kronecker_preconditioner(found, FlatParameters([{"params": params}]), [shift, shift])
     r = torch.randn(20, 66, dtype=dtype)
     z = torch.stack([solve(row) for row in r])
     assert z.isfinite().all()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG
 from ngd_optim.preconditioners import kfac
-from ngd_optim.preconditioners.kronecker import full
+from ngd_optim.preconditioners.kronecker import unpack_factor
 
 N, IN, HIDDEN, OUT = 24, 5, 6, 3
 DTYPE = torch.float64
@@ -305,7 +305,9 @@ def test_factors_that_a_save_has_rounded_still_serve():
     optimizer.step(task.whole)
     resumed = NaturalCG(task.params, **settings)
     resumed.load_state_dict(optimizer.state_dict())
-    factors = [full(entry[name]) for entry in resumed.state.values() for name in ("left", "right") if name in entry]
+    factors = [
+        unpack_factor(entry[name]) for entry in resumed.state.values() for name in ("left", "right") if name in entry
+    ]
     assert min(torch.linalg.eigvalsh(factor.double()).min() for factor in factors) < 0
     resumed.step(task.whole)
     assert resumed.last_step.preconditioner == "kfac"

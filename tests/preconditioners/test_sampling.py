@@ -39,7 +39,7 @@ def dense(metric: OutputMetric, copies: int) -> Tensor:
         for j in range(z.numel() // copies):
             unit = [torch.zeros_like(other) for other in metric.outputs]
             unit[i].view(copies, -1)[:, j] = 1
-            columns.append(rows(metric.weigh(unit), copies)[0])
+            columns.append(rows(metric.apply_hessian(unit), copies)[0])
     return torch.stack(columns, 1)
 
 

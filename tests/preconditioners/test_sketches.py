@@ -27,7 +27,7 @@ def test_nystrom_has_the_matrix_itself_where_its_rank_suffices():
     values = torch.zeros(N, dtype=torch.float64)
     values[:5] = torch.tensor([9.0, 5.0, 3.0, 1.0, 0.1])
     F = with_spectrum(values)
-    sketch = Nystrom(rank=8).drawn(lambda v: F @ v, N, shift_of(1e-3), None, seeded())
+    sketch = Nystrom(rank=8).draw(lambda v: F @ v, N, shift_of(1e-3), None, seeded())
     assert_near(sketch.values[:5], values[:5], 1e-10)
     assert sketch.values[5:].abs().max() < 1e-10
     assert_near(sketch.basis @ torch.diag(sketch.values) @ sketch.basis.T, F, 1e-10)
@@ -45,21 +45,21 @@ def test_nystrom_doubles_its_rank_until_the_damping_hides_the_rest():
         return F @ v
 
     kind = Nystrom(rank=3, largest_rank=50)
-    sketch = kind.drawn(product, N, shift_of(1e-4), None, seeded())
+    sketch = kind.draw(product, N, shift_of(1e-4), None, seeded())
     assert len(sketch.values) == len(products) == 24  # 3, 6, 12, 24: no product is formed twice
     assert sketch.values[-1] <= 1e-3
-    assert len(kind.drawn(product, N, shift_of(0.0), None, seeded()).values) == 50
-    assert len(kind.drawn(product, N, shift_of(10.0), sketch, seeded()).values) == 24
+    assert len(kind.draw(product, N, shift_of(0.0), None, seeded()).values) == 50
+    assert len(kind.draw(product, N, shift_of(10.0), sketch, seeded()).values) == 24
 
 
 def test_diagonal_is_exact_for_a_diagonal_matrix_and_close_for_others():
     entries = torch.logspace(-3, 2, N, dtype=torch.float64)
-    sketch = Diagonal(probes=1).drawn(lambda v: entries * v, N, shift_of(0.1), None, seeded())
+    sketch = Diagonal(probes=1).draw(lambda v: entries * v, N, shift_of(0.1), None, seeded())
     assert_near(sketch.basis.squeeze(1), entries, 1e-12)
     r = torch.randn(N, dtype=torch.float64)
     assert_near(Diagonal().solve(sketch, shift_of(0.1))(r), r / (entries + 0.1), 1e-12)
     F = with_spectrum(torch.linspace(1, 2, N, dtype=torch.float64))
-    sketch = Diagonal(probes=2000).drawn(lambda v: F @ v, N, shift_of(0.1), None, seeded())
+    sketch = Diagonal(probes=2000).draw(lambda v: F @ v, N, shift_of(0.1), None, seeded())
     assert (sketch.basis.squeeze(1) - F.diagonal()).abs().max() < 0.1
 
 
@@ -218,6 +218,6 @@ def test_a_sketch_that_a_save_has_rounded_still_serves(kind):
 
 
 def test_nystrom_of_no_curvature_is_the_identity():
-    sketch = Nystrom(rank=3).drawn(lambda v: 0 * v, N, shift_of(0.0), None, seeded())
+    sketch = Nystrom(rank=3).draw(lambda v: 0 * v, N, shift_of(0.0), None, seeded())
     r = torch.randn(N, dtype=torch.float64)
     assert_near(Nystrom().solve(sketch, shift_of(0.0))(r), r, 1e-12)

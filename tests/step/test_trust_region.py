@@ -55,7 +55,7 @@ ACCEPTED = [
     (lambda f: 0.9, lambda f: math.nan if f > 0.6 else 0.0, {"max_kl": None}, 0.5),
     # Sufficient decrease, 1e-4 of the slope: 1 − 0.5e-4 falls, and not enough for the full step.
     (lambda f: 1 - 0.5e-4, lambda f: None, {}, 0.5),
-    (lambda f: 2.0, lambda f: 9.0, {"max_backtracks": 0, "demanding": False}, 1.0),
+    (lambda f: 2.0, lambda f: 9.0, {"max_backtracks": 0, "requires_decrease": False}, 1.0),
     (lambda f: f - 1 if f < 0.4 else 3.0, lambda f: None, {"backtrack_ratio": 0.8}, 0.8**5),
 ]
 
@@ -77,9 +77,9 @@ REJECTED = [
     (lambda f: 1.5, lambda f: None, {}, "its loss 1.5 is above 1"),
     (lambda f: 1.0, lambda f: None, {}, "is above"),
     (lambda f: math.nan, lambda f: None, {}, "its loss is nan"),
-    (lambda f: math.nan, lambda f: None, {"max_backtracks": 0, "demanding": False}, "its loss is nan"),
-    (lambda f: math.inf, lambda f: None, {"max_backtracks": 0, "demanding": False}, "its loss is inf"),
-    (lambda f: 0.5, lambda f: math.nan, {"max_backtracks": 0, "demanding": False}, "its KL is nan"),
+    (lambda f: math.nan, lambda f: None, {"max_backtracks": 0, "requires_decrease": False}, "its loss is nan"),
+    (lambda f: math.inf, lambda f: None, {"max_backtracks": 0, "requires_decrease": False}, "its loss is inf"),
+    (lambda f: 0.5, lambda f: math.nan, {"max_backtracks": 0, "requires_decrease": False}, "its KL is nan"),
     (lambda f: 0.5, lambda f: 0.2, {"max_backtracks": 3}, "its KL 0.2 is above max_kl=0.1"),
 ]
 
