@@ -77,7 +77,7 @@ class Settings:
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real or (isinstance(value, Tensor) and value.ndim == 0)
+    return is_real or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _count(value: Any) -> bool:
