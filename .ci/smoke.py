@@ -34,6 +34,8 @@ except ImportError as error:
     message = str(error)
 assert "pip install matplotlib" in message, message
 
-optional = {"lightning", "stable_baselines3", "matplotlib", "gymnasium"} & {name.split(".")[0] for name in sys.modules}
+optional = {"lightning", "stable_baselines3", "matplotlib", "gymnasium"} & {
+    name.split(".")[0] for name in sys.modules
+}
 assert not optional, f"imported without need: {optional}"
 print(f"ngd_optim {ngd_optim.__version__} works with torch {torch.__version__} alone")

@@ -47,17 +47,33 @@ def product_goals(results: dict[str, Any]) -> Iterator[Goal]:
     for start, limit in AT_MOST.items():
         name = next(name for name in ratios if name.startswith(start))
         found = ratios[name]["ngd_optim"]["median"]
-        yield Goal(f"product ÷ gradient, {name}", f"≤ {limit}", f"{found:.2f}", found <= limit, WHY.get(start, ""))
+        yield Goal(
+            f"product ÷ gradient, {name}",
+            f"≤ {limit}",
+            f"{found:.2f}",
+            found <= limit,
+            WHY.get(start, ""),
+        )
     for peer, times in (("curvlinops", 2.0), (DOUBLE_BACKWARD, 1.4)):
         found = {name: r[peer]["median"] / r["ngd_optim"]["median"] for name, r in ratios.items()}
         least = min(found, key=lambda name: found[name])
-        measured = f"{found[least]:.2f} ({least.split()[0].strip(',')}) to {max(found.values()):.2f}"
+        measured = (
+            f"{found[least]:.2f} ({least.split()[0].strip(',')}) to {max(found.values()):.2f}"
+        )
         why = WHY["small"]
-        yield Goal(f"times as fast a product as {peer}", f"≥ {times}", measured, found[least] >= times, why)
+        yield Goal(
+            f"times as fast a product as {peer}", f"≥ {times}", measured, found[least] >= times, why
+        )
     for name, r in results["recording"].items():
         found = r["median"]
         why = WHY["recording LSTM" if "LSTM" in name else "recording"]
-        yield Goal(f"first product ÷ one by fresh forward mode, {name}", "≤ 1.5", f"{found:.2f}", found <= 1.5, why)
+        yield Goal(
+            f"first product ÷ one by fresh forward mode, {name}",
+            "≤ 1.5",
+            f"{found:.2f}",
+            found <= 1.5,
+            why,
+        )
 
 
 def growth_goals(results: dict[str, Any]) -> Iterator[Goal]:
@@ -68,14 +84,20 @@ def growth_goals(results: dict[str, Any]) -> Iterator[Goal]:
             for what, key in (("time", "median"), ("memory", "memory")):
                 found, why = ours[key], f"a gradient's is {gradient[key]:.2f}"
                 yield Goal(
-                    f"slope of a step's {what} with {sweep}{where}", "≤ 1.05", f"{found:.2f}", found <= 1.05, why
+                    f"slope of a step's {what} with {sweep}{where}",
+                    "≤ 1.05",
+                    f"{found:.2f}",
+                    found <= 1.05,
+                    why,
                 )
     for sweep in ("batch", "parameters"):
         point = results[sweep][-1]
         found = point["bytes"]["step"] / point["bytes"]["gradient"]
         size = f"{point['parameters']:,} parameters, batch {point['batch']:,}"
         why = WHY["few samples"]
-        yield Goal(f"peak memory of a step ÷ a gradient's, {size}", "≤ 2", f"{found:.2f}", found <= 2, why)
+        yield Goal(
+            f"peak memory of a step ÷ a gradient's, {size}", "≤ 2", f"{found:.2f}", found <= 2, why
+        )
 
 
 def update_goals(results: dict[str, Any]) -> Iterator[Goal]:
@@ -109,9 +131,13 @@ def main() -> None:
     """Read the results and write the page."""
     pages = {"products": product_goals, "growth": growth_goals, "rl": update_goals}
     found = [
-        goal for page, goals in pages.items() for goal in goals(json.loads((RESULTS / f"{page}.json").read_text()))
+        goal
+        for page, goals in pages.items()
+        for goal in goals(json.loads((RESULTS / f"{page}.json").read_text()))
     ]
-    (RESULTS / "README.md").write_text(INTRODUCTION + "\n".join(goal.line() for goal in found) + "\n" + NOTES)
+    (RESULTS / "README.md").write_text(
+        INTRODUCTION + "\n".join(goal.line() for goal in found) + "\n" + NOTES
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,12 @@ def problem(width: int, batch: int) -> tuple[dict[str, Callable[[], Any]], int]:
 
     def stepping(preconditioner: Any) -> Callable[[], None]:
         # A tiny lr, so that all steps are taken at the same point.
-        work = {"max_cg_iters": PRODUCTS, "cg_tol": 0.0, "cg_progress_tol": 0.0, "max_backtracks": 0}
+        work = {
+            "max_cg_iters": PRODUCTS,
+            "cg_tol": 0.0,
+            "cg_progress_tol": 0.0,
+            "max_backtracks": 0,
+        }
         optimizer = NaturalCG(params, solver="cg", preconditioner=preconditioner, lr=1e-6, **work)
 
         def step() -> None:
@@ -89,7 +94,9 @@ def measure(repeats: int) -> dict[str, list[dict[str, Any]]]:
             ways, n = problem(width, batch)
             seconds = interleaved(ways, repeats)
             memory = {way: peak_memory(function) for way, function in ways.items()}
-            results[sweep].append({"parameters": n, "batch": batch, "seconds": seconds, "bytes": memory})
+            results[sweep].append(
+                {"parameters": n, "batch": batch, "seconds": seconds, "bytes": memory}
+            )
             print(sweep, n, batch, {way: round(median(s), 4) for way, s in seconds.items()}, memory)
     return results
 
@@ -115,17 +122,33 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     for point in [point for points in results.values() for point in points]:
         times = ratios(point["seconds"], "gradient").values()
         times = [f"{r['median']:.1f} ({r['low']:.1f}–{r['high']:.1f})" for r in times]
-        memory = [f"{size / point['bytes']['gradient']:.2f}" for size in list(point["bytes"].values())[1:]]
+        memory = [
+            f"{size / point['bytes']['gradient']:.2f}" for size in list(point["bytes"].values())[1:]
+        ]
         ms, mib = 1e3 * median(point["seconds"]["gradient"]), point["bytes"]["gradient"] / 2**20
-        cells = [f"{point['parameters']:,}", f"{point['batch']:,}", f"{ms:.3g}", *times, f"{mib:.3g}", *memory]
+        cells = [
+            f"{point['parameters']:,}",
+            f"{point['batch']:,}",
+            f"{ms:.3g}",
+            *times,
+            f"{mib:.3g}",
+            *memory,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| slope with | of | time | memory | time, last decade | memory |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| slope with | of | time | memory | time, last decade | memory |",
+        "|---|---|---|---|---|---|",
+    ]
     for sweep, points in results.items():
         for way in COLOURS:
             cells = []
             for part in (points, points[-2:]):
                 s = slopes(part, sweep, way)
-                cells += [f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})", f"{s['memory']:.2f}"]
+                cells += [
+                    f"{s['median']:.2f} ({s['low']:.2f}–{s['high']:.2f})",
+                    f"{s['memory']:.2f}",
+                ]
             lines.append(f"| {sweep} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -140,8 +163,12 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
             seconds = [median(point["seconds"][way]) for point in points]
             mib = [point["bytes"][way] / 2**20 for point in points]
             slope = slopes(points, sweep, way)
-            axes[0, column].loglog(sizes, seconds, "o-", color=colour, label=f"{way}, slope {slope['median']:.2f}")
-            axes[1, column].loglog(sizes, mib, "o-", color=colour, label=f"{way}, slope {slope['memory']:.2f}")
+            axes[0, column].loglog(
+                sizes, seconds, "o-", color=colour, label=f"{way}, slope {slope['median']:.2f}"
+            )
+            axes[1, column].loglog(
+                sizes, mib, "o-", color=colour, label=f"{way}, slope {slope['memory']:.2f}"
+            )
         axes[1, column].set_xlabel(sweep)
         for row in (0, 1):
             axes[row, column].legend(frameon=False)
@@ -153,13 +180,19 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="interleaved rounds (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = measure(arguments.repeats)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "growth.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    (RESULTS / "growth.json").write_text(
+        json.dumps({"machine": machine(), **results}, indent=1) + "\n"
+    )
     (RESULTS / "growth.md").write_text(table(results))
     draw(results).savefig(RESULTS / "growth.png", dpi=150)
     print(table(results))

@@ -74,7 +74,9 @@ ADVANTAGES = torch.tanh(ACTIONS[:, 0] * STATES[:, 0]) + torch.randn(2048, genera
 def policy_gain(policy: nn.Module) -> tuple[Tensor, Independent]:
     """The surrogate loss of TRPO, its old policy the standard normal."""
     now = policy(STATES)
-    ratio = (now.log_prob(ACTIONS) - Independent(Normal(0 * ACTIONS, 1.0), 1).log_prob(ACTIONS)).exp()
+    ratio = (
+        now.log_prob(ACTIONS) - Independent(Normal(0 * ACTIONS, 1.0), 1).log_prob(ACTIONS)
+    ).exp()
     return -(ratio * ADVANTAGES).mean(), now
 
 
@@ -93,13 +95,17 @@ PROBLEMS = {
 }
 
 
-def decreases(problem: Problem, model: nn.Module, optimizer: NaturalCG, preconditioner: str | None) -> list[float]:
+def decreases(
+    problem: Problem, model: nn.Module, optimizer: NaturalCG, preconditioner: str | None
+) -> list[float]:
     """What the damped quadratic model of the next step has fallen by after each iteration of a tight solve."""
     model, optimizer = copy.deepcopy((model, optimizer))
     optimizer.param_groups[0].update(TIGHT, preconditioner=preconditioner)
     found: list[float] = []
 
-    def solve(matvec: Matvec, b: Tensor, *, preconditioner: Matvec | None, **settings: Any) -> LinearSolution:
+    def solve(
+        matvec: Matvec, b: Tensor, *, preconditioner: Matvec | None, **settings: Any
+    ) -> LinearSolution:
         """Conjugate gradients; each iteration lowers the model by ½ (rᵀz)² / pᵀA p."""
         at_residual: list[float] = []
 
@@ -128,7 +134,10 @@ def iterations(problem: Problem) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {name: [] for name in PRECONDITIONERS}
     for step in range(1, max(STEPS) + 1):
         if step in STEPS:
-            curves = {name: decreases(problem, model, optimizer, kind) for name, kind in PRECONDITIONERS.items()}
+            curves = {
+                name: decreases(problem, model, optimizer, kind)
+                for name, kind in PRECONDITIONERS.items()
+            }
             goal = SHARE * max(curve[-1] for curve in curves.values())
             for name, curve in curves.items():
                 found[name].append(1 + bisect_left(curve, goal))
@@ -138,10 +147,15 @@ def iterations(problem: Problem) -> dict[str, list[int]]:
 
 def table(results: dict[str, dict[str, list[int]]]) -> str:
     """Markdown: a model per row."""
-    lines = [f"| iterations at steps {', '.join(map(str, STEPS))} | {' | '.join(PRECONDITIONERS)} | times fewer |"]
+    lines = [
+        f"| iterations at steps {', '.join(map(str, STEPS))} | {' | '.join(PRECONDITIONERS)} | times fewer |"
+    ]
     lines.append(f"|---|{'---|' * len(PRECONDITIONERS)}---|")
     for name, found in results.items():
-        cells = [", ".join(f"> {MOST:,}" if n > MOST else str(n) for n in counts) for counts in found.values()]
+        cells = [
+            ", ".join(f"> {MOST:,}" if n > MOST else str(n) for n in counts)
+            for counts in found.values()
+        ]
         fewer = mean(found["none"]) / mean(found["Kronecker factors"])
         lines.append(f"| {name} | {' | '.join(cells)} | {fewer:.1f} |")
     return "\n".join(lines) + "\n"
@@ -154,7 +168,9 @@ def main() -> None:
     for name, problem in PROBLEMS.items():
         results[name] = iterations(problem)
         print(name, results[name], flush=True)
-    (RESULTS / "iterations.json").write_text(json.dumps({"machine": machine(), "iterations": results}) + "\n")
+    (RESULTS / "iterations.json").write_text(
+        json.dumps({"machine": machine(), "iterations": results}) + "\n"
+    )
     (RESULTS / "iterations.md").write_text(table(results))
     print(table(results))
 

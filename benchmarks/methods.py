@@ -46,7 +46,9 @@ def soap(model: nn.Module, lr: float) -> Optimizers:
 
 def shampoo(model: nn.Module, lr: float) -> Optimizers:
     """The scalable Shampoo, its roots renewed every 20 steps, grafted onto AdaGrad's step length."""
-    return [ScalableShampoo(model.parameters(), lr=lr, preconditioning_compute_steps=20, graft_type=2)]
+    return [
+        ScalableShampoo(model.parameters(), lr=lr, preconditioning_compute_steps=20, graft_type=2)
+    ]
 
 
 def singd(model: nn.Module, lr: float) -> Optimizers:
@@ -54,9 +56,17 @@ def singd(model: nn.Module, lr: float) -> Optimizers:
     layers = [m for m in model.modules() if isinstance(m, SINGD.SUPPORTED_MODULES)]
     known = [p for layer in layers for p in layer.parameters()]
     rest = [p for p in model.parameters() if not any(p is q for q in known)]
-    average = "batch+sequence" if any(isinstance(m, nn.Embedding) for m in model.modules()) else "batch"
+    average = (
+        "batch+sequence" if any(isinstance(m, nn.Embedding) for m in model.modules()) else "batch"
+    )
     own = SINGD(
-        model, known, lr=lr, loss_average=average, kfac_like=True, normalize_lr_cov=True, warn_unsupported=False
+        model,
+        known,
+        lr=lr,
+        loss_average=average,
+        kfac_like=True,
+        normalize_lr_cov=True,
+        warn_unsupported=False,
     )
     return [own, torch.optim.Adam(rest, lr=3e-3)] if rest else [own]
 
@@ -103,7 +113,9 @@ def by_natural_cg_on_four(model: nn.Module, losses: Iterable[Loss]) -> Iterator[
 
 def by_lbfgs(model: nn.Module, losses: Iterable[Loss]) -> Iterator[float]:
     """Strong Wolfe line search, 20 iterations a call."""
-    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", history_size=20)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), line_search_fn="strong_wolfe", history_size=20
+    )
     seen: list[float] = []
 
     def closure(loss: Loss) -> Tensor:
@@ -128,7 +140,9 @@ def by_newton_cg(model: nn.Module, losses: Iterable[Loss]) -> Iterator[float]:
 
     def function(loss: Loss, flat: Tensor) -> Tensor:
         pieces = [piece.view_as(p) for piece, p in zip(flat.split(sizes), params, strict=True)]
-        return loss(lambda z: torch.func.functional_call(model, dict(zip(names, pieces, strict=True)), (z,)))
+        return loss(
+            lambda z: torch.func.functional_call(model, dict(zip(names, pieces, strict=True)), (z,))
+        )
 
     for loss in losses:
         result = torchmin.minimize(partial(function, loss), x, method="newton-cg", max_iter=1)
@@ -152,10 +166,16 @@ METHODS: dict[str, FirstOrder | Callable[[nn.Module, Iterable[Loss]], Iterator[f
 """By name: a loop, or what makes a method of first order."""
 
 
-def steps_of(method: str, lr: float, seconds: float, model: nn.Module, losses: Iterable[Loss]) -> Iterator[float]:
+def steps_of(
+    method: str, lr: float, seconds: float, model: nn.Module, losses: Iterable[Loss]
+) -> Iterator[float]:
     """What a method finds, step by step; ``lr`` and ``seconds`` are for those of first order."""
     way = METHODS[method]
-    return by_first_order(way, lr, seconds, model, losses) if isinstance(way, FirstOrder) else way(model, losses)
+    return (
+        by_first_order(way, lr, seconds, model, losses)
+        if isinstance(way, FirstOrder)
+        else way(model, losses)
+    )
 
 
 def rates_of(method: str) -> tuple[float, ...]:

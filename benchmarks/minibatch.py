@@ -125,7 +125,9 @@ class Run(NamedTuple):
         return self.curve[-1][0]
 
 
-def train(task: str, method: str, seed: int, lr: float, seconds: float, steps: float = math.inf) -> Run:
+def train(
+    task: str, method: str, seed: int, lr: float, seconds: float, steps: float = math.inf
+) -> Run:
     """Until the time is up or all steps are taken. The score is measured some forty times, outside the time."""
     data = TASKS[task]
     torch.manual_seed(seed)
@@ -147,7 +149,11 @@ def tuned(task: str, method: str, seconds: float) -> float:
     """The best learning rate for a quarter of the time, on the first seed; NaN where there is none to choose."""
     trials = {lr: train(task, method, 0, lr, seconds / 4).final for lr in rates_of(method)}
     sign = 1 if TASKS[task].higher_is_better else -1
-    return max(trials, key=lambda lr: sign * trials[lr] if math.isfinite(trials[lr]) else -math.inf, default=math.nan)
+    return max(
+        trials,
+        key=lambda lr: sign * trials[lr] if math.isfinite(trials[lr]) else -math.inf,
+        default=math.nan,
+    )
 
 
 def run_digits(steps: int, seeds: int) -> Iterator[Run]:
@@ -179,9 +185,19 @@ def table(runs: list[Run]) -> str:
         for method in dict.fromkeys(run.method for run in runs if run.task == task):
             own = [run for run in runs if (run.task, run.method) == (task, method)]
             label = method if math.isnan(own[0].lr) else f"{method}, lr {own[0].lr:g}"
-            early = [max((p for p in r.curve if p[0] <= r.seconds / 10), default=r.curve[0])[2] for r in own]
+            early = [
+                max((p for p in r.curve if p[0] <= r.seconds / 10), default=r.curve[0])[2]
+                for r in own
+            ]
             steps, seconds = (f"{mean(run.curve[-1][i] for run in own):,.0f}" for i in (1, 0))
-            cells = [label, str(len(own)), steps, seconds, spread([run.final for run in own]), spread(early)]
+            cells = [
+                label,
+                str(len(own)),
+                steps,
+                seconds,
+                spread([run.final for run in own]),
+                spread(early),
+            ]
             lines.append(f"| {' | '.join(cells)} | {max(run.largest_loss for run in own):.3g} |")
         lines.append("")
     return "\n".join(lines)
@@ -204,11 +220,21 @@ def draw(runs: list[Run]) -> Figure:
                 label = None if run.method in labelled else run.method
                 labelled.add(run.method)
                 score = [1 - s if data.higher_is_better else s for _, _, s in run.curve]
-                axes.plot([t for t, _, _ in run.curve], score, label=label, color=COLOURS[run.method], alpha=0.7)
+                axes.plot(
+                    [t for t, _, _ in run.curve],
+                    score,
+                    label=label,
+                    color=COLOURS[run.method],
+                    alpha=0.7,
+                )
         axes.set(title=data.what, xlabel="CPU seconds, one thread", xscale="log")
         if data.higher_is_better:
             axes.set_ylim(0, 0.1)
-        axes.set_ylabel("share of wrong digits, held out" if data.higher_is_better else "nats per character, held out")
+        axes.set_ylabel(
+            "share of wrong digits, held out"
+            if data.higher_is_better
+            else "nats per character, held out"
+        )
         axes.legend()
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -224,16 +250,25 @@ def write(runs: list[Run]) -> None:
 
 def main() -> None:
     """Train, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2_000, help="of NaturalCG on the digits (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2_000, help="of NaturalCG on the digits (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="on the digits (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of CPU time for text (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of CPU time for text (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs: list[Run] = []
     for run in chain(run_digits(arguments.steps, arguments.seeds), run_text(arguments.seconds)):
         runs.append(run)
-        print(f"{run.task}, seed {run.seed}: {run.method} {run.final:.4f} after {run.seconds:.0f} s", flush=True)
+        print(
+            f"{run.task}, seed {run.seed}: {run.method} {run.final:.4f} after {run.seconds:.0f} s",
+            flush=True,
+        )
         write(runs)
     print(table(runs))
 

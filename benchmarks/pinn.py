@@ -47,11 +47,16 @@ def second_derivatives(u: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
     """``∂u/∂xᵢ`` and ``∂²u/∂xᵢ²``, shape (points, dimensions), as most codes compute them."""
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(u(x).sum(), x, create_graph=True)
-    columns = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(x.shape[1])]
+    columns = [
+        torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i]
+        for i in range(x.shape[1])
+    ]
     return slope, torch.stack(columns, 1)
 
 
-def second_derivatives_by_forward_mode(u: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def second_derivatives_by_forward_mode(
+    u: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same in a form that ``torch.func.jacrev`` can differentiate."""
     slopes, bends = [], []
     for unit in torch.eye(x.shape[1]).to(x):
@@ -112,12 +117,24 @@ def cosines(x: Tensor) -> Tensor:
 
 
 POISSON_2D = Equation(
-    sines, lambda x, _, bend: bend.sum(-1) + 2 * math.pi**2 * sines(x).squeeze(-1), 2, 900, 120, to_faces
+    sines,
+    lambda x, _, bend: bend.sum(-1) + 2 * math.pi**2 * sines(x).squeeze(-1),
+    2,
+    900,
+    120,
+    to_faces,
 )
 POISSON_5D = Equation(
-    cosines, lambda x, _, bend: bend.sum(-1) + math.pi**2 * cosines(x).squeeze(-1), 5, 3000, 500, to_faces
+    cosines,
+    lambda x, _, bend: bend.sum(-1) + math.pi**2 * cosines(x).squeeze(-1),
+    5,
+    3000,
+    500,
+    to_faces,
 )
-HEAT = Equation(heat, lambda _, slope, bend: slope[..., 0] - bend[..., 1] / 4, 2, 900, 120, to_start_and_ends)
+HEAT = Equation(
+    heat, lambda _, slope, bend: slope[..., 0] - bend[..., 1] / 4, 2, 900, 120, to_start_and_ends
+)
 PROBLEMS = {
     "poisson-2d, 257": (POISSON_2D, [2, 64, 1]),
     "poisson-2d, 9873": (POISSON_2D, [2, 64, 64, 48, 48, 1]),
@@ -137,7 +154,9 @@ class Task:
             layers += [nn.Linear(size, following), nn.Tanh()]
         self.net = nn.Sequential(*layers[:-1])
         self.inside = torch.rand(self.equation.interior, self.equation.dimensions)
-        self.edge = self.equation.on_boundary(torch.rand(self.equation.boundary, self.equation.dimensions))
+        self.edge = self.equation.on_boundary(
+            torch.rand(self.equation.boundary, self.equation.dimensions)
+        )
         self.given = self.equation.exact(self.edge)
         self._test = torch.rand(TEST_POINTS, self.equation.dimensions)
         self._truth = self.equation.exact(self._test)
@@ -145,7 +164,9 @@ class Task:
     def residuals(self, u: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Of the equation and of the boundary values."""
         u = u or self.net
-        return self.equation.residual(self.inside, *second_derivatives(u, self.inside)), u(self.edge) - self.given
+        return self.equation.residual(self.inside, *second_derivatives(u, self.inside)), u(
+            self.edge
+        ) - self.given
 
     def loss(self) -> Tensor:
         """What all methods minimise."""
@@ -248,7 +269,10 @@ def pytorch_minimize(task: Task, clock: Clock) -> None:
     names = [name for name, _ in task.net.named_parameters()]
     params = list(task.net.parameters())
     sizes = [p.numel() for p in params]
-    factors = [(w / n) ** 0.5 for w, n in ((1, task.equation.interior), (BOUNDARY_WEIGHT, task.equation.boundary))]
+    factors = [
+        (w / n) ** 0.5
+        for w, n in ((1, task.equation.interior), (BOUNDARY_WEIGHT, task.equation.boundary))
+    ]
     best = math.inf
 
     def residuals(flat: Tensor) -> Tensor:
@@ -257,7 +281,9 @@ def pytorch_minimize(task: Task, clock: Clock) -> None:
         named = dict(zip(names, pieces, strict=True))
         with torch.enable_grad():
             parts = task.residuals(lambda x: functional_call(task.net, named, (x,)))
-        result = torch.cat([factor * part.reshape(-1) for factor, part in zip(factors, parts, strict=True)])
+        result = torch.cat(
+            [factor * part.reshape(-1) for factor, part in zip(factors, parts, strict=True)]
+        )
         loss = result.detach().square().sum().item()
         if loss < best:
             best = loss
@@ -269,7 +295,9 @@ def pytorch_minimize(task: Task, clock: Clock) -> None:
 
     while True:
         start = torch.cat([p.detach().reshape(-1) for p in params])
-        torchmin.least_squares(residuals, start, ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=100_000)
+        torchmin.least_squares(
+            residuals, start, ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=100_000
+        )
 
 
 class Residual(nn.Module):
@@ -281,13 +309,16 @@ class Residual(nn.Module):
         self._task = task
         count = task.equation.interior + task.equation.boundary
         self._factors = [
-            (w * count / n) ** 0.5 for w, n in ((1, task.equation.interior), (BOUNDARY_WEIGHT, task.equation.boundary))
+            (w * count / n) ** 0.5
+            for w, n in ((1, task.equation.interior), (BOUNDARY_WEIGHT, task.equation.boundary))
         ]
 
     def forward(self, rows: Tensor) -> Tensor:
         x, edge = rows[:, :-1], rows[:, -1:]
         equation = self._task.equation
-        inside = equation.residual(x, *second_derivatives_by_forward_mode(self.net, x)).unsqueeze(-1)
+        inside = equation.residual(x, *second_derivatives_by_forward_mode(self.net, x)).unsqueeze(
+            -1
+        )
         given = self.net(x) - equation.exact(x)
         return torch.where(edge > 0, self._factors[1] * given, self._factors[0] * inside)
 
@@ -324,7 +355,13 @@ def run(problem: str, method: str, seed: int, seconds: float) -> dict[str, Any]:
     clock = Clock(task, seconds)
     with suppress(TimeUp):
         METHODS[method](task, clock)
-    return {"problem": problem, "method": method, "seed": seed, "seconds": seconds, "curve": clock.curve}
+    return {
+        "problem": problem,
+        "method": method,
+        "seed": seed,
+        "seconds": seconds,
+        "curve": clock.curve,
+    }
 
 
 def finals(runs: list[dict[str, Any]], problem: str, method: str) -> list[float]:
@@ -351,13 +388,20 @@ def figure(runs: list[dict[str, Any]]) -> Figure:
     """Error against seconds, a panel for each problem and a line for each run."""
     problems = [name for name in PROBLEMS if any(r["problem"] == name for r in runs)]
     picture = Figure(figsize=(4 * len(problems), 3.6), layout="constrained")
-    for axes, problem in zip(picture.subplots(1, len(problems), squeeze=False)[0], problems, strict=True):
+    for axes, problem in zip(
+        picture.subplots(1, len(problems), squeeze=False)[0], problems, strict=True
+    ):
         labelled: set[str] = set()
         for r in runs:
             if r["problem"] == problem:
                 label = None if r["method"] in labelled else r["method"]
                 labelled.add(r["method"])
-                axes.loglog(*zip(*r["curve"], strict=True), color=COLORS[r["method"]], label=label, alpha=0.8)
+                axes.loglog(
+                    *zip(*r["curve"], strict=True),
+                    color=COLORS[r["method"]],
+                    label=label,
+                    alpha=0.8,
+                )
         axes.set(title=problem + " parameters", xlabel="CPU seconds")
         axes.grid(alpha=0.3)
     axes = picture.axes[0]
@@ -370,7 +414,9 @@ def write(runs: list[dict[str, Any]]) -> None:
     """Keep the runs, and show them."""
     (RESULTS / "pinn.json").write_text(json.dumps(runs) + "\n")
     seconds = sorted({r["seconds"] for r in runs})
-    text = f"RMS error after {' or '.join(f'{s:g}' for s in seconds)} CPU seconds, one thread, float64"
+    text = (
+        f"RMS error after {' or '.join(f'{s:g}' for s in seconds)} CPU seconds, one thread, float64"
+    )
     text += f" ({', '.join(f'{k} {v}' for k, v in machine().items())});"
     text += " geometric mean over seeds (smallest – largest):\n\n" + table(runs)
     (RESULTS / "pinn.md").write_text(text)
@@ -389,14 +435,19 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     path = RESULTS / "pinn.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() and not args.again else []
+    runs: list[dict[str, Any]] = (
+        json.loads(path.read_text()) if path.exists() and not args.again else []
+    )
     done = {(r["problem"], r["method"], r["seed"]) for r in runs if r["seconds"] >= args.seconds}
     for seed in range(args.seeds):
         for problem in args.problems:
             for method in args.methods:
                 if (problem, method, seed) not in done:
                     runs.append(run(problem, method, seed, args.seconds))
-                    print(f"{problem}, seed {seed}: {method} {runs[-1]['curve'][-1][1]:.2e}", flush=True)
+                    print(
+                        f"{problem}, seed {seed}: {method} {runs[-1]['curve'][-1][1]:.2e}",
+                        flush=True,
+                    )
                     write(runs)
 
 

@@ -24,10 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmin.function import ScalarFunction
 
 import ngd_optim
-from ngd_optim.linearization.checks import Experience
-from ngd_optim.linearization.point import Linearization, linearize_closure
+from ngd_optim.distributed import ALONE
+from ngd_optim.linearization import linearize_mean
+from ngd_optim.linearization.backend import Way
+from ngd_optim.linearization.checks import Checked
+from ngd_optim.linearization.product import ClosureProduct, Graph
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing.closure import ReplayedClosure
+from ngd_optim.tracing import ReplayedClosure
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ngd_optim"
@@ -39,7 +42,9 @@ def softmax_metric(z: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda u: (p * u - p * (p * u).sum(-1, keepdim=True)) / len(z)
 
 
-def products(model: nn.Module, x: Tensor, classes: int) -> tuple[dict[str, Callable[[], Any]], dict[str, Tensor]]:
+def products(
+    model: nn.Module, x: Tensor, classes: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Tensor]]:
     """Ways to form one product, and what those that form the same product gave."""
     y = torch.randint(0, classes, (len(x),))
     params = list(model.parameters())
@@ -60,13 +65,22 @@ def products(model: nn.Module, x: Tensor, classes: int) -> tuple[dict[str, Calla
     z, pull = vjp(output, *values)
     apply_hessian = softmax_metric(z.detach())
     _, push = linearize(output, *values)
-    curvlinops = GGNLinearOperator(model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False)
+    curvlinops = GGNLinearOperator(
+        model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False
+    )
 
     logits = model(x)
-    kl = F.kl_div(logits.log_softmax(-1), logits.detach().log_softmax(-1), log_target=True, reduction="batchmean")
+    kl = F.kl_div(
+        logits.log_softmax(-1),
+        logits.detach().log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
     kl_gradient = flat(torch.autograd.grad(kl, params, create_graph=True))
     scalar = ScalarFunction(
-        lambda t: F.cross_entropy(output(*(p.view_as(q) for p, q in zip(t.split(sizes), params, strict=True))), y),
+        lambda t: F.cross_entropy(
+            output(*(p.view_as(q) for p, q in zip(t.split(sizes), params, strict=True))), y
+        ),
         (len(v),),
         hessp=True,
     )
@@ -75,13 +89,19 @@ def products(model: nn.Module, x: Tensor, classes: int) -> tuple[dict[str, Calla
     ways = {
         "gradient": lambda: torch.autograd.grad(F.cross_entropy(model(x), y), params),
         OURS: lambda: point.curvature(v),
-        "double-backward KL": lambda: flat(torch.autograd.grad(kl_gradient @ v, params, retain_graph=True)),
+        "double-backward KL": lambda: flat(
+            torch.autograd.grad(kl_gradient @ v, params, retain_graph=True)
+        ),
         "fresh jvp + vjp": lambda: flat(pull(apply_hessian(jvp(output, values, pieces)[1]))),
         "torch.func.linearize": lambda: flat(pull(apply_hessian(push(*pieces)))),
         "curvlinops": lambda: curvlinops @ v,
         "pytorch-minimize (Hessian)": lambda: hessian_product.mv(v),
     }
-    same = {name: ways[name]() for name in ways if name not in ("gradient", "pytorch-minimize (Hessian)")}
+    same = {
+        name: ways[name]()
+        for name in ways
+        if name not in ("gradient", "pytorch-minimize (Hessian)")
+    }
     return ways, same
 
 
@@ -95,22 +115,28 @@ def recording(model: nn.Module, x: Tensor, classes: int, repeats: int) -> dict[s
     def closure() -> Tensor:
         return F.cross_entropy(model(x), y)
 
-    learnt = ngd_optim.linearize(closure, params).experience
-
-    def point(replays: bool) -> Linearization:
-        known = learnt if replays else Experience(complete=True)
-        return linearize_closure(ReplayedClosure(closure, params), parameters, "ggn", lambda *_: known)
-
-    seconds: dict[str, list[float]] = {"direct": [], "recording": []}
+    ways = linearize_ways(closure, params)
+    seconds: dict[str, list[float]] = {"direct": [], "first": []}
     for _ in range(repeats):
-        for name, replays in (("direct", False), ("recording", True)):
-            product = point(replays).curvature
-            if name == "direct":
-                product(v)  # the first one still looks for what the trace has left in memory
+        for name, way in (("direct", Way("torch.func", recorded=False)), ("first", ways[0])):
+            graph = Graph(ReplayedClosure(closure, params), "ggn")
+            graph.get()
+            product = ClosureProduct(
+                graph, parameters, Checked((way,)), ALONE, print, keep_graph=True
+            )
             start = process_time()
-            product(v)
+            product.form(v)
             seconds[name].append(process_time() - start)
-    return ratios(seconds, "direct")["recording"]
+    return ratios(seconds, "direct")["first"]
+
+
+def linearize_ways(closure: Callable[[], Tensor], params: list[Tensor]) -> tuple[Way, ...]:
+    """The ways to form products that the check of a closure finds right, in order of preference."""
+    learnt: dict[Any, Checked] = {}
+    run = ReplayedClosure(closure, params)
+    linearize_mean(FlatParameters([{"params": params}]), "ggn", "auto", learnt, ALONE, [run])
+    (checked,) = learnt.values()
+    return checked.ways
 
 
 def measure(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,7 +167,10 @@ def table(results: dict[str, Any], recorded: dict[str, Any]) -> str:
         return f"{r['median']:.2f} ({r['low']:.2f}–{r['high']:.2f})"
 
     ways = list(next(iter(results.values())))
-    lines = ["| product ÷ gradient | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    lines = [
+        "| product ÷ gradient | " + " | ".join(results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
     for way in ways:
         cells = " | ".join(cell(r[way]) for r in results.values())
         lines.append(f"| {f'**{way}**' if way == OURS else way} | {cells} |")
@@ -175,8 +204,12 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=31, help="interleaved rounds (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=31, help="interleaved rounds (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results, recorded = measure(arguments.repeats)

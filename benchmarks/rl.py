@@ -46,12 +46,24 @@ TASKS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "steps": 100_000,
         "normalize": False,
-        "settings": {"n_steps": 512, "batch_size": 512, "cg_damping": 1e-3, "gae_lambda": 0.98, "n_critic_updates": 20},
+        "settings": {
+            "n_steps": 512,
+            "batch_size": 512,
+            "cg_damping": 1e-3,
+            "gae_lambda": 0.98,
+            "n_critic_updates": 20,
+        },
     },
     "Pendulum-v1": {
         "steps": 100_000,
         "normalize": False,
-        "settings": {"n_steps": 1024, "gamma": 0.9, "n_critic_updates": 15, "use_sde": True, "sde_sample_freq": 4},
+        "settings": {
+            "n_steps": 1024,
+            "gamma": 0.9,
+            "n_critic_updates": 15,
+            "use_sde": True,
+            "sde_sample_freq": 4,
+        },
     },
     "Acrobot-v1": {"steps": 100_000, "normalize": True, "settings": {"n_steps": 1024}},
     "Hopper-v5": _MUJOCO,
@@ -67,21 +79,29 @@ class Curve(BaseCallback):
         self.episodes: list[tuple[int, float]] = []
 
     def _on_step(self) -> bool:
-        self.episodes += [(self.num_timesteps, i["episode"]["r"]) for i in self.locals["infos"] if "episode" in i]
+        self.episodes += [
+            (self.num_timesteps, i["episode"]["r"]) for i in self.locals["infos"] if "episode" in i
+        ]
         return True
 
 
 def make_env(task: str, seed: int) -> Any:
     """The task's environments."""
     env = make_vec_env(task, n_envs=N_ENVS, seed=seed)
-    return VecNormalize(env, gamma=TASKS[task]["settings"].get("gamma", 0.99)) if TASKS[task]["normalize"] else env
+    return (
+        VecNormalize(env, gamma=TASKS[task]["settings"].get("gamma", 0.99))
+        if TASKS[task]["normalize"]
+        else env
+    )
 
 
 def make_model(name: str, task: str, seed: int, **more: Any) -> Any:
     """An untrained model; both algorithms get the same trust region."""
     settings = {"target_kl": 0.01, "cg_damping": 0.1, **TASKS[task]["settings"], **more}
     env = make_env(task, seed)
-    if name == "ngd_rl" and isinstance(env.action_space, gym.spaces.Box):  # sb3-contrib averages the KL over them
+    if name == "ngd_rl" and isinstance(
+        env.action_space, gym.spaces.Box
+    ):  # sb3-contrib averages the KL over them
         dimensions = env.action_space.shape[0]
         settings["target_kl"] *= dimensions
         settings["cg_damping"] *= dimensions
@@ -168,16 +188,23 @@ def write(results: dict[str, Any]) -> None:
     for task, steps in sorted(lengths, key=lambda pair: (list(TASKS).index(pair[0]), pair[1])):
         for name in ALGORITHMS:
             runs = [
-                run for run in results["runs"] if (run["task"], run["steps"], run["algorithm"]) == (task, steps, name)
+                run
+                for run in results["runs"]
+                if (run["task"], run["steps"], run["algorithm"]) == (task, steps, name)
             ]
             if not runs:
                 continue
-            training = spread([fmean(value for step, value in run["curve"] if step > 0.9 * steps) for run in runs])
+            training = spread(
+                [fmean(value for step, value in run["curve"] if step > 0.9 * steps) for run in runs]
+            )
             evaluated = spread([run["return"] for run in runs])
             seconds = " | ".join(
-                f"{fmean(run[what] for run in runs):.0f}" for what in ("train_seconds", "total_seconds")
+                f"{fmean(run[what] for run in runs):.0f}"
+                for what in ("train_seconds", "total_seconds")
             )
-            lines.append(f"| {task} | {steps} | {len(runs)} | {name} | {training} | {evaluated} | {seconds} |")
+            lines.append(
+                f"| {task} | {steps} | {len(runs)} | {name} | {training} | {evaluated} | {seconds} |"
+            )
     (RESULTS / "rl.md").write_text("\n".join(lines) + "\n")
     draw(results["runs"])
 
@@ -189,13 +216,19 @@ def draw(runs: list[dict[str, Any]]) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         longest = max(run["steps"] for run in runs if run["task"] == task)
         for name, color in COLORS.items():
-            chosen = [run for run in runs if (run["task"], run["algorithm"], run["steps"]) == (task, name, longest)]
+            chosen = [
+                run
+                for run in runs
+                if (run["task"], run["algorithm"], run["steps"]) == (task, name, longest)
+            ]
             if not chosen:
                 continue
             grid = np.linspace(0.05, 1, 60) * longest
             curves = np.array([smoothed(run["curve"], grid) for run in chosen])
             axes.plot(grid, curves.mean(0), color=color, label=name)
-            axes.fill_between(grid, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(
+                grid, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0
+            )
         axes.set(title=task, xlabel="environment steps")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[["top", "right"]].set_visible(False)
@@ -214,14 +247,18 @@ def smoothed(curve: list[tuple[int, float]], grid: np.ndarray) -> list[float]:
 
 def main() -> None:
     """Run what is missing, then write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="all tasks, at full length")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="only these")
     parser.add_argument("--seeds", type=int, help="number of seeds; default 1, with --full 3")
     parser.add_argument("--again", action="store_true", help="forget earlier results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="Mean of empty slice")  # sb3-contrib's log, without critic updates
+    warnings.filterwarnings(
+        "ignore", message="Mean of empty slice"
+    )  # sb3-contrib's log, without critic updates
     warnings.filterwarnings("ignore", message="invalid value encountered in scalar divide")
 
     RESULTS.mkdir(exist_ok=True)
@@ -229,7 +266,9 @@ def main() -> None:
     results: dict[str, Any] = {"updates": {}, "runs": []}
     if path.exists() and not args.again:
         results = json.loads(path.read_text())
-    for task in track(["CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5"], "policy updates"):
+    for task in track(
+        ["CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5"], "policy updates"
+    ):
         results["updates"][task] = time_updates(task)
     tasks = args.tasks or (list(TASKS) if args.full else ["CartPole-v1"])
     seeds = args.seeds or (3 if args.full else 1)

@@ -67,10 +67,17 @@ class Block(nn.Module):
         self.heads = heads
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.qkv, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).movedim(2, 0).transpose(2, 3)
+        q, k, v = (
+            self.qkv(self.norms[0](x))
+            .unflatten(-1, (3, self.heads, -1))
+            .movedim(2, 0)
+            .transpose(2, 3)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.merge(attended.transpose(1, 2).flatten(2))
         return x + self.feed_forward(self.norms[1](x))
@@ -102,8 +109,12 @@ _PIECES = torch.arange(64) * (len(CHARACTERS) // 64)
 TASKS = {
     "autoencoder, tanh": Task(lambda: autoencoder(nn.Tanh, *_WIDE), reconstruction, _ENTROPY),
     "autoencoder, ReLU": Task(lambda: autoencoder(nn.ReLU, *_WIDE), reconstruction, _ENTROPY),
-    "deep autoencoder, tanh": Task(lambda: autoencoder(nn.Tanh, *_NARROW), reconstruction, _ENTROPY),
-    "deep autoencoder, ReLU": Task(lambda: autoencoder(nn.ReLU, *_NARROW), reconstruction, _ENTROPY),
+    "deep autoencoder, tanh": Task(
+        lambda: autoencoder(nn.Tanh, *_NARROW), reconstruction, _ENTROPY
+    ),
+    "deep autoencoder, ReLU": Task(
+        lambda: autoencoder(nn.ReLU, *_NARROW), reconstruction, _ENTROPY
+    ),
     "CNN": Task(small_cnn, lambda m: F.cross_entropy(m(IMAGES), DIGIT), 0.0),
     "language model": Task(LanguageModel, lambda m: next_character(m, _PIECES), 0.0),
 }

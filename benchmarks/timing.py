@@ -39,4 +39,8 @@ def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str,
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    return {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "processor": platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "processor": platform.machine(),
+    }

@@ -57,7 +57,9 @@ def train(task: str, method: str, seconds: float) -> tuple[str, Curve]:
 
     def run(lr: float, seconds: float) -> Curve:
         torch.manual_seed(0)
-        return curve(steps_of(method, lr, seconds, TASKS[task].make(), repeat(TASKS[task].loss)), seconds)
+        return curve(
+            steps_of(method, lr, seconds, TASKS[task].make(), repeat(TASKS[task].loss)), seconds
+        )
 
     rates = rates_of(method)
     if not rates:
@@ -78,7 +80,11 @@ def table(results: dict[str, dict[str, Curve]]) -> str:
     for task, curves in results.items():
         lines += [f"| {task} | training loss | steps | seconds |", "|---|---|---|---|"]
         for label, points in sorted(curves.items(), key=lambda item: lowest(item[1])):
-            cells = f"{lowest(points):.5g} | {len(points)} | {points[-1][0]:.0f}" if points else "cannot | – | –"
+            cells = (
+                f"{lowest(points):.5g} | {len(points)} | {points[-1][0]:.0f}"
+                if points
+                else "cannot | – | –"
+            )
             lines.append(f"| {label} | {cells} |")
         lines.append("")
     return "\n".join(lines)
@@ -93,12 +99,20 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
         floor = TASKS[task].floor
         for label, points in curves.items():
             method = label.partition(", lr")[0]
-            values = [value - floor for value in accumulate((v for _, v in points if math.isfinite(v)), min)]
+            values = [
+                value - floor
+                for value in accumulate((v for _, v in points if math.isfinite(v)), min)
+            ]
             seconds = [second for second, value in points if math.isfinite(value)]
             width = 2.5 if method == "NaturalCG" else 1.4
             (handles[method],) = axes.plot(seconds, values, color=COLOURS[method], lw=width)
         what = f"training loss − {floor:.2f}, its floor" if floor else "training loss"
-        axes.set(title=task, xlabel="CPU seconds, one thread", ylabel=f"{what}; lowest so far", yscale="log")
+        axes.set(
+            title=task,
+            xlabel="CPU seconds, one thread",
+            ylabel=f"{what}; lowest so far",
+            yscale="log",
+        )
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -107,16 +121,28 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
 def write(results: dict[str, dict[str, Curve]]) -> None:
     """Keep the curves, and show them."""
     RESULTS.mkdir(exist_ok=True)
-    thinned = {t: {k: c[:: max(1, len(c) // 200)] + c[-1:] for k, c in curves.items()} for t, curves in results.items()}
-    (RESULTS / "training.json").write_text(json.dumps({"machine": machine(), "curves": thinned}) + "\n")
+    thinned = {
+        t: {k: c[:: max(1, len(c) // 200)] + c[-1:] for k, c in curves.items()}
+        for t, curves in results.items()
+    }
+    (RESULTS / "training.json").write_text(
+        json.dumps({"machine": machine(), "curves": thinned}) + "\n"
+    )
     (RESULTS / "training.md").write_text(table(results))
     draw(results).savefig(RESULTS / "training.png", dpi=110)
 
 
 def main() -> None:
     """Train, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of CPU time for each run (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="of CPU time for each run (default: %(default)s)",
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

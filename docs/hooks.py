@@ -16,7 +16,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES, BENCHMARKS, RESULTS = ROOT / "examples", ROOT / "benchmarks", ROOT / "benchmarks" / "results"
+EXAMPLES, BENCHMARKS, RESULTS = (
+    ROOT / "examples",
+    ROOT / "benchmarks",
+    ROOT / "benchmarks" / "results",
+)
 SHOWN = (*EXAMPLES.glob("*.p[ny]*"), *RESULTS.glob("*.png"))
 PLACE = re.compile(r"^<!-- (README|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE)
 
@@ -24,7 +28,9 @@ PLACE = re.compile(r"^<!-- (README|examples|benchmarks)(?:: (.+))? -->$", re.MUL
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Pictures and example files lie in the site where they lie in the repository."""
     for path in SHOWN:
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+        files.append(
+            File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+        )
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
@@ -46,7 +52,9 @@ def readme_section(name: str | None) -> str:
     Raises:
         ValueError: there is no such section.
     """
-    beginning, *sections = re.split(r"^## (.+)\n", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    beginning, *sections = re.split(
+        r"^## (.+)\n", (ROOT / "README.md").read_text(), flags=re.MULTILINE
+    )
     texts = dict(zip(sections[::2], sections[1::2], strict=True))
     if name is None:
         return beginning
@@ -57,7 +65,9 @@ def readme_section(name: str | None) -> str:
 
 def _linked_within_the_site(markdown: str) -> str:
     return re.sub(
-        r"\]\(benchmarks/results/(\w+)\.md\)", lambda link: f"](benchmarks.md#{_benchmark_name(link[1])})", markdown
+        r"\]\(benchmarks/results/(\w+)\.md\)",
+        lambda link: f"](benchmarks.md#{_benchmark_name(link[1])})",
+        markdown,
     )
 
 
@@ -69,8 +79,14 @@ def _docstring(path: Path) -> tuple[str, str]:
 
 def _example(path: Path) -> str:
     title, text = _docstring(path)
-    picture = f"![what {path.name} draws](examples/{path.stem}.png)\n" if path.with_suffix(".png").exists() else ""
-    code = "\n".join(f"    {line}".rstrip() for line in ["```python", *path.read_text().splitlines(), "```"])
+    picture = (
+        f"![what {path.name} draws](examples/{path.stem}.png)\n"
+        if path.with_suffix(".png").exists()
+        else ""
+    )
+    code = "\n".join(
+        f"    {line}".rstrip() for line in ["```python", *path.read_text().splitlines(), "```"]
+    )
     heading = f"## {path.stem} {{ #{path.stem} }}"
     return f'{heading}\n\n**{title}**\n\n{text}\n\n{picture}\n??? example "examples/{path.name}"\n\n{code}\n'
 
@@ -80,7 +96,9 @@ def _benchmark(table: Path) -> str:
     title, text = _docstring(BENCHMARKS / f"{name}.py")
     result = re.sub(r"^# .*\n", "", table.read_text())
     result = re.sub(r"\]\((\w+)\.md\)", lambda link: f"](#{_benchmark_name(link[1])})", result)
-    picture = f"![figure](benchmarks/results/{name}.png)\n" if table.with_suffix(".png").exists() else ""
+    picture = (
+        f"![figure](benchmarks/results/{name}.png)\n" if table.with_suffix(".png").exists() else ""
+    )
     return f"## {name} {{ #{name} }}\n\n**{title}**\n\n{text}\n\n{result}\n{picture}"
 
 

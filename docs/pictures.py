@@ -33,11 +33,16 @@ def draw_directions() -> Figure:
     turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)
     matrix = turn @ torch.diag(torch.tensor([1.0, 15.0], dtype=torch.float64)) @ turn.T
     b = matrix @ torch.tensor([1.0, 0.5], dtype=torch.float64)
-    roughly = turn @ torch.diag(torch.tensor([1.3, 12.0], dtype=torch.float64)) @ turn.T  # M, near the matrix
+    roughly = (
+        turn @ torch.diag(torch.tensor([1.3, 12.0], dtype=torch.float64)) @ turn.T
+    )  # M, near the matrix
     half = torch.linalg.cholesky(roughly)  # M = C Cᵀ; in y = Cᵀx the matrix is C⁻¹ A C⁻ᵀ
     rounder = torch.linalg.solve(half, torch.linalg.solve(half, matrix).T)
     figure = Figure(figsize=(11, 5), layout="constrained")
-    titles = "A x = b: ½ xᵀA x − bᵀx has long valleys", "Preconditioned: the same problem in y = Cᵀx, with M = C Cᵀ ≈ A"
+    titles = (
+        "A x = b: ½ xᵀA x − bᵀx has long valleys",
+        "Preconditioned: the same problem in y = Cᵀx, with M = C Cᵀ ≈ A",
+    )
     systems = (matrix, b), (rounder, torch.linalg.solve(half, b))
     for axes, (a, right), title in zip(figure.subplots(1, 2), systems, titles, strict=True):
         _draw_paths(axes, a, right)
@@ -47,18 +52,32 @@ def draw_directions() -> Figure:
 
 def _draw_paths(axes: Any, a: Tensor, b: Tensor) -> None:
     solution = torch.linalg.solve(a, b)
-    paths = {"gradient descent, exact line search": _descent(a, b), "conjugate gradients": _conjugate(a, b)}
+    paths = {
+        "gradient descent, exact line search": _descent(a, b),
+        "conjugate gradients": _conjugate(a, b),
+    }
     span = solution.abs().max().item()
     middle, reach = solution / 2, torch.tensor([0.85, 0.6], dtype=torch.float64) * span
     low, high = middle - reach, middle + reach
-    grid = torch.meshgrid(*(torch.linspace(*ends, 200, dtype=torch.float64) for ends in zip(low, high, strict=True)))
+    grid = torch.meshgrid(
+        *(torch.linspace(*ends, 200, dtype=torch.float64) for ends in zip(low, high, strict=True))
+    )
     x = torch.stack(grid, -1) - solution
     heights = 0.5 * torch.einsum("ijk,kl,ijl->ij", x, a, x)
-    levels = 0.5 * (solution @ a @ solution).item() * torch.tensor([0.01, 0.05, 0.15, 0.35, 0.65, 1.0, 1.6])
+    levels = (
+        0.5
+        * (solution @ a @ solution).item()
+        * torch.tensor([0.01, 0.05, 0.15, 0.35, 0.65, 1.0, 1.6])
+    )
     axes.contour(*grid, heights, levels=levels, colors="0.8", linewidths=0.9)
     for (name, points), colour, marker in zip(paths.items(), (ORANGE, BLUE), "os", strict=True):
         axes.plot(
-            *points.T, color=colour, marker=marker, markersize=5, linewidth=1.8, label=f"{name}: {_steps(points)}"
+            *points.T,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.8,
+            label=f"{name}: {_steps(points)}",
         )
     axes.plot(*solution, "*", color="black", markersize=13, label="solution")
     axes.set(aspect="equal", xlabel="first coordinate", ylabel="second coordinate")
@@ -77,7 +96,9 @@ def _descent(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _conjugate(a: Tensor, b: Tensor) -> Tensor:
-    return torch.stack([conjugate_gradient(a.mv, b, max_iters=n).solution for n in range(len(b) + 1)])
+    return torch.stack(
+        [conjugate_gradient(a.mv, b, max_iters=n).solution for n in range(len(b) + 1)]
+    )
 
 
 def draw_step() -> Figure:
@@ -101,7 +122,13 @@ def draw_step() -> Figure:
         return tried[-1][1], None
 
     trial = line_search(
-        evaluate, point.loss.item(), slope, max_kl=None, max_backtracks=10, requires_decrease=True, backtrack_ratio=0.8
+        evaluate,
+        point.loss.item(),
+        slope,
+        max_kl=None,
+        max_backtracks=10,
+        requires_decrease=True,
+        backtrack_ratio=0.8,
     )
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     plane, line = figure.subplots(1, 2)
@@ -113,8 +140,16 @@ def draw_step() -> Figure:
     enough = point.loss.item() + SUFFICIENT_DECREASE * along * slope
     line.plot(along, enough, ":", color="0.4", label="sufficient decrease")
     *refused, accepted = tried
-    line.plot(*zip(*refused, strict=True), "X", color=VERMILION, markersize=9, label="trial point, turned down")
-    line.plot(*accepted, "o", color=GREEN, markersize=9, label=f"accepted, {trial.backtracks} backtracks")
+    line.plot(
+        *zip(*refused, strict=True),
+        "X",
+        color=VERMILION,
+        markersize=9,
+        label="trial point, turned down",
+    )
+    line.plot(
+        *accepted, "o", color=GREEN, markersize=9, label=f"accepted, {trial.backtracks} backtracks"
+    )
     line.set(xlabel="fraction of the step d", ylabel="loss")
     line.set_title("The line search goes back until the loss falls", loc="left", fontsize=10)
     line.legend(frameon=False, fontsize=9)
@@ -134,16 +169,26 @@ def _draw_plane(
 ) -> None:
     ranges = (-2.7, 1.6), (-2.7, 4.6)
     grid = torch.meshgrid(*(torch.linspace(*ends, 150, dtype=torch.float64) for ends in ranges))
-    heights = [[loss(torch.stack([a, b])).item() for a, b in zip(*row, strict=True)] for row in zip(*grid, strict=True)]
+    heights = [
+        [loss(torch.stack([a, b])).item() for a, b in zip(*row, strict=True)]
+        for row in zip(*grid, strict=True)
+    ]
     axes.contour(*grid, heights, levels=[0.1, 0.3, 1, 3, 8, 20, 40], colors="0.8", linewidths=0.9)
     matrix = torch.stack([curvature(e) for e in torch.eye(2, dtype=torch.float64)])
     angle = torch.linspace(0, 2 * torch.pi, 200, dtype=torch.float64)
     circle = torch.stack([angle.cos(), angle.sin()])
-    edge = start[:, None] + (2 * max_kl) ** 0.5 * torch.linalg.solve(torch.linalg.cholesky(matrix).T, circle)
+    edge = start[:, None] + (2 * max_kl) ** 0.5 * torch.linalg.solve(
+        torch.linalg.cholesky(matrix).T, circle
+    )
     axes.plot(*edge, "--", color=BLUE, label=f"trust region ½ dᵀF d = {max_kl:g}")
-    for vector, colour, name in ((x, ORANGE, "solution x of (F + λI) x = −g"), (d, BLUE, "step d, cut to the region")):
+    for vector, colour, name in (
+        (x, ORANGE, "solution x of (F + λI) x = −g"),
+        (d, BLUE, "step d, cut to the region"),
+    ):
         end = start + vector
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
+        axes.annotate(
+            "", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2}
+        )
         axes.plot([], [], color=colour, linewidth=2, label=name)
     axes.plot(*(start + tried[-1][0] * d), "o", color=GREEN, markersize=9, label="accepted point")
     axes.plot(*start, "o", color="black", label="current parameters θ")
@@ -157,7 +202,9 @@ def draw_history() -> Figure:
     """Thirty steps of a classifier with a bound on the KL."""
     torch.manual_seed(0)
     x, y = torch.randn(300, 10, dtype=torch.float64), torch.randint(0, 4, (300,))
-    model = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(10, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)
+    ).double()
     optimizer, reports = NaturalCG(model.parameters(), max_kl=0.05), []
 
     def closure() -> tuple[Tensor, Categorical]:

@@ -30,7 +30,15 @@ LOG_DENSITY = """
     1.006 1.115 1.572 1.841 2.047 2.200
 """
 START = [1000.0, 1000.0, 400.0, 40.0, 0.7, 0.3, 0.03]
-CERTIFIED = [1288.1396800, 1491.0792535, 583.23836877, 75.416644291, 0.96629502864, 0.39797285797, 0.049727297349]
+CERTIFIED = [
+    1288.1396800,
+    1491.0792535,
+    583.23836877,
+    75.416644291,
+    0.96629502864,
+    0.39797285797,
+    0.049727297349,
+]
 CERTIFIED_ERRORS = [
     4.6647963344,
     39.571156086,
@@ -54,7 +62,9 @@ def model(b: Tensor, x: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, print the parameters, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
     args = parser.parse_args(arguments)
     x, y = numbers(LOG_DENSITY), numbers(MOBILITY)
@@ -72,13 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     point = linearize(closure, [b])  # loss ½ mean(r²), curvature JᵀJ / N
     degrees = len(y) - len(b)
     variance = 2 * point.loss * len(y) / degrees
-    information = len(y) / variance * torch.stack([point.curvature(unit) for unit in torch.eye(len(b)).double()])
+    information = (
+        len(y)
+        / variance
+        * torch.stack([point.curvature(unit) for unit in torch.eye(len(b)).double()])
+    )
     covariance = torch.linalg.inv(information)
     errors = covariance.diagonal().sqrt()
     print(f"{steps} steps, residual standard deviation {variance.sqrt():.6g} (NIST: 13.714600)\n")
     print("     parameter ± standard error          NIST's")
     for i, (value, error) in enumerate(zip(b.tolist(), errors.tolist(), strict=True)):
-        print(f"b{i + 1}  {value:12.7g} ± {error:<12.6g}  {CERTIFIED[i]:14.8g} ± {CERTIFIED_ERRORS[i]:.6g}")
+        print(
+            f"b{i + 1}  {value:12.7g} ± {error:<12.6g}  {CERTIFIED[i]:14.8g} ± {CERTIFIED_ERRORS[i]:.6g}"
+        )
     draw(b.detach(), covariance, x, y, args.figure)
     print(args.figure)
 
@@ -92,10 +108,18 @@ def draw(b: Tensor, covariance: Tensor, x: Tensor, y: Tensor, path: Path) -> Non
     left, middle, right = figure.subplots(1, 3)
     left.plot(x, y, "o", markersize=4, color="tab:orange", label="data")
     left.plot(line, model(b, line), color="tab:blue", label="fit")
-    left.plot(line, model(torch.tensor(START, dtype=torch.float64), line), ":", color="gray", label="start")
+    left.plot(
+        line,
+        model(torch.tensor(START, dtype=torch.float64), line),
+        ":",
+        color="gray",
+        label="start",
+    )
     left.set(xlabel="log₁₀ electron density", ylabel="mobility", title="electrons in silicon")
     left.legend(frameon=False)
-    middle.fill_between(line, -band, band, color="tab:blue", alpha=0.2, label="fit ± 2 standard errors")
+    middle.fill_between(
+        line, -band, band, color="tab:blue", alpha=0.2, label="fit ± 2 standard errors"
+    )
     middle.plot(x, y - model(b, x), "o", markersize=4, color="tab:orange", label="residuals")
     middle.set(xlabel="log₁₀ electron density", title="what is left")
     middle.set_ylim(-50, 70)

@@ -78,12 +78,15 @@ def work(rank: int, processes: int, steps: int, output: Path) -> None:
         identical = all(torch.equal(everyones[0], other) for other in everyones)
         alone = train(make_model(), images, labels, steps)
         distances = [
-            ((a - b).norm() / b.norm()).item() for a, b in zip(together.parameters, alone.parameters, strict=True)
+            ((a - b).norm() / b.norm()).item()
+            for a, b in zip(together.parameters, alone.parameters, strict=True)
         ]
         print(f"{processes} processes: loss {together.losses[-1]:.6g} before step {steps}")
         print(f"one process:  loss {alone.losses[-1]:.6g}")
         print(f"parameters are bit-identical on all processes: {identical}")
-        print(f"relative distance to the parameters of one process: {distances[0]:.1e} after the first step")
+        print(
+            f"relative distance to the parameters of one process: {distances[0]:.1e} after the first step"
+        )
         draw(processes, together, alone, distances, output)
         print(f"The curves are in {output}")
 
@@ -93,13 +96,29 @@ def draw(processes: int, together: Run, alone: Run, distances: list[float], path
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = range(len(alone.losses))
-    left.plot(steps, alone.losses, color="#E69F00", linewidth=5, alpha=0.6, label="one process, all images")
-    left.plot(steps, together.losses, color="#0072B2", linewidth=1.5, label=f"{processes} processes, a part each")
+    left.plot(
+        steps,
+        alone.losses,
+        color="#E69F00",
+        linewidth=5,
+        alpha=0.6,
+        label="one process, all images",
+    )
+    left.plot(
+        steps,
+        together.losses,
+        color="#0072B2",
+        linewidth=1.5,
+        label=f"{processes} processes, a part each",
+    )
     left.set(yscale="log", ylabel="training loss", xlabel="steps")
     left.legend(frameon=False)
     right.plot(range(1, len(distances) + 1), distances, "o-", color="0.3", markersize=4)
     right.set(
-        yscale="log", ylabel="‖θ − θ₁‖ / ‖θ₁‖", xlabel="steps", title="Distance of the parameters (float64): rounding"
+        yscale="log",
+        ylabel="‖θ − θ₁‖ / ‖θ₁‖",
+        xlabel="steps",
+        title="Distance of the parameters (float64): rounding",
     )
     for ax in (left, right):
         ax.grid(alpha=0.3)
@@ -110,7 +129,9 @@ def draw(processes: int, together: Run, alone: Run, distances: list[float], path
 
 def spawned(rank: int, processes: int, meeting: str, steps: int, output: Path) -> None:
     """A process that this script started."""
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes
+    )
     work(rank, processes, steps, output)
     dist.barrier()
     dist.destroy_process_group()
@@ -118,13 +139,21 @@ def spawned(rank: int, processes: int, meeting: str, steps: int, output: Path) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train in several processes and in one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="how many, without torchrun (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="how many, without torchrun (%(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=15, help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
+    )
     options = parser.parse_args(arguments)
     if options.processes < 1 or options.steps < 1:
-        parser.error(f"--processes and --steps must be at least 1, got {options.processes} and {options.steps}")
+        parser.error(
+            f"--processes and --steps must be at least 1, got {options.processes} and {options.steps}"
+        )
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group("gloo")
         work(dist.get_rank(), dist.get_world_size(), options.steps, options.output)

@@ -50,7 +50,9 @@ class Autoencoder(L.LightningModule):
 
     def loss(self, images: Tensor) -> Tensor:
         """Cross-entropy in nats per image."""
-        return F.binary_cross_entropy_with_logits(self.net(images), images, reduction="sum") / len(images)
+        return F.binary_cross_entropy_with_logits(self.net(images), images, reduction="sum") / len(
+            images
+        )
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:  # noqa: D102
         loss = self.loss(images)
@@ -88,7 +90,9 @@ class Curve(L.Callback):
         self.seconds += perf_counter() - self.start
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:  # noqa: D102
-        self.validation.append((trainer.global_step, self.seconds, float(trainer.callback_metrics["val_loss"])))
+        self.validation.append(
+            (trainer.global_step, self.seconds, float(trainer.callback_metrics["val_loss"]))
+        )
 
 
 def load_images(name: str) -> tuple[Tensor, Tensor]:
@@ -104,7 +108,14 @@ def load_images(name: str) -> tuple[Tensor, Tensor]:
     return train, validation
 
 
-def fit(module: L.LightningModule, name: str, train: Tensor, validation: Tensor, seconds: float, logs: Path) -> Curve:
+def fit(
+    module: L.LightningModule,
+    name: str,
+    train: Tensor,
+    validation: Tensor,
+    seconds: float,
+    logs: Path,
+) -> Curve:
     """Train for some time."""
     curve = Curve()
     trainer = L.Trainer(
@@ -131,7 +142,10 @@ def draw(curves: dict[str, Curve], floor: float, path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for ax, column, label in zip(axes, (0, 1), ("steps", "seconds of training"), strict=True):
         for name, curve in curves.items():
-            for points, style, what in ((curve.train, "-", "training"), (curve.validation, ":", "validation")):
+            for points, style, what in (
+                (curve.train, "-", "training"),
+                (curve.validation, ":", "validation"),
+            ):
                 x, y = [p[column] for p in points], [p[2] - floor for p in points]
                 ax.plot(x, y, style, color=COLORS[name], linewidth=2, label=f"{name}, {what}")
         ax.set_xscale("symlog", linthresh=1, linscale=0.4)
@@ -139,18 +153,33 @@ def draw(curves: dict[str, Curve], floor: float, path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"nats per image − {floor:.2f}, the least possible")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("digits", "mnist"), default="digits", help="mnist needs torchvision")
-    parser.add_argument("--seconds", type=float, default=20, help="for each optimizer (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", choices=("digits", "mnist"), default="digits", help="mnist needs torchvision"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="for each optimizer (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
-    parser.add_argument("--logs", type=Path, default=Path("lightning_logs"), help="TensorBoard's folder (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=Path("lightning_logs"),
+        help="TensorBoard's folder (%(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
+    )
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

@@ -82,7 +82,9 @@ def draw(u: nn.Module, viscosity: float, errors: list[tuple[float, float]], path
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds to train")
     parser.add_argument("--viscosity", type=float, default=0.01 / math.pi)
     parser.add_argument("--points", type=int, default=2000)
@@ -92,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    u = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh())
+    u = nn.Sequential(
+        nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh()
+    )
     u.append(nn.Linear(20, 1))
     inside, start, ends = sample_points(args.points)
     test = torch.rand(2000, 2) * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
@@ -101,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def closure() -> Tensor:
         beginning = u(start).squeeze(-1) + torch.sin(math.pi * start[:, 1])
-        return least_squares(equation(u, inside, args.viscosity), beginning, u(ends), weights=(1.0, 10.0, 10.0))
+        return least_squares(
+            equation(u, inside, args.viscosity), beginning, u(ends), weights=(1.0, 10.0, 10.0)
+        )
 
     errors: list[tuple[float, float]] = []
     spent = 0.0
@@ -114,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = optimizer.last_step
         assert report is not None
         if len(errors) % 20 == 0:
-            print(f"{spent:4.0f} s, step {len(errors)}: loss {report.new_loss:.1e}, error {errors[-1][1]:.1e}")
+            print(
+                f"{spent:4.0f} s, step {len(errors)}: loss {report.new_loss:.1e}, error {errors[-1][1]:.1e}"
+            )
     draw(u, args.viscosity, errors, args.figure)
     print(f"relative error {errors[-1][1]:.1e} after {len(errors)} steps; {args.figure}")
 

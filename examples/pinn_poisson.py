@@ -45,7 +45,9 @@ def laplacian(u: nn.Module, x: Tensor) -> Tensor:
     """``Δu`` by differentiating twice."""
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(u(x).sum(), x, create_graph=True)
-    bends = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+    bends = [
+        torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)
+    ]
     return torch.stack(bends, 1).sum(1, keepdim=True)
 
 
@@ -53,10 +55,14 @@ def sample_points(interior: int, edge: int) -> tuple[Tensor, Tensor]:
     """Random points in the square and on its four sides."""
     along, sides = torch.rand(edge), torch.arange(edge) % 4
     boundary = torch.stack([along, (sides % 2).double()], 1)
-    return torch.rand(interior, 2), torch.where((sides < 2).unsqueeze(1), boundary, boundary.flip(1))
+    return torch.rand(interior, 2), torch.where(
+        (sides < 2).unsqueeze(1), boundary, boundary.flip(1)
+    )
 
 
-def train(method: str, hidden: Sequence[int], seed: int, seconds: float) -> tuple[nn.Module, list[tuple[float, float]]]:
+def train(
+    method: str, hidden: Sequence[int], seed: int, seconds: float
+) -> tuple[nn.Module, list[tuple[float, float]]]:
     """Train for some seconds; returns the network, and after which times its error was how large."""
     torch.manual_seed(seed)
     u = network(hidden)
@@ -85,7 +91,9 @@ def stepper(method: str, u: nn.Module, loss: Callable[[], Tensor]) -> Callable[[
         optimizer = NaturalCG(u.parameters())
         return lambda: optimizer.step(loss)
     if method == "L-BFGS":
-        optimizer = torch.optim.LBFGS(u.parameters(), max_iter=10, history_size=50, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            u.parameters(), max_iter=10, history_size=50, line_search_fn="strong_wolfe"
+        )
     else:
         optimizer = torch.optim.Adam(u.parameters(), lr=3e-3)
 
@@ -109,15 +117,25 @@ def draw(u: nn.Module, curves: dict[str, list[tuple[float, float]]], path: Path)
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1)).tolist()  # pyright: ignore[reportAttributeAccessIssue]
     norm = LogNorm(max(error.max().item() / 1e3, 1e-16), error.max().item())
-    pictures = [("exact solution", truth, {}), ("network", found, {}), ("|network − exact|", error, {"norm": norm})]
+    pictures = [
+        ("exact solution", truth, {}),
+        ("network", found, {}),
+        ("|network − exact|", error, {"norm": norm}),
+    ]
     for axes, (title, values, style) in zip(above.subplots(1, 3), pictures, strict=True):
         image = axes.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap="viridis", **style)
         axes.set(title=title, xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         above.colorbar(image, ax=axes, shrink=0.85)
     axes = below.subplots()
     for method, curve in curves.items():
-        axes.loglog(*zip(*curve, strict=True), color=COLORS[method], label=f"{method}: {curve[-1][1]:.1e}")
-    axes.set(xlabel="CPU seconds, one thread", ylabel="RMS error", title="error of the solution while training")
+        axes.loglog(
+            *zip(*curve, strict=True), color=COLORS[method], label=f"{method}: {curve[-1][1]:.1e}"
+        )
+    axes.set(
+        xlabel="CPU seconds, one thread",
+        ylabel="RMS error",
+        title="error of the solution while training",
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,9 +144,13 @@ def draw(u: nn.Module, curves: dict[str, list[tuple[float, float]]], path: Path)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train with each method, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds for each method")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[64], help="sizes of the hidden layers")
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", default=[64], help="sizes of the hidden layers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
     args = parser.parse_args(arguments)

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from ngd_optim import NaturalCG
 
 MNIST_IMAGES = 10_000
-TRIAL_SHARE = 1 / 4  # part of the time that each of several settings is tried for, before the best runs in full
+TRIAL_SHARE = (
+    1 / 4
+)  # part of the time that each of several settings is tried for, before the best runs in full
 SOLVED = 1e-6  # what is left above the loss's floor is float32 rounding: stop
 
 
@@ -100,7 +102,11 @@ def natural_cg_step(optimizer: Any, closure: Callable[[], Tensor]) -> list[Step]
 
 METHODS = {  # the optimizer, a call of its step, and the settings to choose from
     "Adam": (torch.optim.Adam, adam_step, [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]),
-    "L-BFGS": (torch.optim.LBFGS, lbfgs_step, [{"line_search_fn": "strong_wolfe", "history_size": 10}]),
+    "L-BFGS": (
+        torch.optim.LBFGS,
+        lbfgs_step,
+        [{"line_search_fn": "strong_wolfe", "history_size": 10}],
+    ),
     "NaturalCG": (NaturalCG, natural_cg_step, [{}]),
 }
 STYLES = {  # colours by Okabe and Ito, which the colour-blind can tell apart
@@ -110,7 +116,9 @@ STYLES = {  # colours by Okabe and Ito, which the colour-blind can tell apart
 }
 
 
-def run(task: Task, method: str, settings: dict[str, Any], seconds: float, progress: Progress) -> History:
+def run(
+    task: Task, method: str, settings: dict[str, Any], seconds: float, progress: Progress
+) -> History:
     """Train a copy of the model until the time is up or the loss is solved; measuring accuracy is off the clock."""
     model = deepcopy(task.model)
     make_optimizer, take_step, _ = METHODS[method]
@@ -145,9 +153,13 @@ def run(task: Task, method: str, settings: dict[str, Any], seconds: float, progr
 def run_best(task: Task, method: str, seconds: float, progress: Progress) -> History:
     """Try each of the method's settings for a part of the time, then run the best for all of it from the start."""
     *_, settings = METHODS[method]
-    run(task, method, settings[0], 1e-9, Progress(disable=True))  # one step: torch loads parts at first use
+    run(
+        task, method, settings[0], 1e-9, Progress(disable=True)
+    )  # one step: torch loads parts at first use
     if len(settings) > 1:
-        trials = [run(task, method, setting, TRIAL_SHARE * seconds, progress) for setting in settings]
+        trials = [
+            run(task, method, setting, TRIAL_SHARE * seconds, progress) for setting in settings
+        ]
         losses = [trial.steps[-1].loss for trial in trials]
         settings = [settings[losses.index(min(losses))]]
     return run(task, method, settings[0], seconds, progress)
@@ -192,13 +204,33 @@ def load_images(name: str) -> tuple[Tensor, Tensor]:
 
 def make_table(task: str, histories: dict[str, History]) -> Table:
     """One row per method."""
-    table = Table("method", title=task, caption="accuracy on unseen images", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("training\nloss", "accuracy\nbest, last", "seconds", "steps", "gradients", "products"):
+    table = Table(
+        "method",
+        title=task,
+        caption="accuracy on unseen images",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for header in (
+        "training\nloss",
+        "accuracy\nbest, last",
+        "seconds",
+        "steps",
+        "gradients",
+        "products",
+    ):
         table.add_column(header, justify="right", no_wrap=True)
     for h in histories.values():
         accuracy = f"{max(h.accuracies):.1%} {h.accuracies[-1]:.1%}" if h.accuracies else "-"
-        totals = [h.total_before(what)[-1] for what in ("seconds", "steps", "gradients", "products")]
-        table.add_row(h.label, f"{h.steps[-1].loss:.5g}", accuracy, *(f"{round(total, 1):,}" for total in totals))
+        totals = [
+            h.total_before(what)[-1] for what in ("seconds", "steps", "gradients", "products")
+        ]
+        table.add_row(
+            h.label,
+            f"{h.steps[-1].loss:.5g}",
+            accuracy,
+            *(f"{round(total, 1):,}" for total in totals),
+        )
     return table
 
 
@@ -217,18 +249,32 @@ def draw(tasks: dict[str, Task], results: dict[str, dict[str, History]], path: P
             ax.set_xscale("symlog", linthresh=0.1 if what == "seconds" else 1, linscale=0.4)
             ax.set(yscale="log", xlim=(0, None), xlabel=label)
             ax.grid(alpha=0.3)
-        axes[0].set_ylabel(f"{name}: training loss" + (f" − {floor:.2f}, its floor" if floor else ""))
-    figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        axes[0].set_ylabel(
+            f"{name}: training loss" + (f" − {floor:.2f}, its floor" if floor else "")
+        )
+    figure.legend(
+        *rows[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("digits", "mnist"), default="digits", help="mnist needs torchvision")
-    parser.add_argument("--seconds", type=float, default=20, help="for each method on each task (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the split (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", choices=("digits", "mnist"), default="digits", help="mnist needs torchvision"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="for each method on each task (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the split (%(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
+    )
     options = parser.parse_args(arguments)
     if not 0 < options.seconds < math.inf:
         parser.error(f"--seconds must be a number above 0, got {options.seconds}")
@@ -239,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {}
     for name, task in tasks.items():
         console.rule(name)
-        with Progress(TextColumn("{task.description:24}"), BarColumn(20), status, console=console) as progress:
+        with Progress(
+            TextColumn("{task.description:24}"), BarColumn(20), status, console=console
+        ) as progress:
             results[name] = {m: run_best(task, m, options.seconds, progress) for m in METHODS}
         console.print(make_table(name, results[name]))
     draw(tasks, results, options.output)

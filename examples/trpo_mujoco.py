@@ -28,7 +28,13 @@ from ngd_optim import NaturalCG
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64, orthogonal weights."""
-    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    layers = [
+        nn.Linear(inputs, 64),
+        nn.Tanh(),
+        nn.Linear(64, 64),
+        nn.Tanh(),
+        nn.Linear(64, outputs),
+    ]
     for layer, gain in ((layers[0], 2**0.5), (layers[2], 2**0.5), (layers[4], last_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -49,7 +55,13 @@ class Policy(nn.Module):
 
 
 def advantages_of(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     """Generalized advantage estimation (Schulman et al. 2016): all arguments and the result have shape (time, envs)."""
     errors = rewards + gamma * next_values * ~terminated - values
@@ -62,8 +74,12 @@ def advantages_of(
 
 def main() -> None:
     """Train, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="InvertedPendulum-v5", help="any environment with vectors as actions")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--env", default="InvertedPendulum-v5", help="any environment with vectors as actions"
+    )
     parser.add_argument("--steps", type=int, default=100_000, help="environment steps in all")
     parser.add_argument("--n-envs", type=int, default=4)
     parser.add_argument("--rollout", type=int, default=2048, help="environment steps per update")
@@ -105,7 +121,11 @@ def main() -> None:
     observation, _ = envs.reset(seed=args.seed)
     done = np.zeros(args.n_envs, dtype=bool)
     progress = Progress(
-        TextColumn(args.env), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[news]}")
+        TextColumn(args.env),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[news]}"),
     )
     with progress:
         task = progress.add_task("", total=n_updates, news="")
@@ -126,7 +146,9 @@ def main() -> None:
                     if "episode" in infos:
                         returns = infos["episode"]["r"][infos["_episode"]].tolist()
                         recent.extend(returns)
-                        episodes += [(((update - 1) * n_steps + t) * args.n_envs, value) for value in returns]
+                        episodes += [
+                            (((update - 1) * n_steps + t) * args.n_envs, value) for value in returns
+                        ]
             x, next_x, actions, rewards, terminated, ended, is_sample = (
                 torch.stack(column) for column in zip(*rollout, strict=True)
             )
@@ -173,7 +195,9 @@ def main() -> None:
     print(f"mean return of the last {len(recent)} episodes: {fmean(recent):.1f}; {args.figure}")
 
 
-def draw(args: argparse.Namespace, episodes: list[tuple[int, float]], kls: list[tuple[int, float]]) -> None:
+def draw(
+    args: argparse.Namespace, episodes: list[tuple[int, float]], kls: list[tuple[int, float]]
+) -> None:
     """The learning curve, and the KL of each update beside its bound."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
@@ -185,7 +209,9 @@ def draw(args: argparse.Namespace, episodes: list[tuple[int, float]], kls: list[
     left.legend(frameon=False)
     right.plot(*np.array(kls).T, ".", color="tab:orange", label="measured")
     right.axhline(args.max_kl, color="black", linewidth=1, label="bound δ")
-    right.set(xlabel="environment steps", ylabel="nats per action", title="KL(old ‖ new) of each update")
+    right.set(
+        xlabel="environment steps", ylabel="nats per action", title="KL(old ‖ new) of each update"
+    )
     right.set_ylim(0, 1.2 * args.max_kl)
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):

@@ -15,13 +15,15 @@ T = TypeVar("T")
 class Ranks:
     """The processes of a group, each with its own part of the data; or this process alone.
 
-    Every average is the mean over the ranks, each of which counts the same, as in DistributedDataParallel. An exception
-    on one rank is raised there and answered by a RuntimeError on the others, at the next thing that they do together.
+    Every average is the mean over the ranks, each of which counts the same, as in
+    DistributedDataParallel. An exception on one rank is raised there and answered by a RuntimeError
+    on the others, at the next thing that they do together.
 
     Args:
         group: a ``torch.distributed`` process group, or None.
         device: where the parameters are.
-        follow_ddp: without a group, take that of the DistributedDataParallel module that runs in :meth:`together`.
+        follow_ddp: without a group, take that of the DistributedDataParallel module that runs in
+            :meth:`together`.
 
     Attributes:
         group: the group, or None for this process alone.
@@ -30,7 +32,9 @@ class Ranks:
     def __init__(self, group: Any, device: torch.device, *, follow_ddp: bool) -> None:
         self.group = group
         self._device = device
-        self._follow_ddp = follow_ddp and group is None and dist.is_available() and dist.is_initialized()
+        self._follow_ddp = (
+            follow_ddp and group is None and dist.is_available() and dist.is_initialized()
+        )
         self._error: Exception | None = None
 
     def together(self, work: Callable[[], T]) -> T:
@@ -104,8 +108,8 @@ class Ranks:
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
         if not torch.allclose(lowest, highest, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
-                "the parameters differ between the ranks of the process group; start from the same ones: "
-                "torch.nn.parallel.DistributedDataParallel sends rank 0's to all"
+                "the parameters differ between the ranks of the process group; start from the "
+                "same ones: torch.nn.parallel.DistributedDataParallel sends rank 0's to all"
             )
 
     def _maximum(self, values: list[int]) -> list[int]:
@@ -119,7 +123,8 @@ class Ranks:
             (failed,) = self._maximum([0 if error is None else 1 + dist.get_rank(self.group)])
             if failed and error is None:
                 raise RuntimeError(
-                    f"rank {failed - 1} raised an exception in this step, so this rank did not move either"
+                    f"rank {failed - 1} raised an exception in this step, so this rank did not "
+                    "move either"
                 )
 
     @contextmanager
@@ -142,7 +147,8 @@ ALONE = Ranks(None, torch.device("cpu"), follow_ddp=False)
 def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
     """Let DistributedDataParallel modules run the model and nothing else.
 
-    NaturalCG averages the gradients itself, and what the modules prepare for that cannot be done inside torch.func.
+    NaturalCG averages the gradients itself, and what the modules prepare for that cannot be done
+    inside torch.func.
 
     Args:
         broadcast: send rank 0's buffers to all ranks, where the modules would.
@@ -155,10 +161,12 @@ def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
     def silence(module: nn.parallel.DistributedDataParallel) -> None:
         if module.static_graph:
             raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) counts on backward passes that NaturalCG does not run; use "
-                "static_graph=False"
+                "DistributedDataParallel(static_graph=True) counts on backward passes that "
+                "NaturalCG does not run; use static_graph=False"
             )
-        found.setdefault(module, (module.require_backward_grad_sync, module.require_forward_param_sync))
+        found.setdefault(
+            module, (module.require_backward_grad_sync, module.require_forward_param_sync)
+        )
         module.require_backward_grad_sync = False
         module.require_forward_param_sync &= broadcast
 
@@ -171,7 +179,9 @@ def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _before_ddp_modules(action: Callable[[nn.parallel.DistributedDataParallel], None]) -> Iterator[None]:
+def _before_ddp_modules(
+    action: Callable[[nn.parallel.DistributedDataParallel], None],
+) -> Iterator[None]:
     def hook(module: nn.Module, _: Any) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             action(module)

@@ -45,10 +45,12 @@ class GradientHooks:
         for hook in list(self._hooks.values()):
             hook(optimizer)
         same = all(p.grad is old for p, old in zip(parameters.tensors, shown, strict=True))
-        if not same or not torch.allclose(values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True):
+        if not same or not torch.allclose(
+            values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True
+        ):
             raise RuntimeError(
-                "a hook changed the gradients, which NaturalCG does not use again; to limit the step set max_kl, the "
-                "trust region, in place of gradient clipping"
+                "a hook changed the gradients, which NaturalCG does not use again; to limit the "
+                "step set max_kl, the trust region, in place of gradient clipping"
             )
         for p, old in zip(parameters.tensors, before, strict=True):
             p.grad = old

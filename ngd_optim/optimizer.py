@@ -15,14 +15,34 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.jacobian import Layer
 from ngd_optim.linearization import Learnt, Point, linearize_mean
-from ngd_optim.names import BackendChoice, Curvature, DampingLimit, DampingScale, MaxKL, SolverName, TrustRegion
+from ngd_optim.names import (
+    BackendChoice,
+    Curvature,
+    DampingLimit,
+    DampingScale,
+    MaxKL,
+    SolverName,
+    TrustRegion,
+)
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, build_preconditioner
 from ngd_optim.report import StepReport, build_report
 from ngd_optim.settings import Settings, check_saved, check_settings, to_plain_numbers
-from ngd_optim.solvers import ConjugateGradients, Solver, UndampedModel, build_solver, curvature_diagonal
+from ngd_optim.solvers import (
+    ConjugateGradients,
+    Solver,
+    UndampedModel,
+    build_solver,
+    curvature_diagonal,
+)
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
-from ngd_optim.tracing import Closure, ReplayedClosure, twice_differentiable, undo_on_error, wrap_closures
+from ngd_optim.tracing import (
+    Closure,
+    ReplayedClosure,
+    twice_differentiable,
+    undo_on_error,
+    wrap_closures,
+)
 
 Closures = Closure | Sequence[Closure]
 
@@ -30,62 +50,79 @@ Closures = Closure | Sequence[Closure]
 class NaturalCG(Optimizer):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
-    Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares problem, scales
-    ``x`` to the trust region ``½ xᵀF x ≤ δ`` and searches along it (Martens 2010; Schulman et al. 2015).
+    Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares
+    problem, scales ``x`` to the trust region ``½ xᵀF x ≤ δ`` and searches along it (Martens 2010;
+    Schulman et al. 2015).
 
     Args:
-        params: parameters or parameter groups; ``lr``, ``damping`` and ``weight_decay`` may differ per group.
+        params: parameters or parameter groups; ``lr``, ``damping`` and ``weight_decay`` may differ
+            per group.
         lr: factor for the scaled step.
-        max_kl: trust region δ: bound on the KL, in nats per sample, or on ``½ dᵀF d`` where the loss itself defines the
-            metric, in the loss's unit. None: no bound. ``"auto"``: 0.01 where the closure returns a distribution or a
-            KL, else None.
-        trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes to its edge (TRPO),
-            ``"damped"`` to that of ``½ dᵀ(F + λI) d ≤ δ`` inside it (TRPO as it is commonly implemented).
-        damping: ``λ`` at the first step, in the unit of the curvature, and hence of the loss: for a loss that is a
-            thousand times as large, or a sum in place of a mean, take as much more.
-        adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value is updated.
-        min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for direct solvers.
-        max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for direct solvers.
+        max_kl: trust region δ: bound on the KL, in nats per sample, or on ``½ dᵀF d`` where the
+            loss itself defines the metric, in the loss's unit. None: no bound. ``"auto"``: 0.01
+            where the closure returns a distribution or a KL, else None.
+        trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes
+            to its edge (TRPO), ``"damped"`` to that of ``½ dᵀ(F + λI) d ≤ δ`` inside it (TRPO as it
+            is commonly implemented).
+        damping: ``λ`` at the first step, in the unit of the curvature, and hence of the loss: for a
+            loss that is a thousand times as large, or a sum in place of a mean, take as much more.
+        adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value
+            is updated.
+        min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for
+            direct solvers.
+        max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for
+            direct solvers.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
-        cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its average gain so far;
-            0: off. See :func:`~ngd_optim.conjugate_gradient`.
+        cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its
+            average gain so far; 0: off. See :func:`~ngd_optim.conjugate_gradient`.
         warm_start: CG starts from the last solution, at most this multiple of it; 0: from zero.
-        preconditioner: what CG is preconditioned by, which changes how many iterations it needs and never what it
-            solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse 2015), for all weights that the
-            closure uses in matrix products and convolutions, and a diagonal for the rest. ``"auto"``: that, where it
-            stands for half of the parameters at least and costs little beside the products; else none. None: nothing.
-            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`, or ``"diagonal"``: without layers. Or a
-            function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
-        max_backtracks: most times that the line search shrinks the step; 0: no line search, the scaled step is taken
-            unless it is not finite.
+        preconditioner: what CG is preconditioned by, which changes how many iterations it needs and
+            never what it solves. ``"kfac"``: Kronecker factors of the curvature (Martens & Grosse
+            2015), for all weights that the closure uses in matrix products and convolutions, and a
+            diagonal for the rest. ``"auto"``: that, where it stands for half of the parameters at
+            least and costs little beside the products; else none. None: nothing.
+            :class:`~ngd_optim.Nystrom` and :class:`~ngd_optim.Diagonal`, or ``"diagonal"``: without
+            layers. Or a function ``r ↦ M⁻¹ r`` of flat vectors, in the order of the parameters.
+        max_backtracks: most times that the line search shrinks the step; 0: no line search, the
+            scaled step is taken unless it is not finite.
         backtrack_ratio: factor of each shrinking.
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
-        curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see :func:`~ngd_optim.linearize`.
-        backend: what forms the products: ``"torch.func"``, forward mode through the closure; ``"double-backward"``, the
-            derivative of a gradient through the graph that is there. ``"auto"``: the latter where both are right and no
-            hooks on gradients are seen, else the one that is.
-        solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters; ``"sample"``, exactly, in
-            the space of the model's outputs, for fewer outputs than parameters. ``"auto"``: one of the direct solvers
-            where the loss is :func:`~ngd_optim.least_squares` and the problem small enough for it, else ``"cg"``. With
-            a direct solver and ``adapt_damping``, a step that does not lower the loss is solved again with more
-            damping, at the same Jacobian, in place of a line search.
-        damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added. ``"diagonal"``: the
-            largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt 1963; Moré 1978), which makes the step
-            independent of the parameters' units. ``"auto"``: ``"diagonal"`` for direct solvers, else ``"identity"``.
-        momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero (SPRING: Goldshlager,
-            Abrahamsen & Lin 2024), unless that was rejected; a system that is solved again has none.
-        geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the residuals' second
-            derivative along them (geodesic acceleration: Transtrum & Sethna 2012), at one more run of the closure.
-        generator: draws the random vectors from which preconditioners are estimated. None: one of the optimizer's own,
-            so that the same steps give the same numbers; torch's global one is left alone.
-        process_group: a ``torch.distributed`` process group whose ranks each have a part of the data: losses,
-            gradients, products and KLs are then means over the ranks (each counts the same, however large its batch),
-            and all ranks take the same step. Every rank calls ``step`` with as many closures. None: the group of the
-            DistributedDataParallel module that the closure runs, if it runs one; else no communication.
+        curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see
+            :func:`~ngd_optim.linearize`.
+        backend: what forms the products: ``"torch.func"``, forward mode through the closure;
+            ``"double-backward"``, the derivative of a gradient through the graph that is there.
+            ``"auto"``: the latter where both are right and no hooks on gradients are seen, else the
+            one that is.
+        solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters;
+            ``"sample"``, exactly, in the space of the model's outputs, for fewer outputs than
+            parameters. ``"auto"``: one of the direct solvers where the loss is
+            :func:`~ngd_optim.least_squares` and the problem small enough for it, else ``"cg"``.
+            With a direct solver and ``adapt_damping``, a step that does not lower the loss is
+            solved again with more damping, at the same Jacobian, in place of a line search.
+        damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added.
+            ``"diagonal"``: the largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt
+            1963; Moré 1978), which makes the step independent of the parameters' units. ``"auto"``:
+            ``"diagonal"`` for direct solvers, else ``"identity"``.
+        momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero
+            (SPRING: Goldshlager, Abrahamsen & Lin 2024), unless that was rejected; a system that is
+            solved again has none.
+        geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the
+            residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
+            2012), at one more run of the closure.
+        generator: draws the random vectors from which preconditioners are estimated. None: one of
+            the optimizer's own, so that the same steps give the same numbers; torch's global one is
+            left alone.
+        process_group: a ``torch.distributed`` process group whose ranks each have a part of the
+            data: losses, gradients, products and KLs are then means over the ranks (each counts the
+                same, however large its batch),
+            and all ranks take the same step. Every rank calls ``step`` with as many closures. None:
+            the group of the DistributedDataParallel module that the closure runs, if it runs one;
+            else no communication.
 
     Raises:
-        ValueError: a setting is out of range, or groups disagree on one that holds for the whole step.
+        ValueError: a setting is out of range, or groups disagree on one that holds for the whole
+            step.
         TypeError: as for any torch optimizer.
 
     Examples:
@@ -178,7 +215,9 @@ class NaturalCG(Optimizer):
         self._complete()
 
     def _complete(self) -> None:
-        if "_gradient_hooks" not in self.__dict__:  # load_state_dict keeps hooks, as torch's optimizers keep theirs
+        if (
+            "_gradient_hooks" not in self.__dict__
+        ):  # load_state_dict keeps hooks, as torch's optimizers keep theirs
             self._gradient_hooks = GradientHooks()
         self._learnt: Learnt = {}
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
@@ -197,9 +236,10 @@ class NaturalCG(Optimizer):
     def register_gradient_hook(self, hook: Callable[["NaturalCG"], None]) -> RemovableHandle:
         """Have ``hook(optimizer)`` called once in every step: at the gradient, before the parameters move.
 
-        It is the place to look at gradients, as between ``backward()`` and ``step()`` of a first-order optimizer: for a
-        closure that calls ``backward``, ``.grad`` holds them. Changing them makes ``step`` raise ``RuntimeError``.
-        ``handle.remove()`` ends it; it is no part of ``state_dict``.
+        It is the place to look at gradients, as between ``backward()`` and ``step()`` of a
+        first-order optimizer: for a closure that calls ``backward``, ``.grad`` holds them. Changing
+        them makes ``step`` raise ``RuntimeError``. ``handle.remove()`` ends it; it is no part of
+        ``state_dict``.
         """
         return self._gradient_hooks.register(hook)
 
@@ -210,27 +250,32 @@ class NaturalCG(Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss, and returns it alone or with a metric. It runs several times, always with the
-                same random numbers. A list of closures stands for the mean of their losses and metrics, with the
-                memory of one at a time.
-            curvature_closure: gives the curvature in place of ``closure``, for example on a part of its data.
+            closure: computes the loss, and returns it alone or with a metric. It runs several
+                times, always with the same random numbers. A list of closures stands for the mean
+                of their losses and metrics, with the memory of one at a time.
+            curvature_closure: gives the curvature in place of ``closure``, for example on a part of
+                its data.
 
         Returns:
             The loss before the step, a detached 0-dim tensor. ``last_step`` tells the rest.
 
         Raises:
-            TypeError, ValueError: there is no closure, it returned something that is not a loss or a metric, or its
-                loss depends on none of the parameters.
-            RuntimeError: the closure holds something that cannot work, and the message says what to do instead; or
-                another rank of the process group raised an exception.
-            Exception: whatever the closure raises; the parameters, their ``requires_grad`` and ``.grad``, and torch's
-                random numbers are then as before.
+            TypeError, ValueError: there is no closure, it returned something that is not a loss or
+                a metric, or its loss depends on none of the parameters.
+            RuntimeError: the closure holds something that cannot work, and the message says what to
+                do instead; or another rank of the process group raised an exception.
+            Exception: whatever the closure raises; the parameters, their ``requires_grad`` and
+                ``.grad``, and torch's random numbers are then as before.
         """
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         last = LastStep(parameters, self.state)
         closures = wrap_closures(closure, parameters.tensors)
-        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters.tensors)
+        others = (
+            []
+            if curvature_closure is None
+            else wrap_closures(curvature_closure, parameters.tensors)
+        )
         with _transaction(parameters, [*closures, *others]) as theta:
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
@@ -238,7 +283,14 @@ class NaturalCG(Optimizer):
             preconditioning = build_preconditioner(
                 settings.preconditioner, parameters, self.state, layers, self.generator
             )
-            linearize = partial(linearize_mean, parameters, settings.curvature, settings.backend, self._learnt, ranks)
+            linearize = partial(
+                linearize_mean,
+                parameters,
+                settings.curvature,
+                settings.backend,
+                self._learnt,
+                ranks,
+            )
             point = linearize(closures, None if others else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters))
             if others:
@@ -249,7 +301,9 @@ class NaturalCG(Optimizer):
 
             # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.
             decay = parameters.spread(settings.weight_decay, point.used)
-            gradient = point.gradient + decay * theta if any(settings.weight_decay) else point.gradient
+            gradient = (
+                point.gradient + decay * theta if any(settings.weight_decay) else point.gradient
+            )
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
             conjugate_gradients = ConjugateGradients(
                 x0=last.solution(point.used).mul_(settings.warm_start),
@@ -312,15 +366,21 @@ class NaturalCG(Optimizer):
             n_forward=sum(run.count for run in [*closures, *others]),
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
-        damping.adapt(report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot)
+        damping.adapt(
+            report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
+        )
         last.keep(outcome, report.new_loss, settings.lr)
-        self._layers = {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
+        self._layers = (
+            {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
+        )
         preconditioning.keep(report.n_product)
         self.last_step = report
         return point.loss
 
     @staticmethod
-    def _damping_scale(setting: DampingScale, solver: Solver, point: Point, last: LastStep) -> Tensor | None:
+    def _damping_scale(
+        setting: DampingScale, solver: Solver, point: Point, last: LastStep
+    ) -> Tensor | None:
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if setting == "identity" or (setting == "auto" and solver.name == "cg"):
             return None
@@ -331,7 +391,9 @@ class NaturalCG(Optimizer):
 
 
 @contextmanager
-def _transaction(parameters: FlatParameters, closures: Sequence[ReplayedClosure]) -> Iterator[Tensor]:
+def _transaction(
+    parameters: FlatParameters, closures: Sequence[ReplayedClosure]
+) -> Iterator[Tensor]:
     """Parameters, their ``.grad``, random state and buffers: all or nothing. It is given the parameters, flat."""
     with parameters.restored_on_error() as theta, undo_on_error(closures), twice_differentiable():
         yield theta
@@ -340,6 +402,6 @@ def _transaction(parameters: FlatParameters, closures: Sequence[ReplayedClosure]
 def _require(flags: Sequence[bool], what: str) -> None:
     if not any(flags):
         raise ValueError(
-            f"{what} depends on none of the optimizer's parameters; was the model copied or built anew after the "
-            "optimizer was made?"
+            f"{what} depends on none of the optimizer's parameters; was the model copied or built "
+            "anew after the optimizer was made?"
         )

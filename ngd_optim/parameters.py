@@ -11,8 +11,8 @@ from torch import Tensor
 class FlatParameters:
     """The trainable parameters of some groups, addressed as one vector in the order of the groups.
 
-    Frozen parameters (``requires_grad=False``) are left out. The vector has the widest of the parameters' dtypes, and
-    float32 at least; parameters of other dtypes are converted on the way.
+    Frozen parameters (``requires_grad=False``) are left out. The vector has the widest of the
+    parameters' dtypes, and float32 at least; parameters of other dtypes are converted on the way.
 
     Raises:
         TypeError: a parameter is complex.
@@ -20,24 +20,34 @@ class FlatParameters:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        trainable = [(i, p) for i, group in enumerate(groups) for p in group["params"] if p.requires_grad]
+        trainable = [
+            (i, p) for i, group in enumerate(groups) for p in group["params"] if p.requires_grad
+        ]
         self.tensors: list[Tensor] = [p for _, p in trainable]
         self._groups = [i for i, _ in trainable]
         if not self.tensors:
             raise ValueError("there is nothing to optimize: no parameter has requires_grad=True")
         devices = {p.device for p in self.tensors}
         if len(devices) > 1:
-            raise ValueError(f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
+            raise ValueError(
+                f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}"
+            )
         (self.device,) = devices
         self.dtype = torch.float32
         for p in self.tensors:
             if p.is_complex():
-                raise TypeError(f"complex parameters are not supported, got one of dtype {p.dtype}; use real parts")
+                raise TypeError(
+                    f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
+                    "parts"
+                )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         places = [p.data_ptr() for p in self.tensors if p.numel()]
-        if len(set(places)) < len(places) or any(0 in p.stride() and p.numel() > 1 for p in self.tensors):
+        if len(set(places)) < len(places) or any(
+            0 in p.stride() and p.numel() > 1 for p in self.tensors
+        ):
             raise ValueError(
-                "two parameters, or two elements of one, share the same memory; use one Parameter for both"
+                "two parameters, or two elements of one, share the same memory; use one Parameter "
+                "for both"
             )
         self._sizes = [p.numel() for p in self.tensors]
         self.size = sum(self._sizes)
@@ -63,7 +73,10 @@ class FlatParameters:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one view of it per parameter, of its shape."""
-        return [piece.view(p.shape) for p, piece in zip(self.tensors, flat.split(self._sizes), strict=True)]
+        return [
+            piece.view(p.shape)
+            for p, piece in zip(self.tensors, flat.split(self._sizes), strict=True)
+        ]
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees."""
@@ -73,13 +86,17 @@ class FlatParameters:
         """One value per group → one per parameter."""
         return [float(per_group[i]) for i in self._groups]
 
-    def spread(self, per_group: Sequence[float], where: Sequence[bool] | None = None) -> float | Tensor:
+    def spread(
+        self, per_group: Sequence[float], where: Sequence[bool] | None = None
+    ) -> float | Tensor:
         """One value per group → the flat vector that has it at the group's parameters, and 0 where ``where`` is False.
 
         A plain number stands for a constant vector.
         """
         flags = [True] * len(self.tensors) if where is None else where
-        values = [value * flag for value, flag in zip(self.by_parameter(per_group), flags, strict=True)]
+        values = [
+            value * flag for value, flag in zip(self.by_parameter(per_group), flags, strict=True)
+        ]
         if len(set(values)) == 1:
             return values[0]
         repeats = torch.tensor(self._sizes, device=self.device)
@@ -94,7 +111,9 @@ class FlatParameters:
     @torch.no_grad()
     def move(self, start: Tensor, step: Tensor, fraction: float) -> None:
         """Set the values to ``start + fraction · step``."""
-        for p, at, d in zip(self.tensors, start.split(self._sizes), step.split(self._sizes), strict=True):
+        for p, at, d in zip(
+            self.tensors, start.split(self._sizes), step.split(self._sizes), strict=True
+        ):
             p.copy_(torch.add(at, d, alpha=fraction).view(p.shape))
 
     @torch.no_grad()

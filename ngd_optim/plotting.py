@@ -30,15 +30,16 @@ _LONGEST_NAME = 32
 def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepReport]]) -> "Figure":
     """Draw a run, step by step: loss, KL, reduction ratio, damping and CG iterations.
 
-    A dashed line is the trust region, where there is one; a cross marks a rejected step; the markers of the CG
-    iterations tell why each solve ended. Steps count from 1.
+    A dashed line is the trust region, where there is one; a cross marks a rejected step; the
+    markers of the CG iterations tell why each solve ended. Steps count from 1.
 
     Args:
-        reports: the values of ``optimizer.last_step`` after each step; or some such lists by name, to compare runs.
+        reports: the values of ``optimizer.last_step`` after each step; or some such lists by name,
+            to compare runs.
 
     Returns:
-        A matplotlib figure, which pyplot does not know of: ``figure.savefig("run.png")`` writes it, and a notebook
-        shows it.
+        A matplotlib figure, which pyplot does not know of: ``figure.savefig("run.png")`` writes it,
+        and a notebook shows it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -84,13 +85,18 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
 
 def _runs(reports: Any) -> dict[str, list[StepReport]]:
     if isinstance(reports, StepReport) or not isinstance(reports, Iterable):
-        raise TypeError(f"plot_history needs the reports of all steps, as a list or lists by name, got {reports!r}")
+        raise TypeError(
+            "plot_history needs the reports of all steps, as a list or lists by name, got "
+            f"{reports!r}"
+        )
     named = reports if isinstance(reports, Mapping) else {"steps": reports}
     runs = {name: list(run) for name, run in named.items()}
     for run in runs.values():
         for report in run:
             if not isinstance(report, StepReport):
-                raise TypeError(f"plot_history needs values of optimizer.last_step, got {report!r} among them")
+                raise TypeError(
+                    f"plot_history needs values of optimizer.last_step, got {report!r} among them"
+                )
     if not any(runs.values()):
         raise ValueError("plot_history needs at least one report, got none")
     return runs
@@ -116,7 +122,9 @@ def _draw_field(axes: Any, run: Sequence[StepReport], field: str, colour: str) -
     axes.plot(range(1, len(run) + 1), values, color=colour, linewidth=1.3, marker=dots)
     rejected = [i for i, report in enumerate(run) if not report.accepted]
     size = 7 if len(rejected) <= _FEW else 3
-    axes.plot([i + 1 for i in rejected], [values[i] for i in rejected], **_REJECTED, markersize=size)
+    axes.plot(
+        [i + 1 for i in rejected], [values[i] for i in rejected], **_REJECTED, markersize=size
+    )
     if field == "reduction_ratio":
         if any(not -2 < value < 4 for value in values if value == value):
             axes.set_yscale("symlog", linthresh=1)
@@ -134,7 +142,9 @@ def _spans_decades(values: Sequence[float], *, may_round_below_zero: bool) -> bo
     return max(positive) > 20 * min(positive)
 
 
-def _draw_stops(axes: Any, run: Sequence[StepReport], colour: str, stops: Mapping[str, str]) -> None:
+def _draw_stops(
+    axes: Any, run: Sequence[StepReport], colour: str, stops: Mapping[str, str]
+) -> None:
     for stop, marker in stops.items():
         steps = [i for i, report in enumerate(run, 1) if report.cg_stop == stop]
         values = [run[i - 1].cg_iters for i in steps]
@@ -147,14 +157,24 @@ def _draw_bound(axes: Any, run: Sequence[StepReport], colour: str) -> None:
     if not finite:
         return
     bounds = [report.max_kl if math.isfinite(report.max_kl) else math.nan for report in run]
-    axes.stairs(bounds, [i + 0.5 for i in range(len(run) + 1)], baseline=None, color=colour, zorder=3, **_BOUND)
+    axes.stairs(
+        bounds,
+        [i + 0.5 for i in range(len(run) + 1)],
+        baseline=None,
+        color=colour,
+        zorder=3,
+        **_BOUND,
+    )
     if axes.get_yscale() == "linear":  # else steps to the edge would fill the panel and hide it
         low, high = axes.get_ylim()
         axes.set_ylim(bottom=min(0, low), top=max(high, 1.1 * max(finite)))
 
 
 def _draw_key(
-    axes: Any, runs: Mapping[str, Sequence[StepReport]], stops: Mapping[str, str], bounds: set[float]
+    axes: Any,
+    runs: Mapping[str, Sequence[StepReport]],
+    stops: Mapping[str, str],
+    bounds: set[float],
 ) -> None:
     """What lines and markers mean, in a place of its own."""
     axes.axis("off")

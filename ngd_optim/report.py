@@ -16,35 +16,40 @@ class StepReport:
         new_loss: loss where the step ended; equal to ``loss`` when it was rejected.
         grad_norm: norm of the gradient, weight decay included.
         step_norm: norm of the change of the parameters; 0 when rejected.
-        kl: KL divergence from the old to the new prediction, measured, in nats per sample. Where the metric is a loss
-            function (closure form (a)), its second-order model ``½ dᵀF d``.
-        max_kl: the trust region ``δ`` that the step had to keep to, in the unit of ``kl``; infinite: there was none.
-        predicted_decrease: decrease of the objective (the loss, weight decay included) that the model promised for the
-            step last tried.
-        reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was tried, or if the
-            promise was below the loss's rounding.
-        new_slope: the slope of the objective along the last step, as this step's data see it ÷ its steepness at that
-            step's start; NaN where there is none or the data are the same. Where it is above a third, that step fitted
-            noise, and the damping grows; not so for :func:`~ngd_optim.least_squares`, whose residuals may all vanish.
+        kl: KL divergence from the old to the new prediction, measured, in nats per sample. Where
+            the metric is a loss function (closure form (a)), its second-order model ``½ dᵀF d``.
+        max_kl: the trust region ``δ`` that the step had to keep to, in the unit of ``kl``;
+            infinite: there was none.
+        predicted_decrease: decrease of the objective (the loss, weight decay included) that the
+            model promised for the step last tried.
+        reduction_ratio: decrease found ÷ decrease promised for the step last tried; NaN if none was
+            tried, or if the promise was below the loss's rounding.
+        new_slope: the slope of the objective along the last step, as this step's data see it ÷ its
+            steepness at that step's start; NaN where there is none or the data are the same. Where
+            it is above a third, that step fitted noise, and the damping grows; not so for
+            :func:`~ngd_optim.least_squares`, whose residuals may all vanish.
         damping: ``λ`` used in this step; the largest, if the parameter groups differ.
         cg_iters: iterations of conjugate gradients.
         cg_residual: relative residual at which they stopped.
-        cg_stop: why they stopped: ``"tolerance"``, ``"progress"``, ``"max_iters"``, ``"negative_curvature"``,
-            ``"not_finite"``. A direct solver says ``"exact"``, or ``"indefinite"`` where the damped matrix was not
-            positive definite.
-        step_scale: factor that the trust region and the line search applied to the solution; 0 when rejected.
-        backtracks: how many trial points were turned down; with a direct solver, how often the system was solved again.
+        cg_stop: why they stopped: ``"tolerance"``, ``"progress"``, ``"max_iters"``,
+            ``"negative_curvature"``, ``"not_finite"``. A direct solver says ``"exact"``, or
+            ``"indefinite"`` where the damped matrix was not positive definite.
+        step_scale: factor that the trust region and the line search applied to the solution; 0 when
+            rejected.
+        backtracks: how many trial points were turned down; with a direct solver, how often the
+            system was solved again.
         accepted: whether the step was taken.
         reason: one sentence on the outcome.
-        curvature: what ``F`` is: ``"fisher"``, ``"ggn"`` where a loss function was recognised, or ``"hessian"``.
+        curvature: what ``F`` is: ``"fisher"``, ``"ggn"`` where a loss function was recognised, or
+            ``"hessian"``.
         solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
-        backend: what formed the products: ``"torch.func"`` (forward mode), or ``"double-backward"`` where tensors are
-            small or forward mode does not reach.
+        backend: what formed the products: ``"torch.func"`` (forward mode), or ``"double-backward"``
+            where tensors are small or forward mode does not reach.
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
             ``"nystrom"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.
-        n_product: how many curvature products were formed. Neither counts the check at the first step with a closure,
-            nor what a direct solver needs.
+        n_product: how many curvature products were formed. Neither counts the check at the first
+            step with a closure, nor what a direct solver needs.
 
     Examples:
         >>> import torch

@@ -68,8 +68,8 @@ class Settings:
                 continue
             if any(value != of_groups[0] for value in of_groups):
                 raise ValueError(
-                    f"{name} holds for the whole step, so all parameter groups must agree on it, got {of_groups}; "
-                    f"only {', '.join(PER_GROUP)} may differ"
+                    f"{name} holds for the whole step, so all parameter groups must agree on it, "
+                    f"got {of_groups}; only {', '.join(PER_GROUP)} may differ"
                 )
             values[name] = of_groups[0]
         return cls(**values)
@@ -110,8 +110,14 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trust_region": _one_of(TrustRegion),
     "damping": _FINITE,
     "adapt_damping": _FLAG,
-    "min_damping": (lambda v: v == "auto" or _at_least_zero(v), "a finite number, at least 0, or 'auto'"),
-    "max_damping": (lambda v: v == "auto" or (_number(v) and v >= 0), "a number, at least 0, or 'auto'"),
+    "min_damping": (
+        lambda v: v == "auto" or _at_least_zero(v),
+        "a finite number, at least 0, or 'auto'",
+    ),
+    "max_damping": (
+        lambda v: v == "auto" or (_number(v) and v >= 0),
+        "a number, at least 0, or 'auto'",
+    ),
     "max_cg_iters": (lambda v: _count(v) and v >= 1, "an integer, at least 1"),
     "cg_tol": _FINITE,
     "cg_progress_tol": _FINITE,
@@ -147,7 +153,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
     if settings["trust_region"] != "clip" and settings["max_kl"] is None:
         kind = settings["trust_region"]
-        raise ValueError(f"trust_region={kind!r} needs a max_kl whose boundary to go to, got max_kl=None")
+        raise ValueError(
+            f"trust_region={kind!r} needs a max_kl whose boundary to go to, got max_kl=None"
+        )
 
 
 def to_plain_numbers(group: dict[str, Any]) -> None:
@@ -158,7 +166,9 @@ def to_plain_numbers(group: dict[str, Any]) -> None:
             group[name] = int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
+def check_saved(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
+) -> None:
     """Check what was saved of an optimizer before it takes the place of anything.
 
     Args:
@@ -171,11 +181,14 @@ def check_saved(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping
     for group in groups:
         missing = [name for name in _ALLOWED if name not in group]
         if missing:
-            raise ValueError(f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}")
+            raise ValueError(
+                f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
+            )
         check_settings(group)
     for p, entry in state.items():
         for saved in (entry[name] for name in ("solution", "largest_curvature") if name in entry):
             if isinstance(p, Tensor) and saved.shape != p.shape:
                 raise ValueError(
-                    f"the state was saved of other parameters: one of shape {tuple(p.shape)} had {tuple(saved.shape)}"
+                    f"the state was saved of other parameters: one of shape {tuple(p.shape)} had "
+                    f"{tuple(saved.shape)}"
                 )

@@ -16,7 +16,8 @@ class DispatchMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Closures run without the compiler; the guard against it would import it, and cost time at each call.
+        # Closures run without the compiler; the guard against it would import it, and cost time at
+        # each call.
         return False
 
 

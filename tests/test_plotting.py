@@ -22,7 +22,9 @@ def reports() -> list[StepReport]:
         optimizer.step(lambda: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2)
         assert optimizer.last_step is not None
         reports.append(optimizer.last_step)
-    reports[4] = replace(reports[4], accepted=False, cg_stop="max_iters", reduction_ratio=float("nan"))
+    reports[4] = replace(
+        reports[4], accepted=False, cg_stop="max_iters", reduction_ratio=float("nan")
+    )
     return reports
 
 
@@ -51,12 +53,18 @@ def test_the_key_explains_all_that_is_drawn(reports: list[StepReport]) -> None:
     assert {f"solve ended: {report.cg_stop.replace('_', ' ')}" for report in reports} < explained
 
 
-def test_decades_get_a_logarithmic_axis_and_negative_losses_do_not(reports: list[StepReport]) -> None:
-    falling = [replace(reports[0], loss=10.0**-i, kl=-1e-9 if i == 2 else 10.0**-i) for i in range(6)]
+def test_decades_get_a_logarithmic_axis_and_negative_losses_do_not(
+    reports: list[StepReport],
+) -> None:
+    falling = [
+        replace(reports[0], loss=10.0**-i, kl=-1e-9 if i == 2 else 10.0**-i) for i in range(6)
+    ]
     assert [axes.get_yscale() for axes in plot_history(falling).axes[:2]] == ["log", "log"]
     surrogate = [replace(report, loss=-report.loss) for report in falling]
     assert plot_history(surrogate).axes[0].get_yscale() == "linear"
-    assert plot_history([replace(reports[0], reduction_ratio=-50.0)]).axes[2].get_yscale() == "symlog"
+    assert (
+        plot_history([replace(reports[0], reduction_ratio=-50.0)]).axes[2].get_yscale() == "symlog"
+    )
 
 
 def test_pyplot_does_not_keep_the_figure(reports: list[StepReport]) -> None:
@@ -81,10 +89,14 @@ def test_the_trust_region_is_drawn_as_it_was_in_each_step(reports: list[StepRepo
     values, edges, _ = stairs.get_data()
     np.testing.assert_array_equal(values, [0.5, 0.25, np.nan])
     np.testing.assert_array_equal(edges, [0.5, 1.5, 2.5, 3.5])
-    assert "trust region, max_kl" in {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
+    assert "trust region, max_kl" in {
+        text.get_text() for text in figure.axes[-1].get_legend().get_texts()
+    }
     without = plot_history([replace(report, max_kl=float("inf")) for report in reports])
     assert not without.axes[1].patches
-    assert not any("max_kl" in text.get_text() for text in without.axes[-1].get_legend().get_texts())
+    assert not any(
+        "max_kl" in text.get_text() for text in without.axes[-1].get_legend().get_texts()
+    )
 
 
 @pytest.mark.parametrize("wrong", [[None], [1, 2], {"run": [None]}, 3, None])
@@ -98,13 +110,17 @@ def test_one_report_is_no_list(reports: list[StepReport]) -> None:
         plot_history(reports[0])  # pyright: ignore[reportArgumentType]
 
 
-def test_steps_to_the_edge_leave_room_for_the_bound_and_a_generator_will_do(reports: list[StepReport]) -> None:
+def test_steps_to_the_edge_leave_room_for_the_bound_and_a_generator_will_do(
+    reports: list[StepReport],
+) -> None:
     edge = (replace(report, kl=0.0499, max_kl=0.05, accepted=True) for report in reports)
     figure = plot_history(edge)  # pyright: ignore[reportArgumentType]
     low, high = figure.axes[1].get_ylim()
     assert low == 0
     assert high >= 0.055
-    assert "rejected step" not in {text.get_text() for text in figure.axes[-1].get_legend().get_texts()}
+    assert "rejected step" not in {
+        text.get_text() for text in figure.axes[-1].get_legend().get_texts()
+    }
 
 
 def test_without_matplotlib_the_error_says_what_to_install(

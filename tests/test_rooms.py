@@ -28,9 +28,15 @@ BASE = ["autograd_graph", "distributed", "names", "parameters", "torch_internals
 def imports(path: Path) -> list[str]:
     """The modules of the package that a file imports from."""
     tree = ast.parse((ROOT / path).read_text())
-    found = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    found += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
-    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree)), "imports are absolute"
+    found = [
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+    ]
+    found += [
+        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    ]
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree)), (
+        "imports are absolute"
+    )
     return [name for name in found if name.split(".")[0] == "ngd_optim"]
 
 
@@ -71,12 +77,19 @@ def test_others_come_in_by_the_door_and_from_above(path: Path):
 
 def test_no_circle_within_a_room():
     graph = {path: imports(path) for path in FILES}
-    named = {".".join(("ngd_optim", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES}
+    named = {
+        ".".join(("ngd_optim", *path.with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in FILES
+    }
 
     def visit(path: Path, above: tuple[Path, ...]) -> None:
         assert path not in above, " → ".join(map(str, [*above, path]))
         for module in graph[path]:
-            if path.name != "__init__.py" and module in named and named[module].name != "__init__.py":
+            if (
+                path.name != "__init__.py"
+                and module in named
+                and named[module].name != "__init__.py"
+            ):
                 visit(named[module], (*above, path))
 
     for path in FILES:

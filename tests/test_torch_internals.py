@@ -25,7 +25,11 @@ def test_a_dispatch_mode_sees_what_autograd_calls():
 def test_a_schema_tells_what_is_written():
     schema = internals.schema_of(torch.ops.aten.add_.Tensor)
     assert schema.is_mutable
-    assert [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments] == [True, False, False]
+    assert [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_version_counts_writes():

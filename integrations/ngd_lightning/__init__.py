@@ -1,6 +1,7 @@
 """NaturalCG under Lightning.
 
-``configure_optimizers`` may return ``ngd_optim.NaturalCG`` as it is: Lightning finds this package by itself.
+``configure_optimizers`` may return ``ngd_optim.NaturalCG`` as it is: Lightning finds this package
+by itself.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ def refusals() -> list[Any]:
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             if any(isinstance(optimizer, NaturalCG) for optimizer in trainer.optimizers):
                 raise TypeError(
-                    "NaturalCG works under lightning's Trainer: import lightning.pytorch as pl, in place of "
-                    "import pytorch_lightning as pl"
+                    "NaturalCG works under lightning's Trainer: import lightning.pytorch as pl, "
+                    "in place of import pytorch_lightning as pl"
                 )
 
     return [Refusal()]

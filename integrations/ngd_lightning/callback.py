@@ -28,7 +28,9 @@ class LightningBridge(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the Trainer's options and attach."""
-        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)]
+        optimizers = [
+            optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)
+        ]
         if optimizers:
             check_trainer(trainer)
         self._handles = [handle for optimizer in optimizers for handle in attach(optimizer)]
@@ -42,17 +44,19 @@ class LightningBridge(Callback):
 class NaturalCGCallback(LightningBridge):
     """Shows what NaturalCG does in a run.
 
-    Every field of :class:`~ngd_optim.StepReport` goes to the Trainer's loggers, numbers as metrics and words as text
-    (TensorBoard and CSV), under ``ngd/``, or ``ngd/0/``, ``ngd/1/``, … where several NaturalCG optimizers are used.
+    Every field of :class:`~ngd_optim.StepReport` goes to the Trainer's loggers, numbers as metrics
+    and words as text (TensorBoard and CSV), under ``ngd/``, or ``ngd/0/``, ``ngd/1/``, … where
+    several NaturalCG optimizers are used.
 
     Args:
         progress_bar: the fields that the progress bar shows.
         warn_after: warn once when so many steps in a row were rejected.
-        picture: where to write a picture of the run at its end, as PNG, by :func:`~ngd_optim.plot_history`; it also
-            goes to TensorBoard. None: no picture.
+        picture: where to write a picture of the run at its end, as PNG, by
+            :func:`~ngd_optim.plot_history`; it also goes to TensorBoard. None: no picture.
 
     Raises:
-        ValueError: ``progress_bar`` names something that is not a field of StepReport, or ``warn_after`` is below 1.
+        ValueError: ``progress_bar`` names something that is not a field of StepReport, or
+            ``warn_after`` is below 1.
         ImportError: a picture is asked for, and matplotlib is not installed.
 
     Examples:
@@ -71,7 +75,9 @@ class NaturalCGCallback(LightningBridge):
         self._progress_bar = {progress_bar} if isinstance(progress_bar, str) else set(progress_bar)
         unknown = self._progress_bar - set(StepReport.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"progress_bar must name fields of StepReport, got {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"progress_bar must name fields of StepReport, got {', '.join(sorted(unknown))}"
+            )
         if warn_after < 1:
             raise ValueError(f"warn_after must be at least 1, got {warn_after}")
         if picture is not None and find_spec("matplotlib") is None:
@@ -87,7 +93,9 @@ class NaturalCGCallback(LightningBridge):
         """Check the configuration, and note every step from now on."""
         super().on_fit_start(trainer, pl_module)
         warn_of_optimizers(trainer)
-        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)]
+        optimizers = [
+            optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)
+        ]
         names = ["ngd"] if len(optimizers) == 1 else [f"ngd/{i}" for i in range(len(optimizers))]
         self.runs = {name: [] for name in names}
         self._warned = False
@@ -95,7 +103,12 @@ class NaturalCGCallback(LightningBridge):
             self._handles.append(optimizer.register_step_post_hook(self._noting(name)))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Log the last step of each optimizer."""
         for name, reports in self.runs.items():
@@ -108,7 +121,9 @@ class NaturalCGCallback(LightningBridge):
         """Draw the run."""
         self._draw(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Draw what there is of a run that was interrupted."""
         self._draw(trainer)
 
@@ -128,7 +143,9 @@ class NaturalCGCallback(LightningBridge):
 
         return note
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, report: StepReport) -> None:
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, report: StepReport
+    ) -> None:
         words = {}
         for field, value in report.as_dict().items():
             if isinstance(value, str):
@@ -151,12 +168,17 @@ class NaturalCGCallback(LightningBridge):
 
     def _warn_if_rejected(self, reports: list[StepReport]) -> None:
         last = reports[-self._warn_after :]
-        if not self._warned and len(last) == self._warn_after and not any(report.accepted for report in last):
+        if (
+            not self._warned
+            and len(last) == self._warn_after
+            and not any(report.accepted for report in last)
+        ):
             self._warned = True
             rank_zero_warn(
-                f"NaturalCG's last {self._warn_after} steps did not move the parameters; the last one was "
-                f"{last[-1].reason}. Look for a loss that is not finite or differs each time that it is computed; else "
-                "use larger batches, more damping or a smaller max_kl, unless the training has converged"
+                f"NaturalCG's last {self._warn_after} steps did not move the parameters; the last "
+                f"one was {last[-1].reason}. Look for a loss that is not finite or differs each "
+                "time that it is computed; else use larger batches, more damping or a smaller "
+                "max_kl, unless the training has converged"
             )
 
 

@@ -28,37 +28,39 @@ def warn_of_optimizers(trainer: pl.Trainer) -> None:
     if not optimizers:
         names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
         rank_zero_warn(
-            f"NaturalCGCallback has nothing to show: configure_optimizers returned {names}; return NaturalCG, or use "
-            "Trainer(plugins=[NaturalCGPlugin()])"
+            f"NaturalCGCallback has nothing to show: configure_optimizers returned {names}; "
+            "return NaturalCG, or use Trainer(plugins=[NaturalCGPlugin()])"
         )
     for optimizer in optimizers:
         lr = min(float(group["lr"]) for group in optimizer.param_groups)
         if lr < _SMALL_LR and not trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"NaturalCG's lr is {lr:g}, as for a first-order optimizer; it multiplies a step that already has the "
-                "right length, so the usual value is 1.0, and max_kl limits the step"
+                f"NaturalCG's lr is {lr:g}, as for a first-order optimizer; it multiplies a step "
+                "that already has the right length, so the usual value is 1.0, and max_kl limits "
+                "the step"
             )
 
 
 def _problems(trainer: pl.Trainer) -> Iterator[str]:
     if trainer.accumulate_grad_batches != 1:
         yield (
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds gradients up, and a step also needs the "
-            "curvature and the loss of all those batches; use a larger batch_size, or, where memory is short, manual "
-            "optimization with self.optimizers(use_pl_optimizer=False).step([closure_1, closure_2, ...])"
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds gradients up, and a "
+            "step also needs the curvature and the loss of all those batches; use a larger "
+            "batch_size, or, where memory is short, manual optimization with "
+            "self.optimizers(use_pl_optimizer=False).step([closure_1, closure_2, ...])"
         )
     if trainer.gradient_clip_val:
         yield (
-            f"gradient_clip_val={trainer.gradient_clip_val} would change the gradient but not the curvature; a trust "
-            "region limits the step instead: NaturalCG(..., max_kl=...)"
+            f"gradient_clip_val={trainer.gradient_clip_val} would change the gradient but not the "
+            "curvature; a trust region limits the step instead: NaturalCG(..., max_kl=...)"
         )
     if str(trainer.precision) in ("16-mixed", "16-true"):
         yield (
-            f"precision={trainer.precision!r}: float16 has too little range for curvature products; use 'bf16-mixed', "
-            "'32-true' or '64-true'"
+            f"precision={trainer.precision!r}: float16 has too little range for curvature "
+            "products; use 'bf16-mixed', '32-true' or '64-true'"
         )
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         yield (
-            f"{type(trainer.strategy).__name__} splits parameters or steps between processes, and a step needs them "
-            "whole; use strategy='ddp' or a single device"
+            f"{type(trainer.strategy).__name__} splits parameters or steps between processes, and "
+            "a step needs them whole; use strategy='ddp' or a single device"
         )

@@ -19,17 +19,18 @@ _OPTIONS = set(inspect.signature(NaturalCG).parameters) - {"params"}
 class NaturalCGPlugin(Precision):
     """Trainer plugin that puts NaturalCG in the place of the optimizer that the model configures.
 
-    ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. It takes over that optimizer's parameters, in their groups; all
-    trainable ones if ``configure_optimizers`` returns None (Lightning wants the method itself to be there).
-    Learning-rate schedulers are left out with that optimizer, and a warning says so. The plugin stands for the
-    Trainer's precision, so that is set here.
+    ``Trainer(plugins=[NaturalCGPlugin(max_kl=0.1)])``. It takes over that optimizer's parameters,
+    in their groups; all trainable ones if ``configure_optimizers`` returns None (Lightning wants
+    the method itself to be there). Learning-rate schedulers are left out with that optimizer, and a
+    warning says so. The plugin stands for the Trainer's precision, so that is set here.
 
     Args:
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"64-true"``.
         **options: those of :class:`~ngd_optim.NaturalCG`.
 
     Raises:
-        ValueError: another precision, or an option that is out of range; when training starts, several optimizers.
+        ValueError: another precision, or an option that is out of range; when training starts,
+            several optimizers.
         TypeError: NaturalCG has no such option.
 
     Examples:
@@ -40,13 +41,18 @@ class NaturalCGPlugin(Precision):
 
     def __init__(self, precision: str = "32-true", **options: Any) -> None:
         if precision not in ("32-true", "bf16-mixed", "64-true"):
-            raise ValueError(f"precision must be '32-true', 'bf16-mixed' or '64-true', got {precision!r}")
+            raise ValueError(
+                f"precision must be '32-true', 'bf16-mixed' or '64-true', got {precision!r}"
+            )
         unknown = options.keys() - _OPTIONS
         if unknown:
             raise TypeError(
-                f"NaturalCG has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(_OPTIONS))}"
+                f"NaturalCG has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(sorted(_OPTIONS))}"
             )
-        NaturalCG([nn.Parameter()], **options)  # out of range: better said here than when training starts
+        NaturalCG(
+            [nn.Parameter()], **options
+        )  # out of range: better said here than when training starts
         self.precision = precision  # pyright: ignore[reportAttributeAccessIssue]
         self._options = options
         self._inner: Precision = DoublePrecision() if precision == "64-true" else Precision()
@@ -61,13 +67,17 @@ class NaturalCGPlugin(Precision):
             return model, optimizers, lr_schedulers
         if len(optimizers) > 1:
             raise ValueError(
-                f"NaturalCGPlugin replaces one optimizer, and the model configures {len(optimizers)}; return NaturalCG "
-                "from configure_optimizers for those that it should replace"
+                "NaturalCGPlugin replaces one optimizer, and the model configures "
+                f"{len(optimizers)}; return NaturalCG from configure_optimizers for those that it "
+                "should replace"
             )
         (replaced,) = optimizers
         rank_zero_info(f"NaturalCG takes the place of {type(replaced).__name__}")
         if lr_schedulers:
-            rank_zero_warn(f"NaturalCGPlugin leaves out the learning-rate schedulers of {type(replaced).__name__}")
+            rank_zero_warn(
+                "NaturalCGPlugin leaves out the learning-rate schedulers of "
+                f"{type(replaced).__name__}"
+            )
         if isinstance(replaced, _MockOptimizer):  # configure_optimizers returned None
             params: Any = [p for p in model.parameters() if p.requires_grad]
         else:

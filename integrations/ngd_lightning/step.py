@@ -1,8 +1,8 @@
 """One Lightning step as a closure that may run many times.
 
-Lightning hands ``optimizer.step`` a closure that runs ``training_step``, ``zero_grad``, ``backward`` and all hooks
-around them. NaturalCG evaluates its closure at several points; here the first evaluation does all of that, and the
-others compute the loss and nothing else.
+Lightning hands ``optimizer.step`` a closure that runs ``training_step``, ``zero_grad``,
+``backward`` and all hooks around them. NaturalCG evaluates its closure at several points; here the
+first evaluation does all of that, and the others compute the loss and nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,10 +32,13 @@ class LightningStep:
     Args:
         model: the LightningModule.
         optimizer: the optimizer that steps.
-        closure: Lightning's closure under automatic optimization, the user's under manual optimization.
+        closure: Lightning's closure under automatic optimization, the user's under manual
+            optimization.
     """
 
-    def __init__(self, model: pl.LightningModule, optimizer: NaturalCG, closure: Callable[[], Any]) -> None:
+    def __init__(
+        self, model: pl.LightningModule, optimizer: NaturalCG, closure: Callable[[], Any]
+    ) -> None:
         self._model = model
         self._optimizer: Any = optimizer
         self._closure = closure
@@ -48,7 +51,10 @@ class LightningStep:
         """The loss, and the distribution where ``training_step`` returned one."""
         first, self._ran = not self._ran, True
         backward = partial(self._backward, first=first)
-        with _own_states(self._metrics, keep=first), _replaced(self._model, "manual_backward", backward):
+        with (
+            _own_states(self._metrics, keep=first),
+            _replaced(self._model, "manual_backward", backward),
+        ):
             if first:
                 return self._evaluate(first)
             with _without_logging(self._model):
@@ -69,8 +75,9 @@ class LightningStep:
         loss = result.closure_loss
         if loss is None:
             raise ValueError(
-                "training_step returned None to skip a batch, but NaturalCG needs a loss in every step; leave such "
-                "batches out of the data, or use manual optimization and do not call step for them"
+                "training_step returned None to skip a batch, but NaturalCG needs a loss in every "
+                "step; leave such batches out of the data, or use manual optimization and do not "
+                "call step for them"
             )
         if first:
             self._closure._result = _detached(result)
@@ -82,8 +89,13 @@ class LightningStep:
     def _evaluate_manually(self) -> Any:
         returned = self._closure()
         if isinstance(returned, Mapping):
-            return (returned["loss"], returned[DISTRIBUTION]) if DISTRIBUTION in returned else returned["loss"]
-        # The closures in Lightning's documentation return nothing. What counts is what backward was called on.
+            return (
+                (returned["loss"], returned[DISTRIBUTION])
+                if DISTRIBUTION in returned
+                else returned["loss"]
+            )
+        # The closures in Lightning's documentation return nothing. What counts is what backward was
+        # called on.
         return 0.0 if returned is None else returned
 
     def _backward(self, loss: Tensor, *args: Any, first: bool, **kwargs: Any) -> None:
@@ -99,17 +111,22 @@ def attach(optimizer: NaturalCG) -> list[Any]:
     """Let an optimizer understand Lightning's closures; the handles undo it."""
     current: list[LightningStep] = []
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(
+        _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         current.clear()
         closure = kwargs.get("closure")
-        if not (isinstance(closure, partial) and isinstance(getattr(closure.func, "__self__", None), Precision)):
+        if not (
+            isinstance(closure, partial)
+            and isinstance(getattr(closure.func, "__self__", None), Precision)
+        ):
             return None
         model, _, inner = closure.args
         check_trainer(model.trainer)
         if inner is do_nothing_closure:
             raise TypeError(
-                "NaturalCG needs a closure that computes the loss: optimizer.step(closure), with manual_backward(loss) "
-                "in the closure, or return loss"
+                "NaturalCG needs a closure that computes the loss: optimizer.step(closure), with "
+                "manual_backward(loss) in the closure, or return loss"
             )
         ddp = model.trainer.strategy.model
         if optimizer.process_group is None and isinstance(ddp, DistributedDataParallel):
@@ -133,21 +150,28 @@ def attach(optimizer: NaturalCG) -> list[Any]:
 
 def _detached(result: ClosureResult) -> ClosureResult:
     """The result that Lightning passes on to hooks, its loss without the graph."""
-    return ClosureResult(None if result.closure_loss is None else result.closure_loss.detach(), extra=result.extra)
+    return ClosureResult(
+        None if result.closure_loss is None else result.closure_loss.detach(), extra=result.extra
+    )
 
 
 @contextmanager
 def _own_states(metrics: Sequence[Metric | MetricCollection], *, keep: bool) -> Iterator[None]:
     """Let torchmetrics update copies of their states, and put the old ones back unless they are to be kept.
 
-    A copy made inside the traced closure is no buffer of the model: forward mode can follow the closure.
+    A copy made inside the traced closure is no buffer of the model: forward mode can follow the
+    closure.
     """
     saved = [dict(vars(metric)) for metric in metrics]
     copies: dict[int, Tensor] = {}
     for metric in metrics:
         for name, value in metric.metric_state.items() if isinstance(metric, Metric) else ():
             # Metrics of one collection may share a tensor.
-            copy = copies.setdefault(id(value), value.clone()) if isinstance(value, Tensor) else list(value)
+            copy = (
+                copies.setdefault(id(value), value.clone())
+                if isinstance(value, Tensor)
+                else list(value)
+            )
             setattr(metric, name, copy)
     try:
         yield

@@ -26,8 +26,9 @@ States = tuple[Tensor, ...]
 class RecurrentTRPO(TRPO):
     """:class:`~ngd_rl.TRPO` for the LSTM policies and rollout buffers of ``sb3_contrib.RecurrentPPO``.
 
-    The constructor is that of :class:`~ngd_rl.TRPO`; ``sub_sampling_factor`` and ``curvature_fraction`` choose among
-    sequences (what one environment saw of one episode), not among steps.
+    The constructor is that of :class:`~ngd_rl.TRPO`; ``sub_sampling_factor`` and
+    ``curvature_fraction`` choose among sequences (what one environment saw of one episode), not
+    among steps.
 
     Raises:
         ValueError: as for :class:`~ngd_rl.TRPO`, or the policy is not recurrent.
@@ -44,16 +45,24 @@ class RecurrentTRPO(TRPO):
     def _setup_model(self) -> None:
         self._check_settings()
         if not issubclass(self.policy_class, RecurrentActorCriticPolicy):
-            raise ValueError(f"policy must be a RecurrentActorCriticPolicy, got {self.policy_class.__name__}")
+            raise ValueError(
+                f"policy must be a RecurrentActorCriticPolicy, got {self.policy_class.__name__}"
+            )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            use_sde=self.use_sde,
+            **self.policy_kwargs,
         ).to(self.device)
         layers, _, hidden = self.policy.lstm_hidden_state_shape
         if self.rollout_buffer_class is None:
             is_dict = isinstance(self.observation_space, spaces.Dict)
-            self.rollout_buffer_class = RecurrentDictRolloutBuffer if is_dict else RecurrentRolloutBuffer
+            self.rollout_buffer_class = (
+                RecurrentDictRolloutBuffer if is_dict else RecurrentRolloutBuffer
+            )
         self.rollout_buffer = self.rollout_buffer_class(
             self.n_steps,
             self.observation_space,
@@ -65,7 +74,9 @@ class RecurrentTRPO(TRPO):
             n_envs=self.n_envs,
             **self.rollout_buffer_kwargs,
         )
-        self._last_lstm_states = RNNStates(self._zero_states(self.n_envs), self._zero_states(self.n_envs))
+        self._last_lstm_states = RNNStates(
+            self._zero_states(self.n_envs), self._zero_states(self.n_envs)
+        )
         self._setup_policy_optimizer()
 
     def _zero_states(self, n_sequences: int) -> States:
@@ -73,12 +84,18 @@ class RecurrentTRPO(TRPO):
         return tuple(torch.zeros(layers, n_sequences, hidden, device=self.device) for _ in range(2))
 
     def _example_inputs(self) -> tuple[Any, ...]:
-        return *super()._example_inputs(), self._zero_states(1), torch.zeros(1, dtype=torch.long, device=self.device)
+        return (
+            *super()._example_inputs(),
+            self._zero_states(1),
+            torch.zeros(1, dtype=torch.long, device=self.device),
+        )
 
     def _distribution(self, *inputs: Any) -> Distribution:
         """The distribution of the rows that are not padding, given the states in which the sequences start."""
         observations, states, rows = inputs
-        n_rows = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+        n_rows = len(
+            next(iter(observations.values())) if isinstance(observations, dict) else observations
+        )
         nothing_starts = torch.zeros(n_rows, device=self.device)
         distribution, _ = self.policy.get_distribution(observations, states, nothing_starts)
         distribution = copy(distribution)
@@ -86,7 +103,11 @@ class RecurrentTRPO(TRPO):
         return distribution
 
     def _collect(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
     ) -> bool:
         borrowed: Any = RecurrentPPO.collect_rollouts
         return borrowed(self, env, callback, rollout_buffer, n_rollout_steps)
@@ -119,8 +140,8 @@ class RecurrentTRPO(TRPO):
 def _starting_states(data: Any, states: States) -> States:
     """The states before each sequence, zero where an episode starts.
 
-    The buffer cuts sequences where episodes start, so the LSTM need not look for starts on its way, which the policy
-    would do in a loop over time.
+    The buffer cuts sequences where episodes start, so the LSTM need not look for starts on its way,
+    which the policy would do in a loop over time.
     """
     n_sequences = states[0].shape[1]
     going_on = 1.0 - data.episode_starts.view(n_sequences, -1)[:, 0]

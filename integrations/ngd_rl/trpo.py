@@ -38,28 +38,34 @@ class Samples(NamedTuple):
 class TRPO(sb3_contrib.TRPO):
     """Trust Region Policy Optimization (Schulman et al. 2015) for Stable-Baselines3.
 
-    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more keyword arguments. On
-    the same rollout the step is that of sb3-contrib, with one difference: the KL is that of the whole action in nats
-    per sample, where sb3-contrib averages over the dimensions of ``Box`` and ``MultiBinary`` actions. Multiply
-    ``target_kl`` and ``cg_damping`` by their number for the same region.
+    The constructor is that of ``sb3_contrib.TRPO``, same names and defaults, and has some more
+    keyword arguments. On the same rollout the step is that of sb3-contrib, with one difference: the
+    KL is that of the whole action in nats per sample, where sb3-contrib averages over the
+    dimensions of ``Box`` and ``MultiBinary`` actions. Multiply ``target_kl`` and ``cg_damping`` by
+    their number for the same region.
 
     Args:
         *args: as for ``sb3_contrib.TRPO``.
-        adapt_damping: let ``cg_damping`` follow how well the quadratic model predicts (Levenberg-Marquardt).
-        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after ``cg_max_steps``. At the
-            default the step is the one that they converge to (cosine above 0.99999), with fewer products.
+        adapt_damping: let ``cg_damping`` follow how well the quadratic model predicts
+            (Levenberg-Marquardt).
+        cg_tol: conjugate gradients stop at this residual relative to the gradient, or after
+            ``cg_max_steps``. At the default the step is the one that they converge to (cosine above
+            0.99999), with fewer products.
         warm_start: they start from this multiple of the last solution.
         preconditioner: as for ``ngd_optim.NaturalCG``.
         backend: what forms the Fisher products, as for ``ngd_optim.NaturalCG``.
-        curvature_fraction: share of the rollout that the Fisher products are formed on; the gradient and the line
-            search always use all of it.
-        **kwargs: as for ``sb3_contrib.TRPO``; ``line_search_max_iter=0`` means no line search (:class:`NPG`).
+        curvature_fraction: share of the rollout that the Fisher products are formed on; the
+            gradient and the line search always use all of it.
+        **kwargs: as for ``sb3_contrib.TRPO``; ``line_search_max_iter=0`` means no line search
+            (:class:`NPG`).
 
     Attributes:
-        policy_optimizer: the :class:`~ngd_optim.NaturalCG` that moves the policy; it is saved with the model.
+        policy_optimizer: the :class:`~ngd_optim.NaturalCG` that moves the policy; it is saved with
+            the model.
 
     Raises:
-        ValueError: a setting is out of range, or the environment returned something that is not finite.
+        ValueError: a setting is out of range, or the environment returned something that is not
+            finite.
 
     Examples:
         >>> from ngd_rl import TRPO
@@ -103,7 +109,10 @@ class TRPO(sb3_contrib.TRPO):
                 self.line_search_max_iter == 0 or self.line_search_max_iter >= 2,
                 "0 (no line search) or at least 2",
             ),
-            "line_search_shrinking_factor": (0 < self.line_search_shrinking_factor < 1, "between 0 and 1"),
+            "line_search_shrinking_factor": (
+                0 < self.line_search_shrinking_factor < 1,
+                "between 0 and 1",
+            ),
             "n_critic_updates": (self.n_critic_updates >= 0, "at least 0"),
             "sub_sampling_factor": (
                 self.sub_sampling_factor >= 1 and (self.sub_sampling_factor == 1 or used >= 2),
@@ -120,7 +129,9 @@ class TRPO(sb3_contrib.TRPO):
                 raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
     def _setup_policy_optimizer(self) -> None:
-        self.policy_optimizer = NaturalCG(self._actor_parameters(), **{"damping": self.cg_damping, **self._settings()})
+        self.policy_optimizer = NaturalCG(
+            self._actor_parameters(), **{"damping": self.cg_damping, **self._settings()}
+        )
 
     def _settings(self) -> dict[str, Any]:
         """What NaturalCG calls the settings, which may change while training."""
@@ -144,8 +155,12 @@ class TRPO(sb3_contrib.TRPO):
         self.policy.set_training_mode(False)
         distribution = self._distribution(*self._example_inputs())
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(distribution.log_prob(distribution.mode()).sum(), parameters, allow_unused=True)
-        return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+        gradients = torch.autograd.grad(
+            distribution.log_prob(distribution.mode()).sum(), parameters, allow_unused=True
+        )
+        return [
+            p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None
+        ]
 
     def _example_inputs(self) -> tuple[Any, ...]:
         observation, _ = self.policy.obs_to_tensor(deepcopy(self.observation_space).sample())
@@ -156,7 +171,11 @@ class TRPO(sb3_contrib.TRPO):
         return self.policy.get_distribution(*inputs)
 
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
     ) -> bool:
         """Collect a rollout, as the base class does.
 
@@ -174,7 +193,11 @@ class TRPO(sb3_contrib.TRPO):
         return is_complete
 
     def _collect(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
     ) -> bool:
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
@@ -192,7 +215,9 @@ class TRPO(sb3_contrib.TRPO):
         samples = self._samples(data, every=self.sub_sampling_factor)
         part = None
         if self.curvature_fraction < 1:
-            part = self._closure(self._samples(data, every=self.sub_sampling_factor / self.curvature_fraction))
+            part = self._closure(
+                self._samples(data, every=self.sub_sampling_factor / self.curvature_fraction)
+            )
         self.policy_optimizer.param_groups[0].update(self._settings())
         self.policy_optimizer.step(self._closure(samples), curvature_closure=part)
         report = self.policy_optimizer.last_step
@@ -203,7 +228,9 @@ class TRPO(sb3_contrib.TRPO):
         """A part of the rollout, whose rows the buffer has shuffled."""
         index = evenly_spaced(len(data.actions), every)
         inputs = (rows_of(data.observations, index),)
-        return Samples(inputs, data.actions[index], data.old_log_prob[index], data.advantages[index])
+        return Samples(
+            inputs, data.actions[index], data.old_log_prob[index], data.advantages[index]
+        )
 
     def _closure(self, samples: Samples) -> Closure:
         """The surrogate objective, negated, with the distribution of the actions."""
@@ -229,7 +256,9 @@ class TRPO(sb3_contrib.TRPO):
                 continue
             self.policy.optimizer.zero_grad()
             value_loss.backward()
-            for p in actor_parameters:  # a shared features extractor is the policy step's: else the KL has no bound
+            for p in (
+                actor_parameters
+            ):  # a shared features extractor is the policy step's: else the KL has no bound
                 p.grad = None
             self.policy.optimizer.step()
         return value_losses
@@ -247,7 +276,9 @@ class TRPO(sb3_contrib.TRPO):
             "policy_objective": -report.new_loss,
             "kl_divergence_loss": report.kl,
             "is_line_search_success": float(report.accepted),
-            "explained_variance": explained_variance(buffer.values.flatten(), buffer.returns.flatten()),
+            "explained_variance": explained_variance(
+                buffer.values.flatten(), buffer.returns.flatten()
+            ),
         }
         if value_losses:
             values["value_loss"] = np.mean(value_losses)
@@ -261,10 +292,15 @@ class TRPO(sb3_contrib.TRPO):
         state_dicts, variables = super()._get_torch_save_params()
         return [*state_dicts, "policy_optimizer"], variables
 
-    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
+    ) -> None:
         """As in the base class; parameters of sb3-contrib's TRPO, which has no policy optimizer to save, fit too."""
         if isinstance(load_path_or_dict, dict):
-            load_path_or_dict = {"policy_optimizer": self.policy_optimizer.state_dict(), **load_path_or_dict}
+            load_path_or_dict = {
+                "policy_optimizer": self.policy_optimizer.state_dict(),
+                **load_path_or_dict,
+            }
         super().set_parameters(load_path_or_dict, exact_match, device)
 
 
@@ -308,4 +344,6 @@ def _joint(distribution: Distribution) -> Any:
 def _refuse_not_finite(what: str, values: Any, cause: Exception | None = None) -> None:
     arrays = values.values() if isinstance(values, dict) else [values]
     if not all(np.isfinite(array).all() for array in arrays):
-        raise ValueError(f"the environment returned a value that is not finite as {what}") from cause
+        raise ValueError(
+            f"the environment returned a value that is not finite as {what}"
+        ) from cause

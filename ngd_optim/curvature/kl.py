@@ -21,9 +21,12 @@ from torch.distributions import (
 from torch.distributions.kl import kl_divergence
 from torch.distributions.transforms import Transform
 
-# Where a distribution offers the same parameter in two forms, the unconstrained (or cheaper) one is taken.
+# Where a distribution offers the same parameter in two forms, the unconstrained (or cheaper) one is
+# taken.
 _REDUNDANT = frozenset({"probs", "covariance_matrix", "precision_matrix"})
-_USE_FORM_C = "return (loss, kl) from the closure instead, with your own scalar KL estimate: closure form (c)"
+_USE_FORM_C = (
+    "return (loss, kl) from the closure instead, with your own scalar KL estimate: closure form (c)"
+)
 
 Metric = Distribution | list["Metric"] | tuple["Metric", ...] | dict[str, "Metric"]
 
@@ -44,8 +47,8 @@ def distributions_in(metric: object) -> Iterator[Distribution]:
             yield from distributions_in(part)
     else:
         raise TypeError(
-            "the metric that the closure returns must be a torch.distributions.Distribution, a list, tuple or dict of "
-            f"them, or a scalar tensor, got {type(metric).__name__}"
+            "the metric that the closure returns must be a torch.distributions.Distribution, a "
+            f"list, tuple or dict of them, or a scalar tensor, got {type(metric).__name__}"
         )
 
 
@@ -53,12 +56,13 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
     """The tensors that define a distribution, by constructor argument.
 
     Raises:
-        NotImplementedError: the distribution cannot be described by such tensors, or its support moves with them.
+        NotImplementedError: the distribution cannot be described by such tensors, or its support
+            moves with them.
     """
     if isinstance(distribution, Uniform | Pareto):
         raise NotImplementedError(
-            f"{type(distribution).__name__} has no Fisher information: its support depends on its parameters; "
-            f"{_USE_FORM_C}"
+            f"{type(distribution).__name__} has no Fisher information: its support depends on its "
+            f"parameters; {_USE_FORM_C}"
         )
     base = _unwrap(distribution)
     if base is not None:
@@ -80,16 +84,21 @@ def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distrib
     try:
         if isinstance(distribution, Independent):
             return Independent(
-                rebuild(distribution.base_dist, values), distribution.reinterpreted_batch_ndims, validate_args=False
+                rebuild(distribution.base_dist, values),
+                distribution.reinterpreted_batch_ndims,
+                validate_args=False,
             )
         if base is not None:
             assert isinstance(distribution, TransformedDistribution)
-            return TransformedDistribution(rebuild(base, values), distribution.transforms, validate_args=False)
+            return TransformedDistribution(
+                rebuild(base, values), distribution.transforms, validate_args=False
+            )
         constructor: Any = type(distribution)
         return constructor(**values, validate_args=False)
     except TypeError as error:
         raise NotImplementedError(
-            f"{type(distribution).__name__} cannot be rebuilt from its parameters {sorted(values)}; {_USE_FORM_C}"
+            f"{type(distribution).__name__} cannot be rebuilt from its parameters "
+            f"{sorted(values)}; {_USE_FORM_C}"
         ) from error
 
 
@@ -103,7 +112,8 @@ def mean_kl(old: Distribution, new: Distribution) -> Tensor:
         return _kl(old, new).mean()
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"torch knows no closed-form KL divergence between two {type(old).__name__} distributions; {_USE_FORM_C}"
+            f"torch knows no closed-form KL divergence between two {type(old).__name__} "
+            f"distributions; {_USE_FORM_C}"
         ) from error
 
 
@@ -112,7 +122,9 @@ def _kl(old: Distribution, new: Distribution) -> Tensor:
     if isinstance(old, Independent) and isinstance(new, Independent):
         inner = _kl(old.base_dist, new.base_dist)
         return inner.sum(list(range(inner.ndim - old.reinterpreted_batch_ndims, inner.ndim)))
-    if isinstance(old, Categorical | OneHotCategorical) and isinstance(new, Categorical | OneHotCategorical):
+    if isinstance(old, Categorical | OneHotCategorical) and isinstance(
+        new, Categorical | OneHotCategorical
+    ):
         return _expect(old.probs, old.logits - new.logits).sum(-1)
     if isinstance(old, Bernoulli) and isinstance(new, Bernoulli):
         yes = _expect(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))
@@ -129,15 +141,22 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
     base, new_base = _unwrap(old), _unwrap(new)
     if base is not None and new_base is not None:
         # The wrapper sums the base's KL over some dimensions, and its mean is over the others.
-        return local_divergence(base, new_base) * (base.batch_shape.numel() / old.batch_shape.numel())
+        return local_divergence(base, new_base) * (
+            base.batch_shape.numel() / old.batch_shape.numel()
+        )
     if isinstance(old, Laplace) and isinstance(new, Laplace):
-        # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink, although the
-        # divergence itself is twice differentiable there. Its Fisher information is 1/scale² in loc and in scale.
-        distance = ((new.loc - old.loc).square() + (new.scale - old.scale).square()) / old.scale.square()
+        # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink,
+        # although the divergence itself is twice differentiable there. Its Fisher information is
+        # 1/scale² in loc and in scale.
+        distance = (
+            (new.loc - old.loc).square() + (new.scale - old.scale).square()
+        ) / old.scale.square()
         return 0.5 * distance.mean()
     if isinstance(old, Normal) and isinstance(new, Normal):
         # A quadratic, so that each product takes six pointwise operations in place of sixty.
-        distance = ((new.loc - old.loc).square() + 2 * (new.scale - old.scale).square()) / old.scale.square()
+        distance = (
+            (new.loc - old.loc).square() + 2 * (new.scale - old.scale).square()
+        ) / old.scale.square()
         return 0.5 * distance.mean()
     return mean_kl(old, new)
 
@@ -150,8 +169,8 @@ def _unwrap(distribution: Distribution) -> Distribution | None:
         for transform in distribution.transforms:
             if _has_parameters(transform):
                 raise NotImplementedError(
-                    f"{type(transform).__name__} has learned parameters, and only the base distribution's can be "
-                    f"followed; {_USE_FORM_C}"
+                    f"{type(transform).__name__} has learned parameters, and only the base "
+                    f"distribution's can be followed; {_USE_FORM_C}"
                 )
         return distribution.base_dist
     return None
@@ -165,6 +184,12 @@ def _has_parameters(part: object, seen: frozenset[int] = frozenset()) -> bool:
         return any(p.requires_grad for p in part.parameters())
     if isinstance(part, list | tuple):
         return any(_has_parameters(piece, seen) for piece in part)
-    if not isinstance(part, Transform) or id(part) in seen:  # a transform and its inverse know each other
+    if (
+        not isinstance(part, Transform) or id(part) in seen
+    ):  # a transform and its inverse know each other
         return False
-    return any(_has_parameters(value, seen | {id(part)}) for name, value in vars(part).items() if name != "_cached_x_y")
+    return any(
+        _has_parameters(value, seen | {id(part)})
+        for name, value in vars(part).items()
+        if name != "_cached_x_y"
+    )

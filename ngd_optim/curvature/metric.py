@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ngd_optim.curvature.kl import distributions_in, local_divergence, mean_kl, parameters_of, rebuild
+from ngd_optim.curvature.kl import (
+    distributions_in,
+    local_divergence,
+    mean_kl,
+    parameters_of,
+    rebuild,
+)
 from ngd_optim.curvature.vector_products import (
     Map,
     hessian,
@@ -33,8 +39,8 @@ class OutputMetric:
         outputs: the outputs ``z``, tensors of any shapes, with their graph.
         apply_hessian: ``u ↦ H_z u`` for tangents shaped like the outputs.
         select: finds the same outputs in another evaluation of the closure.
-        kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the parameters around the
-            outputs counts as well.
+        kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the
+            parameters around the outputs counts as well.
     """
 
     outputs: Tensors
@@ -85,20 +91,28 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
 
     Raises:
         ValueError: the closure does not offer it, or what it returned has no graph.
-        NotImplementedError: torch has no closed-form KL for a distribution; the message names the way out.
+        NotImplementedError: torch has no closed-form KL for a distribution; the message names the
+            way out.
     """
     if curvature == "fisher" and evaluation.metric is None:
-        raise ValueError("curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)")
+        raise ValueError(
+            "curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)"
+        )
     if curvature in ("auto", "fisher") and evaluation.metric is not None:
-        return _hessian_of_kl(evaluation) if isinstance(evaluation.metric, Tensor) else fisher(evaluation)
+        return (
+            _hessian_of_kl(evaluation)
+            if isinstance(evaluation.metric, Tensor)
+            else fisher(evaluation)
+        )
     if curvature in ("auto", "ggn"):
         metric = gauss_newton(evaluation)
         if metric is not None:
             return metric
         if curvature == "ggn":
             raise ValueError(
-                "curvature='ggn' needs a loss that comes from a recognised loss function of torch.nn.functional, such "
-                "as cross_entropy or mse_loss, called in the closure on the model's output"
+                "curvature='ggn' needs a loss that comes from a recognised loss function of "
+                "torch.nn.functional, such as cross_entropy or mse_loss, called in the closure on "
+                "the model's output"
             )
     return ScalarMetric(evaluation.loss, lambda other: other.loss, "hessian")
 
@@ -142,10 +156,15 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
         if not any(value.requires_grad for value in of_head.values()):
             raise ValueError(
-                f"the parameters of the returned {type(head).__name__} are detached from the graph; return the "
-                "distribution as the model computed it, not under no_grad"
+                f"the parameters of the returned {type(head).__name__} are detached from the "
+                "graph; return the distribution as the model computed it, not under no_grad"
             )
-    learned = [(i, name) for i, of_head in enumerate(values) for name, value in of_head.items() if value.requires_grad]
+    learned = [
+        (i, name)
+        for i, of_head in enumerate(values)
+        for name, value in of_head.items()
+        if value.requires_grad
+    ]
 
     def select(other: Evaluation) -> Tensors:
         others = [parameters_of(head) for head in distributions_in(other.metric)]
@@ -156,7 +175,8 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         moving[i][name] = moving[i][name].clone().requires_grad_()
     with torch.enable_grad():
         divergence = add_scalars(
-            local_divergence(_freeze(head), rebuild(head, of_head)) for head, of_head in zip(heads, moving, strict=True)
+            local_divergence(_freeze(head), rebuild(head, of_head))
+            for head, of_head in zip(heads, moving, strict=True)
         )
     return OutputMetric(
         outputs=[values[i][name] for i, name in learned],
@@ -169,14 +189,17 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
 def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     """The generalised Gauss-Newton metric: the Hessian of all that the loss does after the model's outputs.
 
-    Weights, reductions, label smoothing and sums of several losses are followed by autograd (Schraudolph 2002). None if
-    the loss depends on no recognised loss function's input.
+    Weights, reductions, label smoothing and sums of several losses are followed by autograd
+    (Schraudolph 2002). None if the loss depends on no recognised loss function's input.
     """
     candidates = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
     if not candidates:
         return None
     reached = torch.autograd.grad(
-        evaluation.loss, [evaluation.outputs[i] for i in candidates], retain_graph=True, allow_unused=True
+        evaluation.loss,
+        [evaluation.outputs[i] for i in candidates],
+        retain_graph=True,
+        allow_unused=True,
     )
     used = [i for i, gradient in zip(candidates, reached, strict=True) if gradient is not None]
     if not used:
@@ -185,8 +208,9 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     def select(other: Evaluation) -> Tensors:
         if len(other.outputs) != len(evaluation.outputs):
             raise RuntimeError(
-                f"the closure saw {len(evaluation.outputs)} model outputs at loss functions in one run and "
-                f"{len(other.outputs)} in the next; it must compute the same thing each time that it runs"
+                f"the closure saw {len(evaluation.outputs)} model outputs at loss functions in "
+                f"one run and {len(other.outputs)} in the next; it must compute the same thing "
+                "each time that it runs"
             )
         return [other.outputs[i] for i in used]
 
@@ -217,8 +241,9 @@ def _returned_kl(other: Evaluation) -> Tensor | None:
     if kl != 0:
         return kl
     warnings.warn(
-        "the returned kl is exactly zero after the step as well: the closure compares the prediction with itself, so "
-        "max_kl bounds only the KL's quadratic model; measure it from a prediction that was kept before the step",
+        "the returned kl is exactly zero after the step as well: the closure compares the "
+        "prediction with itself, so max_kl bounds only the KL's quadratic model; measure it from "
+        "a prediction that was kept before the step",
         stacklevel=2,
     )
     return None
@@ -227,10 +252,13 @@ def _returned_kl(other: Evaluation) -> Tensor | None:
 def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
     kl = evaluation.metric.reshape(())
     if not kl.requires_grad:
-        raise ValueError("the returned kl has no graph to differentiate: it was detached or computed under no_grad")
+        raise ValueError(
+            "the returned kl has no graph to differentiate: it was detached or computed under "
+            "no_grad"
+        )
     if abs(kl.item()) > _LARGEST_KL_AT_START:
         raise ValueError(
-            f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; measure it from a detached "
-            "copy of the current prediction"
+            f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; "
+            "measure it from a detached copy of the current prediction"
         )
     return ScalarMetric(kl, lambda other: other.metric.reshape(()), "fisher")

@@ -1,7 +1,8 @@
 """Curvature products, by forward mode (torch.func) and by double-backward (autograd).
 
-Both forms take and return one tensor per parameter. ``Jᵀ H J v`` needs three parts: pushing a tangent of the
-parameters to the outputs, weighting it, and pulling it back; the pull-back is autograd's for both.
+Both forms take and return one tensor per parameter. ``Jᵀ H J v`` needs three parts: pushing a
+tangent of the parameters to the outputs, weighting it, and pulling it back; the pull-back is
+autograd's for both.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,11 @@ def push_by_double_backward(outputs: Tensors, params: Tensors) -> Map:
 
     def push(v: Tensors) -> Tensors:
         return torch.autograd.grad(
-            [pulled[i] for i in linear], u, [v[i] for i in linear], retain_graph=True, materialize_grads=True
+            [pulled[i] for i in linear],
+            u,
+            [v[i] for i in linear],
+            retain_graph=True,
+            materialize_grads=True,
         )
 
     return push
@@ -52,14 +57,20 @@ def pull_back(outputs: Tensors, params: Tensors) -> Map:
 def hessian(scalar: Tensor, variables: Tensors) -> Map:
     """``v ↦ (∂² scalar / ∂ variables²) v``, by differentiating the gradient once more (Pearlmutter 1994)."""
     with torch.enable_grad():
-        gradients = torch.autograd.grad(scalar, variables, create_graph=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            scalar, variables, create_graph=True, materialize_grads=True
+        )
     curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
 
     def product(v: Tensors) -> Tensors:
         if not curved:
             return [torch.zeros_like(variable) for variable in variables]
         return torch.autograd.grad(
-            [gradients[i] for i in curved], variables, [v[i] for i in curved], retain_graph=True, materialize_grads=True
+            [gradients[i] for i in curved],
+            variables,
+            [v[i] for i in curved],
+            retain_graph=True,
+            materialize_grads=True,
         )
 
     return product

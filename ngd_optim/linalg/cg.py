@@ -10,9 +10,18 @@ from torch import Tensor
 
 from ngd_optim.linalg.scalars import Scalar, choose_scalars
 
-Stop = Literal["max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"]
-# While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without one was cut off.
-_STOPS: tuple[Stop, ...] = ("max_iters", "tolerance", "progress", "negative_curvature", "not_finite")
+Stop = Literal[
+    "max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"
+]
+# While a solve runs, its reason to stop is a number: 0 until there is one, so that a solve without
+# one was cut off.
+_STOPS: tuple[Stop, ...] = (
+    "max_iters",
+    "tolerance",
+    "progress",
+    "negative_curvature",
+    "not_finite",
+)
 _TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE = range(1, 5)
 _INDEFINITE_PRECONDITIONER = -1
 
@@ -27,13 +36,14 @@ class LinearSolution:
     Attributes:
         solution: the approximate solution ``x``, same shape as ``b``.
         iterations: CG iterations done.
-        products: calls of ``matvec``: ``iterations``, one more if ``x0`` was not zero, and on an accelerator up to
-            seven more until it was seen that the solve had stopped.
+        products: calls of ``matvec``: ``iterations``, one more if ``x0`` was not zero, and on an
+            accelerator up to seven more until it was seen that the solve had stopped.
         residual: ``‖b − A x‖ / ‖b‖`` as the recursion tracks it; 0 if ``b`` is zero.
-        stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly falls any more),
-            ``"max_iters"``, ``"negative_curvature"`` (a direction with ``pᵀA p ≤ 0``; see ``boundary``) or
-            ``"not_finite"`` (``b`` or a product had a NaN or an infinity; ``solution`` is the last iterate before it).
-            ``"exact"`` and ``"indefinite"`` are for the direct solvers of NaturalCG.
+        stop: ``"tolerance"`` (residual small enough), ``"progress"`` (the quadratic model hardly
+            falls any more), ``"max_iters"``, ``"negative_curvature"`` (a direction with
+            ``pᵀA p ≤ 0``; see ``boundary``) or ``"not_finite"`` (``b`` or a product had a NaN or an
+            infinity; ``solution`` is the last iterate before it). ``"exact"`` and ``"indefinite"``
+            are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
 
@@ -76,30 +86,32 @@ def conjugate_gradient(
 ) -> LinearSolution:
     """Solve ``A x = b`` by conjugate gradients (Hestenes & Stiefel 1952; Nocedal & Wright, Algorithms 5.2 and 5.3).
 
-    On an accelerator the host waits for the device at every eighth iteration only, to see whether to stop; products
-    that were formed after the stop change nothing.
+    On an accelerator the host waits for the device at every eighth iteration only, to see whether
+    to stop; products that were formed after the stop change nothing.
 
     Args:
         matvec: ``v ↦ A v`` for a vector shaped like ``b``.
         b: right-hand side, shape ``(n,)``.
-        x0: where to start, as far along as the quadratic model ``φ(x) = ½ xᵀA x − bᵀx`` falls: at the lowest point
-            between zero and ``x0``. So the solution always has ``bᵀx > 0`` (a descent direction when ``b = −g``),
-            however early it is cut off.
+        x0: where to start, as far along as the quadratic model ``φ(x) = ½ xᵀA x − bᵀx`` falls: at
+            the lowest point between zero and ``x0``. So the solution always has ``bᵀx > 0`` (a
+            descent direction when ``b = −g``), however early it is cut off.
         max_iters: most iterations.
         tol: stop when ``‖b − A x‖ ≤ tol · ‖b‖``.
-        progress_tol: stop when ``φ`` gained less per iteration, over the last ``max(3, i/10)`` of them, than this
-            fraction of what it has gained per iteration so far, with the start counted as five; 0 turns the test off.
-            It is Martens' test (2010, section 4.4) with a threshold that suits short solves and long ones: what is
-            spent on more iterations here could be spent on another step.
-        boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far as
-            ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of ``|A|``). None, or if ``x``
-            is outside already: stay, or take all of ``p`` if it is the first (Nocedal & Wright, Algorithm 7.1).
-        preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``. It changes how fast
-            the solution is found, and never the solution.
+        progress_tol: stop when ``φ`` gained less per iteration, over the last ``max(3, i/10)`` of
+            them, than this fraction of what it has gained per iteration so far, with the start
+            counted as five; 0 turns the test off. It is Martens' test (2010, section 4.4) with a
+            threshold that suits short solves and long ones: what is spent on more iterations here
+            could be spent on another step.
+        boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far
+            as ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of
+            ``|A|``). None, or if ``x`` is outside already: stay, or take all of ``p`` if it is the
+            first (Nocedal & Wright, Algorithm 7.1).
+        preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``. It
+            changes how fast the solution is found, and never the solution.
 
     Raises:
-        ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the preconditioner is not
-            positive definite.
+        ValueError: ``b`` is not a vector, ``x0`` has another shape, a setting is negative, or the
+            preconditioner is not positive definite.
 
     Examples:
         >>> import torch
@@ -146,7 +158,8 @@ def conjugate_gradient(
         r_dot_z = r_dot_r if z is r else on.dot(r, z)
         stop = first(stop, _not_finite(r_dot_z), _NOT_FINITE)
         stop = first(stop, r_dot_z <= 0, _INDEFINITE_PRECONDITIONER)
-        # Where the solve has stopped, beta is 1 and the other factors are 0: nothing moves any more.
+        # Where the solve has stopped, beta is 1 and the other factors are 0: nothing moves any
+        # more.
         going = stop == 0
         iterations = iterations + going
         beta = on.choose(going, r_dot_z, 1.0) / on.choose(going, previous, 1.0)
@@ -168,7 +181,9 @@ def conjugate_gradient(
     reason = int(stop)
     if reason == _INDEFINITE_PRECONDITIONER:
         value = float(previous)
-        raise ValueError(f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}")
+        raise ValueError(
+            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}"
+        )
     if reason == _NEGATIVE_CURVATURE:
         length = _length_to_boundary(x, b, r, p, a_p, boundary)
         if not length and int(iterations) == 1:
@@ -194,7 +209,9 @@ def _not_finite(value: Scalar) -> Scalar:
     return value - value != 0  # for numbers and tensors alike
 
 
-def _length_to_boundary(x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None) -> float:
+def _length_to_boundary(
+    x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None
+) -> float:
     room = 0.0 if boundary is None else boundary - torch.dot(x, b - r).item()
     if room <= 0:
         return 0.0
@@ -208,7 +225,9 @@ def _has_stalled(models: list[Scalar], progress_tol: float) -> Scalar:
     if progress_tol == 0 or i < window:
         return False
     average = models[-1] / (_START + i)
-    return models[-1] - models[-1 - window] > window * progress_tol * average  # φ and its differences are negative
+    return (
+        models[-1] - models[-1 - window] > window * progress_tol * average
+    )  # φ and its differences are negative
 
 
 def _check(b: Tensor, x0: Tensor | None, max_iters: int, tol: float, progress_tol: float) -> None:

@@ -1,7 +1,8 @@
 """Symmetric matrices in half of their memory: the rectangular full packed format (Gustavson et al. 2010).
 
-The lower triangle of an n×n matrix is a trapezoid, its first ⌈n/2⌉ columns, and a smaller triangle; the latter, turned
-over, fills the corner above the trapezoid. What is linear, as means are, can be done to packed matrices as they are.
+The lower triangle of an n×n matrix is a trapezoid, its first ⌈n/2⌉ columns, and a smaller triangle;
+the latter, turned over, fills the corner above the trapezoid. What is linear, as means are, can be
+done to packed matrices as they are.
 """
 
 from torch import Tensor

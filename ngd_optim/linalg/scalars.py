@@ -1,8 +1,8 @@
 """The scalars of an iteration: Python's where reading a value is free, 0-dim tensors where it waits for a device.
 
-An algorithm that takes its scalars from one of these classes, combines them by operators and :meth:`choose`, and looks
-at them every ``look_every`` rounds runs on both. Between looks it does not know whether it has converged: a zero factor
-leaves a vector as it is.
+An algorithm that takes its scalars from one of these classes, combines them by operators and
+:meth:`choose`, and looks at them every ``look_every`` rounds runs on both. Between looks it does
+not know whether it has converged: a zero factor leaves a vector as it is.
 """
 
 from typing import Any

@@ -109,7 +109,8 @@ def direct_product(
         run: the closure.
         metric: of its graph.
         parameters: what it is a function of.
-        penalty: whether the Hessian of what the loss takes from parameters around the outputs is added.
+        penalty: whether the Hessian of what the loss takes from parameters around the outputs is
+            added.
     """
     with twice_differentiable():
         products = [metric.product(run, parameters.tensors, backend)]

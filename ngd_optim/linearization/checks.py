@@ -1,7 +1,8 @@
 """What is checked at the first step with a closure, and remembered.
 
-Tracing sees torch functions. What a closure hides from it (TorchScript, extensions, gradients changed after backward)
-would give silently wrong steps, so the first step compares with plain autograd.
+Tracing sees torch functions. What a closure hides from it (TorchScript, extensions, gradients
+changed after backward) would give silently wrong steps, so the first step compares with plain
+autograd.
 """
 
 import copy
@@ -18,7 +19,14 @@ from ngd_optim.autograd_graph import dtypes, leaves, nodes
 from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of, pull_back
 from ngd_optim.distributed import Ranks
 from ngd_optim.linalg import conjugate_gradient
-from ngd_optim.linearization.backend import ON_ANOTHER_RANK, Product, Way, direct_product, explain_failure, log_change
+from ngd_optim.linearization.backend import (
+    ON_ANOTHER_RANK,
+    Product,
+    Way,
+    direct_product,
+    explain_failure,
+    log_change,
+)
 from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import record
@@ -30,8 +38,8 @@ logger = logging.getLogger("ngd_optim")
 _LONG, _SMALL = 400, 2**18
 """Operations, and bytes that each computes on average.
 
-To note so many small operations pays after some forty products only: autograd's engine, which pushes through a graph
-that is there, is almost as fast as a replay.
+To note so many small operations pays after some forty products only: autograd's engine, which
+pushes through a graph that is there, is almost as fast as a replay.
 """
 
 _PREFER_FORWARD = {
@@ -56,7 +64,8 @@ class Checked:
 
     Attributes:
         ways: those to form products that were found right, in order of preference.
-        penalty: whether the loss depends on parameters around the outputs by a positive semidefinite Hessian.
+        penalty: whether the loss depends on parameters around the outputs by a positive
+            semidefinite Hessian.
     """
 
     ways: tuple[Way, ...]
@@ -105,8 +114,8 @@ def refuse_unsupported(traced: Evaluation) -> None:
             raise RuntimeError(_REFUSED[node.name()])
     if any(z.dtype == torch.float16 for z in (traced.loss, *traced.outputs)):
         raise RuntimeError(
-            "float16 has too little range for curvature products, and a GradScaler cannot scale them; "
-            "use torch.autocast(..., dtype=torch.bfloat16), or float32"
+            "float16 has too little range for curvature products, and a GradScaler cannot scale "
+            "them; use torch.autocast(..., dtype=torch.bfloat16), or float32"
         )
 
 
@@ -137,7 +146,8 @@ def check_closure(
         None where the loss or the gradient is not finite, so that nothing is learnt.
 
     Raises:
-        RuntimeError: the gradient is not what the closure gives without tracing, or no product can be formed as asked.
+        RuntimeError: the gradient is not what the closure gives without tracing, or no product can
+            be formed as asked.
         ValueError: the parameters differ between ranks.
     """
     run = copy.copy(run)  # these runs do not count as the step's
@@ -147,7 +157,9 @@ def check_closure(
     ranks.require_equal(parameters.read())
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
-    plain = ranks.average(ranks.together(lambda: parameters.flatten(run.compute_plain_gradients(leaves(traced.loss)))))
+    plain = ranks.average(
+        ranks.together(lambda: parameters.flatten(run.compute_plain_gradients(leaves(traced.loss))))
+    )
     floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
     _check_gradient(ranks.average(gradient), plain, eps, floor)
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
@@ -161,7 +173,9 @@ def check_closure(
     if not right:
         raise RuntimeError("no curvature product can be formed by one backend on all ranks")
     if backend == "auto" and right[0] != preferred[0]:
-        logger.info("products by %s, because %s", right[0], problems.get(preferred[0], ON_ANOTHER_RANK))
+        logger.info(
+            "products by %s, because %s", right[0], problems.get(preferred[0], ON_ANOTHER_RANK)
+        )
     elif backend != "auto" and backend not in right:
         raise RuntimeError(
             f"backend={backend!r} cannot form the products of this closure: "
@@ -170,14 +184,18 @@ def check_closure(
     if backend != "auto":
         right = [backend]
     first = right[0]
-    penalty = metric.kind == "ggn" and ranks.all(ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters)))
+    penalty = metric.kind == "ggn" and ranks.all(
+        ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters))
+    )
     ways = [Way(b, recorded=False) for b in right]
     direct = direct_product(first, run, metric, parameters, penalty=False)
     if isinstance(metric, ScalarMetric) and first == "torch.func":
         # jvp(grad(mse_loss(reduction="sum"))) in a dispatch mode ends the process (torch 2.13).
         problem = "forward mode through a gradient cannot be watched safely"
     else:
-        problem = ranks.together(lambda: _problem_of_recording(direct, v, eps, has_graph=first == "double-backward"))
+        problem = ranks.together(
+            lambda: _problem_of_recording(direct, v, eps, has_graph=first == "double-backward")
+        )
     if ranks.all(problem is None):
         ways.insert(0, Way(first, recorded=True))
     else:
@@ -206,9 +224,10 @@ def _check_gradient(gradient: Tensor, plain: Tensor, eps: float, floor: float) -
     if not _close(gradient, plain, eps, floor):
         difference = ((gradient - plain).norm() / plain.norm()).item()
         raise RuntimeError(
-            f"the gradient of the traced closure differs from plain autograd's by {difference:.2g} (relative): the "
-            "closure changes gradients after backward (clipping, scaling, hooks), does not compute the same thing each "
-            "time that it runs (draw the batch before the step, not in the closure), or hides operations from torch "
+            "the gradient of the traced closure differs from plain autograd's by "
+            f"{difference:.2g} (relative): the closure changes gradients after backward "
+            "(clipping, scaling, hooks), does not compute the same thing each time that it runs "
+            "(draw the batch before the step, not in the closure), or hides operations from torch "
             "functions; return the loss that is to be minimised"
         )
 
@@ -222,8 +241,8 @@ def _problems_of_backends(
 ) -> dict[Backend, str]:
     """What is wrong with the products of a backend, for each of which something is.
 
-    The two are independent. Where they differ, or only one of them works, autograd's plain pull-back decides, whose
-    adjoint they must be.
+    The two are independent. Where they differ, or only one of them works, autograd's plain
+    pull-back decides, whose adjoint they must be.
 
     Raises:
         RuntimeError: there is something wrong with both.
@@ -233,12 +252,16 @@ def _problems_of_backends(
     problems: dict[Backend, str] = {}
     for backend in get_args(Backend):
         try:
-            products[backend] = parameters.flatten(metric.product(run, parameters.tensors, backend)(v))
+            products[backend] = parameters.flatten(
+                metric.product(run, parameters.tensors, backend)(v)
+            )
         except RuntimeError as error:
             problems[backend] = explain_failure(error, backend)
     if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
         return {}
-    errors: dict[Backend, float] = {b: _adjoint_error(b, products, run, metric, v, parameters) for b in products}
+    errors: dict[Backend, float] = {
+        b: _adjoint_error(b, products, run, metric, v, parameters) for b in products
+    }
     best = min(errors.values(), default=math.inf)
     for backend, error in errors.items():
         if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
@@ -261,12 +284,17 @@ def _adjoint_error(
 ) -> float:
     """By how much ``⟨u, J v⟩ ≠ ⟨Jᵀu, v⟩``; a Hessian is believed to double-backward, which sees what autograd sees."""
     if isinstance(metric, ScalarMetric):
-        return 0.0 if backend == "double-backward" or "double-backward" not in products else math.inf
+        return (
+            0.0 if backend == "double-backward" or "double-backward" not in products else math.inf
+        )
     generator = torch.Generator().manual_seed(1)
     u = [torch.randn(z.shape, generator=generator).to(z) for z in metric.outputs]
     pushed = metric.push(run, parameters.tensors, backend)(v)
     pulled = pull_back(metric.outputs, parameters.tensors)(u)
-    (at_outputs, size_there), (at_parameters, size_here) = _inner_product(u, pushed), _inner_product(pulled, v)
+    (at_outputs, size_there), (at_parameters, size_here) = (
+        _inner_product(u, pushed),
+        _inner_product(pulled, v),
+    )
     error = abs(at_outputs - at_parameters)
     return error / (size_there + size_here) if error else 0.0
 
@@ -277,18 +305,22 @@ def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, flo
     return torch.dot(x, y).item(), (x.norm() * y.norm() / max(1, len(x)) ** 0.5).item()
 
 
-def _refuse_nonlinear_hooks(metric: OutputMetric | ScalarMetric, parameters: FlatParameters, eps: float) -> None:
+def _refuse_nonlinear_hooks(
+    metric: OutputMetric | ScalarMetric, parameters: FlatParameters, eps: float
+) -> None:
     """Hooks on parameters run in the pull-back of every product, which must stay linear."""
     if not any(hooks_of(p) for p in parameters.tensors):
         return
     pull = pull_back(metric.outputs, parameters.tensors)
     once, *scaled = (
-        parameters.flatten(pull([torch.full_like(z, scale) for z in metric.outputs])) / scale for scale in (1, 1e4, 1e8)
+        parameters.flatten(pull([torch.full_like(z, scale) for z in metric.outputs])) / scale
+        for scale in (1, 1e4, 1e8)
     )
     if not all(_close(pulled, once, eps, eps) for pulled in scaled):
         raise RuntimeError(
-            "a hook on a parameter changes gradients by a function that is not linear, such as clipping or "
-            "normalising, and no curvature product survives that; remove it, the trust region takes its place"
+            "a hook on a parameter changes gradients by a function that is not linear, such as "
+            "clipping or normalising, and no curvature product survives that; remove it, the "
+            "trust region takes its place"
         )
 
 
@@ -305,7 +337,10 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
     result = conjugate_gradient(lambda p: product(p) + shift * p, v, max_iters=30)
     if result.stop != "negative_curvature":
         return True
-    logger.info("a part of the loss around the recognised outputs has negative curvature: its gradient alone is used")
+    logger.info(
+        "a part of the loss around the recognised outputs has negative curvature: its gradient "
+        "alone is used"
+    )
     return False
 
 

@@ -46,13 +46,16 @@ class Linearization:
             ValueError: ``v`` has another shape than the gradient.
         """
         if v.shape != self.gradient.shape:
-            raise ValueError(f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}")
+            raise ValueError(
+                f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}"
+            )
         return self._point.product(v.to(self.gradient))
 
     def diagonal(self) -> Tensor:
         """The diagonal of the curvature, shape ``(n,)``.
 
-        It is exact: the sums of squares of a Jacobian's columns where that is small, else from ``n`` products.
+        It is exact: the sums of squares of a Jacobian's columns where that is small, else from
+        ``n`` products.
         """
         with twice_differentiable():
             diagonal = self._point.compute_cheap_diagonal()
@@ -76,22 +79,25 @@ def linearize(
     """Loss, gradient and curvature product of a closure at the current parameters.
 
     Args:
-        closure: as for :meth:`NaturalCG.step <ngd_optim.NaturalCG.step>`: returns a loss, ``(loss, distribution)`` or
-            ``(loss, kl)``.
-        params: the parameters, in the order in which the flat vectors hold them; frozen ones are left out.
-        curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions' Gauss-Newton
-            matrix, ``"hessian"`` for that of the loss, ``"auto"`` for the first of the three that the closure offers.
-        backend: what forms the products: ``"torch.func"`` (forward mode), ``"double-backward"``, or ``"auto"``: one
-            that is right for the closure.
+        closure: as for :meth:`NaturalCG.step <ngd_optim.NaturalCG.step>`: returns a loss,
+            ``(loss, distribution)`` or ``(loss, kl)``.
+        params: the parameters, in the order in which the flat vectors hold them; frozen ones are
+            left out.
+        curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions'
+            Gauss-Newton matrix, ``"hessian"`` for that of the loss, ``"auto"`` for the first of the
+            three that the closure offers.
+        backend: what forms the products: ``"torch.func"`` (forward mode), ``"double-backward"``, or
+            ``"auto"``: one that is right for the closure.
 
-    Each call checks the derivatives against plain autograd, which takes some further gradients and products; an
-    optimizer does that only at its first step with a closure.
+    Each call checks the derivatives against plain autograd, which takes some further gradients and
+    products; an optimizer does that only at its first step with a closure.
 
     Raises:
-        TypeError, ValueError: the closure returned something that is not a loss or a metric, or does not offer the
-            curvature.
+        TypeError, ValueError: the closure returned something that is not a loss or a metric, or
+            does not offer the curvature.
         NotImplementedError: torch knows no KL divergence for the distribution.
-        RuntimeError: the closure holds something that cannot work, and the message says what to do instead.
+        RuntimeError: the closure holds something that cannot work, and the message says what to do
+            instead.
         Exception: whatever the closure raises.
 
     Examples:
@@ -102,7 +108,10 @@ def linearize(
         >>> point.curvature(torch.tensor([1.0, 1.0]))
         tensor([ 6., 12.])
     """
-    for name, value, allowed in (("curvature", curvature, Curvature), ("backend", backend, BackendChoice)):
+    for name, value, allowed in (
+        ("curvature", curvature, Curvature),
+        ("backend", backend, BackendChoice),
+    ):
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {value!r}")
     parameters = FlatParameters([{"params": list(params)}])

@@ -52,13 +52,16 @@ class Point:
         used: for each parameter, whether the loss or the metric does.
         kind: what the curvature is.
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
-        is_least_squares: whether all that the metric comes from is :func:`~ngd_optim.least_squares`.
-        outputs: how many elements the model's outputs have; 0 where the curvature is not made at the outputs of one
-            closure alone: a Hessian, a scalar KL, a penalty beside them, several closures or processes.
+        is_least_squares: whether all that the metric comes from is
+            :func:`~ngd_optim.least_squares`.
+        outputs: how many elements the model's outputs have; 0 where the curvature is not made at
+            the outputs of one closure alone: a Hessian, a scalar KL, a penalty beside them, several
+            closures or processes.
         graph: of the closure whose outputs these are.
-        measure: runs the closure at the parameters as they are then, and gives the loss (infinite where the closure
-            raises a ``ValueError`` or ``LinAlgError``: outside its domain) and the KL from the prediction here, in nats
-            per sample; None where the metric has only its second-order model.
+        measure: runs the closure at the parameters as they are then, and gives the loss (infinite
+            where the closure raises a ``ValueError`` or ``LinAlgError``: outside its domain) and
+            the KL from the prediction here, in nats per sample; None where the metric has only its
+            second-order model.
     """
 
     loss: Tensor
@@ -109,7 +112,9 @@ class Point:
 
         def measure() -> tuple[float, float | None]:
             loss, kl = ranks.together(self.measure)
-            values = torch.tensor([loss, kl or 0.0], dtype=torch.float64, device=self.gradient.device)
+            values = torch.tensor(
+                [loss, kl or 0.0], dtype=torch.float64, device=self.gradient.device
+            )
             loss, mean_kl = ranks.average(values).tolist()
             return loss, mean_kl if ranks.any([kl is not None])[0] else None
 
@@ -173,13 +178,19 @@ def linearize_closure(
         if (run.code, curvature, backend, signature) not in learnt:
             refuse_unsupported(traced)
         try:
-            gradients = torch.autograd.grad(traced.loss, params, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                traced.loss, params, retain_graph=True, allow_unused=True
+            )
         except CheckpointError as error:
             raise RuntimeError(
                 "a checkpointed part of the closure was not the same when it ran again; "
                 "with an LSTM in it, set torch.backends.mkldnn.enabled = False"
             ) from error
-        return signature, [gradient is not None for gradient in gradients], parameters.flatten(gradients)
+        return (
+            signature,
+            [gradient is not None for gradient in gradients],
+            parameters.flatten(gradients),
+        )
 
     signature, reached, gradient = ranks.together(differentiate)
     traced, metric = graph.get()
@@ -187,7 +198,14 @@ def linearize_closure(
     checked = learnt.get(key)
     if not ranks.all(checked is not None):
         checked = check_closure(
-            run, traced, metric, gradient, parameters, ranks, backend=backend, prefers_forward=signature.prefers_forward
+            run,
+            traced,
+            metric,
+            gradient,
+            parameters,
+            ranks,
+            backend=backend,
+            prefers_forward=signature.prefers_forward,
         )
         if checked is not None:
             learnt[key] = checked
@@ -241,7 +259,9 @@ def linearize_mean(
     Of several closures there is the graph of one at a time: each product traces each of them anew.
     """
     parts = [
-        linearize_closure(run, parameters, curvature, backend, learnt, ranks, observe, keep_graph=len(runs) == 1)
+        linearize_closure(
+            run, parameters, curvature, backend, learnt, ranks, observe, keep_graph=len(runs) == 1
+        )
         for run in runs
     ]
     if len(parts) > 1:
@@ -262,7 +282,9 @@ def _average_points(parts: Sequence[Point]) -> Point:
         parts[0],
         loss=torch.stack([part.loss for part in parts]).mean(),
         gradient=first / len(parts),
-        product=MeanProduct([part.product for part in parts if isinstance(part.product, ClosureProduct)]),
+        product=MeanProduct(
+            [part.product for part in parts if isinstance(part.product, ClosureProduct)]
+        ),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
         is_least_squares=all(part.is_least_squares for part in parts),
@@ -274,10 +296,12 @@ def _average_points(parts: Sequence[Point]) -> Point:
 def _require_one_kind(parts: Sequence[Point]) -> None:
     kinds = dict.fromkeys((part.kind, part.has_kl) for part in parts)
     if len(kinds) > 1:
-        shown = ", ".join(f"{kind!r} {'with' if has_kl else 'without'} a KL" for kind, has_kl in kinds)
+        shown = ", ".join(
+            f"{kind!r} {'with' if has_kl else 'without'} a KL" for kind, has_kl in kinds
+        )
         raise ValueError(
-            f"the closures of a list must all return the same, a loss, (loss, distribution) or (loss, kl), and losses "
-            f"of one kind; got curvatures {shown}"
+            "the closures of a list must all return the same, a loss, (loss, distribution) or "
+            f"(loss, kl), and losses of one kind; got curvatures {shown}"
         )
 
 

@@ -17,8 +17,8 @@ from ngd_optim.tracing import Evaluation, ReplayedClosure
 class Graph:
     """A closure's evaluation at the parameters as they are, and its metric, with the graph that leads to both.
 
-    The graph is kept until it is let go. Who asks later gets a new one, from one more run of the closure: so it does
-    not matter for the result in which order things are asked of a point.
+    The graph is kept until it is let go. Who asks later gets a new one, from one more run of the
+    closure: so it does not matter for the result in which order things are asked of a point.
     """
 
     def __init__(self, run: ReplayedClosure, curvature: Curvature) -> None:
@@ -42,8 +42,8 @@ class Graph:
 class ClosureProduct:
     """``v ↦ F v`` of one closure.
 
-    How it is formed is chosen once, with the first vector, by :func:`form_product`: call :meth:`form` to have that done
-    before a solve begins.
+    How it is formed is chosen once, with the first vector, by :func:`form_product`: call
+    :meth:`form` to have that done before a solve begins.
 
     Args:
         graph: of the closure.
@@ -51,8 +51,8 @@ class ClosureProduct:
         checked: what is known of it.
         ranks: those that choose alike.
         forget: is told the ways that are left where one no longer works.
-        keep_graph: hold the graph for products that need it; else each of them traces the closure anew, and nothing is
-            recorded.
+        keep_graph: hold the graph for products that need it; else each of them traces the closure
+            anew, and nothing is recorded.
 
     Attributes:
         ways: those that are left after the choice; the first one is taken.
@@ -104,11 +104,15 @@ class ClosureProduct:
     def _direct(self, backend: Backend) -> Callable[[Tensor], Tensor]:
         if self._keep_graph:
             _, metric = self._graph.get()
-            return direct_product(backend, self._graph.run, metric, self._parameters, penalty=self._penalty)
+            return direct_product(
+                backend, self._graph.run, metric, self._parameters, penalty=self._penalty
+            )
 
         def retraced(v: Tensor) -> Tensor:
             _, metric = self._ranks.together(self._graph.get)
-            product = direct_product(backend, self._graph.run, metric, self._parameters, penalty=self._penalty)
+            product = direct_product(
+                backend, self._graph.run, metric, self._parameters, penalty=self._penalty
+            )
             self._graph.release()
             return product(v)
 

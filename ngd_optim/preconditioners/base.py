@@ -22,7 +22,8 @@ class Preconditioning:
     Attributes:
         name: what it formed, for the report.
         products: how many curvature products that took.
-        layers: the weights with Kronecker factors, empty where these are not worthwhile; None: unknown.
+        layers: the weights with Kronecker factors, empty where these are not worthwhile; None:
+            unknown.
     """
 
     name = "none"
@@ -60,9 +61,13 @@ def _check_results(function: Solve) -> Solve:
         z = function(r)
         if not isinstance(z, Tensor) or z.shape != r.shape:
             got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"the preconditioner must return a vector of shape {tuple(r.shape)}, got {got}")
+            raise ValueError(
+                f"the preconditioner must return a vector of shape {tuple(r.shape)}, got {got}"
+            )
         if version_of(r) != version:
-            raise ValueError("the preconditioner must return a new vector, and it changed its argument in place")
+            raise ValueError(
+                "the preconditioner must return a new vector, and it changed its argument in place"
+            )
         return z.to(r)
 
     return solve

@@ -30,7 +30,8 @@ def build_preconditioner(
         parameters: of the step.
         state: the optimizer's; it is written to by ``keep`` only.
         layers: those of the last step; None: unknown.
-        generator: draws the random vectors; None: one that starts anew at each renewal, from its number.
+        generator: draws the random vectors; None: one that starts anew at each renewal, from its
+            number.
     """
     if kind in ("auto", "kfac"):
         return Kronecker(parameters, state, layers, generator, must=kind == "kfac")

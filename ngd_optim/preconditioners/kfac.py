@@ -1,8 +1,8 @@
 """Kronecker factors as the preconditioner of a step, and when they are renewed.
 
-The optimizer's state has for each parameter ``left`` and ``right``, its Kronecker factors, or ``diagonal``; for the
-first parameter also ``products``, how many these factors have served, and ``draws``, how often random vectors were
-drawn.
+The optimizer's state has for each parameter ``left`` and ``right``, its Kronecker factors, or
+``diagonal``; for the first parameter also ``products``, how many these factors have served, and
+``draws``, how often random vectors were drawn.
 """
 
 import zlib
@@ -34,8 +34,8 @@ SHARE_OF_OLDER = 0.5
 RENEWED_AFTER = 10
 """Products that are formed with factors before they are renewed.
 
-That takes a pull-back, and the products of what went in and what comes back with themselves: together about as much as
-two products of linear layers, and several of convolutions.
+That takes a pull-back, and the products of what went in and what comes back with themselves:
+together about as much as two products of linear layers, and several of convolutions.
 """
 
 _NAMES = ("left", "right", "diagonal")
@@ -44,8 +44,8 @@ _NAMES = ("left", "right", "diagonal")
 class Kronecker(Preconditioning):
     """From Kronecker factors, which are estimated while the closures are linearised.
 
-    The state has each parameter's factors, and for the first how many products they have served and how often they were
-    drawn.
+    The state has each parameter's factors, and for the first how many products they have served and
+    how often they were drawn.
     """
 
     def __init__(
@@ -63,7 +63,12 @@ class Kronecker(Preconditioning):
         self._state = state
         own = [state.get(p, {}) for p in parameters.tensors]
         self._served, self._draws = own[0].get("products", 0), own[0].get("draws", 0)
-        self._values = {(i, name): entry[name] for i, entry in enumerate(own) for name in _NAMES if name in entry}
+        self._values = {
+            (i, name): entry[name]
+            for i, entry in enumerate(own)
+            for name in _NAMES
+            if name in entry
+        }
         self._is_due = self._served >= RENEWED_AFTER
         self._generator = generator or torch.Generator().manual_seed(self._draws)
         self._estimates: list[KroneckerFactors | None] = []
@@ -79,8 +84,9 @@ class Kronecker(Preconditioning):
         if isinstance(metric, ScalarMetric):
             if self._must:
                 raise ValueError(
-                    "preconditioner='kfac' needs a metric at the model's outputs: a recognised loss function or a "
-                    "returned distribution, and not the Hessian of a scalar; use preconditioner='auto'"
+                    "preconditioner='kfac' needs a metric at the model's outputs: a recognised "
+                    "loss function or a returned distribution, and not the Hessian of a scalar; "
+                    "use preconditioner='auto'"
                 )
             self._estimates.append(None)
             return
@@ -89,7 +95,9 @@ class Kronecker(Preconditioning):
         if not (self._must or is_worthwhile(uses, self._parameters.tensors)):
             self._estimates.append(None)
         elif self._is_due or not fits(self._values, layers, self._parameters.tensors):
-            self._estimates.append(estimate_factors(uses, metric, self._parameters, self._generator))
+            self._estimates.append(
+                estimate_factors(uses, metric, self._parameters, self._generator)
+            )
         else:
             self.layers = layers
 
@@ -103,7 +111,9 @@ class Kronecker(Preconditioning):
         values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
         shifts = self._parameters.views(model.shift)
         means = torch.stack([part.sum() / max(1, part.numel()) for part in shifts]).tolist()
-        return build_kronecker_preconditioner(KroneckerFactors(self.layers, values), self._parameters, means)
+        return build_kronecker_preconditioner(
+            KroneckerFactors(self.layers, values), self._parameters, means
+        )
 
     def keep(self, products: int) -> None:
         """The factors, and how many products they have served."""
@@ -113,7 +123,10 @@ class Kronecker(Preconditioning):
                 self._state[p].pop(name, None)
                 if (i, name) in self._values:
                     self._state[p][name] = self._values[i, name].to(dtype)
-        self._state[self._parameters.tensors[0]] |= {"products": self._served + products, "draws": self._draws}
+        self._state[self._parameters.tensors[0]] |= {
+            "products": self._served + products,
+            "draws": self._draws,
+        }
 
     def _renew(self, ranks: Ranks) -> None:
         """Mix the estimates of all closures and ranks with what was known."""
@@ -127,10 +140,18 @@ class Kronecker(Preconditioning):
             self.layers, self._values = (), {}
             return
         values = {key: ranks.average(value) for key, value in mean.values.items()}
-        if all(value.isfinite().all() for value in values.values()):  # else the step will be refused
+        if all(
+            value.isfinite().all() for value in values.values()
+        ):  # else the step will be refused
             self.layers, mean = mean.layers, None
-            self._values = {key: _mix(values.pop(key), self._values.get(key)) for key in list(values)}
+            self._values = {
+                key: _mix(values.pop(key), self._values.get(key)) for key in list(values)
+            }
 
 
 def _mix(value: Tensor, older: Tensor | None) -> Tensor:
-    return value if older is None or older.shape != value.shape else value.lerp(older.to(value), SHARE_OF_OLDER)
+    return (
+        value
+        if older is None or older.shape != value.shape
+        else value.lerp(older.to(value), SHARE_OF_OLDER)
+    )

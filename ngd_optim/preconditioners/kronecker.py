@@ -1,8 +1,8 @@
 """Kronecker factors of the curvature, and the preconditioner that they make.
 
-Where a weight's gradient is ``Σₙ lₙ rₙᵀ`` (see :mod:`~ngd_optim.jacobian.layers`), the curvature's block for it is
-nearly ``(Σ l lᵀ) ⊗ (Σ r rᵀ) / n`` (Martens & Grosse 2015; convolutions: Grosse & Martens 2016; weights that are used
-several times, "expand": Eschenhagen et al. 2023).
+Where a weight's gradient is ``Σₙ lₙ rₙᵀ`` (see :mod:`~ngd_optim.jacobian.layers`), the curvature's
+block for it is nearly ``(Σ l lᵀ) ⊗ (Σ r rᵀ) / n`` (Martens & Grosse 2015; convolutions: Grosse &
+Martens 2016; weights that are used several times, "expand": Eschenhagen et al. 2023).
 """
 
 import math
@@ -29,9 +29,10 @@ _ROUNDING = 10
 Values = Mapping[tuple[int, str], Tensor]
 """By index of a parameter and name.
 
-For the weight of a layer ``"left"``, a packed matrix with as many rows and columns as the weight has rows, for each
-group, and ``"right"``, likewise for its columns; their diagonals, (groups, rows) or (groups, columns), where they are
-too large. For what is in no layer ``"diagonal"``, shaped like the parameter.
+For the weight of a layer ``"left"``, a packed matrix with as many rows and columns as the weight
+has rows, for each group, and ``"right"``, likewise for its columns; their diagonals, (groups, rows)
+or (groups, columns), where they are too large. For what is in no layer ``"diagonal"``, shaped like
+the parameter.
 """
 
 
@@ -45,7 +46,10 @@ class KroneckerFactors:
 
 @torch.no_grad()
 def estimate_factors(
-    uses: Sequence[Use], metric: OutputMetric, parameters: FlatParameters, generator: torch.Generator
+    uses: Sequence[Use],
+    metric: OutputMetric,
+    parameters: FlatParameters,
+    generator: torch.Generator,
 ) -> KroneckerFactors:
     """Estimate the factors by one pull-back of a random draw from the metric."""
     params = parameters.tensors
@@ -54,14 +58,22 @@ def estimate_factors(
     outside = [i for i in range(len(params)) if i not in inside]
     inputs: Any = [*(GradientEdge(use.node, 0) for use in uses), *(params[i] for i in outside)]
     empty = [*(use.zeros() for use in uses), *(torch.zeros_like(params[i]) for i in outside)]
-    pulled = torch.autograd.grad(metric.outputs, inputs, draw(metric, generator), retain_graph=True, allow_unused=True)
-    gradients = [zeros if gradient is None else gradient for gradient, zeros in zip(pulled, empty, strict=True)]
+    pulled = torch.autograd.grad(
+        metric.outputs, inputs, draw(metric, generator), retain_graph=True, allow_unused=True
+    )
+    gradients = [
+        zeros if gradient is None else gradient
+        for gradient, zeros in zip(pulled, empty, strict=True)
+    ]
     for use, gradient in zip(uses, gradients, strict=False):
         by_layer[use.layer].append((use, gradient))
     values: dict[tuple[int, str], Tensor] = {}
     for layer, own in by_layer.items():
         left, right = _factors(layer, own, parameters.dtype)
-        values |= {(layer.weight, "left"): pack_factor(left), (layer.weight, "right"): pack_factor(right)}
+        values |= {
+            (layer.weight, "left"): pack_factor(left),
+            (layer.weight, "right"): pack_factor(right),
+        }
     for i, gradient in zip(outside, gradients[len(uses) :], strict=True):
         values[i, "diagonal"] = gradient.to(parameters.dtype).square()
     return KroneckerFactors(tuple(by_layer), values)
@@ -72,14 +84,23 @@ def fits(values: Values, layers: Sequence[Layer], params: Sequence[Tensor]) -> b
     shapes: dict[tuple[int, str], tuple[int, ...]] = {}
     for layer in layers:
         groups, rows, columns = layer.shape(params)
-        shapes |= {(layer.weight, "left"): (groups, rows), (layer.weight, "right"): (groups, columns)}
+        shapes |= {
+            (layer.weight, "left"): (groups, rows),
+            (layer.weight, "right"): (groups, columns),
+        }
     inside = {i for layer in layers for i in (layer.weight, layer.bias)}
     shapes |= {(i, "diagonal"): p.shape for i, p in enumerate(params) if i not in inside}
-    return shapes.keys() == values.keys() and all(_shape(key[1], values[key]) == shapes[key] for key in shapes)
+    return shapes.keys() == values.keys() and all(
+        _shape(key[1], values[key]) == shapes[key] for key in shapes
+    )
 
 
 def _shape(name: str, value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape) if name == "diagonal" or value.ndim == 2 else (len(value), order_of(value))
+    return (
+        tuple(value.shape)
+        if name == "diagonal" or value.ndim == 2
+        else (len(value), order_of(value))
+    )
 
 
 def pack_factor(factor: Tensor) -> Tensor:
@@ -98,14 +119,18 @@ def average_factors(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors |
         return None
     if len(estimates) == 1:
         return estimates[0]
-    values = {key: sum(other.values[key] for other in estimates) / len(estimates) for key in estimates[0].values}
+    values = {
+        key: sum(other.values[key] for other in estimates) / len(estimates)
+        for key in estimates[0].values
+    }
     return KroneckerFactors(estimates[0].layers, values)  # pyright: ignore[reportArgumentType]
 
 
 def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
     """Whether factors stand for half of the parameters, and a solve with them costs at most two products.
 
-    Both costs are counted in multiplications: four by the weight for each use in a product, and one by each factor.
+    Both costs are counted in multiplications: four by the weight for each use in a product, and one
+    by each factor.
     """
     shapes = {use.layer: use.layer.shape(params) for use in uses}
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
@@ -114,7 +139,9 @@ def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
     return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
 
 
-def _factors(layer: Layer, own: list[tuple[Use, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _factors(
+    layer: Layer, own: list[tuple[Use, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """One pair for all uses of a weight: the sum of their products, each factor weighed by the other's trace."""
     lefts, rights, traces = [], [], []
     for use, gradient in own:
@@ -149,7 +176,8 @@ def build_kronecker_preconditioner(
 ) -> Callable[[Tensor], Tensor]:
     """``r ↦ M⁻¹ r`` for the blocks ``(L + √λ/π I) ⊗ (R + π √λ I)``, and ``diagonal + λ`` for the rest.
 
-    Factored Tikhonov damping, with ``π`` so that both factors get the same share (Martens & Grosse 2015, section 6.3).
+    Factored Tikhonov damping, with ``π`` so that both factors get the same share (Martens & Grosse
+    2015, section 6.3).
 
     Args:
         factors: of the curvature.
@@ -158,7 +186,9 @@ def build_kronecker_preconditioner(
     """
     blocks = [_Block(layer, factors.values, shift[layer.weight]) for layer in factors.layers]
     diagonals = {
-        i: _make_invertible(value + shift[i]) for (i, name), value in factors.values.items() if name == "diagonal"
+        i: _make_invertible(value + shift[i])
+        for (i, name), value in factors.values.items()
+        if name == "diagonal"
     }
 
     def precondition(r: Tensor) -> Tensor:
@@ -187,9 +217,13 @@ class _Block:
     def solve(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """Write the solution for the layer's parameters."""
         layer = self._layer
-        matrix = layer.join(sources[layer.weight], None if layer.bias is None else sources[layer.bias])
+        matrix = layer.join(
+            sources[layer.weight], None if layer.bias is None else sources[layer.bias]
+        )
         matrix = self._left @ matrix if self._left.ndim == 3 else self._left.unsqueeze(-1) * matrix
-        matrix = matrix @ self._right if self._right.ndim == 3 else matrix * self._right.unsqueeze(-2)
+        matrix = (
+            matrix @ self._right if self._right.ndim == 3 else matrix * self._right.unsqueeze(-2)
+        )
         weight, bias = layer.split(matrix)
         targets[layer.weight].copy_(weight.reshape(targets[layer.weight].shape))
         if layer.bias is not None and bias is not None:

@@ -13,9 +13,10 @@ _AGREES = 1e-2
 def draw(metric: OutputMetric, generator: torch.Generator) -> list[Tensor]:
     """Random ``u``, shaped like the outputs, with ``E[u uᵀ] = H_z``.
 
-    Two kinds of metric are known by what they do to a random vector: diagonal ones (least squares, independent
-    likelihoods) and those of a softmax, ``w (diag p − p pᵀ)`` along one dimension, where a class is drawn from the
-    predictive distribution. Of any other, only the diagonal counts, as estimated from a few probes (Hutchinson 1990).
+    Two kinds of metric are known by what they do to a random vector: diagonal ones (least squares,
+    independent likelihoods) and those of a softmax, ``w (diag p − p pᵀ)`` along one dimension,
+    where a class is drawn from the predictive distribution. Of any other, only the diagonal counts,
+    as estimated from a few probes (Hutchinson 1990).
     """
     # Normal numbers, and not signs: a metric that turns them into zero is zero.
     probes = [_draw_normal(z, generator) for z in metric.outputs]
@@ -29,11 +30,16 @@ def draw(metric: OutputMetric, generator: torch.Generator) -> list[Tensor]:
             draws.append(_draw_from_softmax(z.detach(), v, image, generator))
     if any(u is None for u in draws):
         roots = [d.clamp(min=0).sqrt() for d in _diagonals(metric, generator)]
-        draws = [v.sign() * root if u is None else u for u, v, root in zip(draws, probes, roots, strict=True)]
+        draws = [
+            v.sign() * root if u is None else u
+            for u, v, root in zip(draws, probes, roots, strict=True)
+        ]
     return [u for u in draws if u is not None]
 
 
-def _draw_from_softmax(z: Tensor, v: Tensor, image: Tensor, generator: torch.Generator) -> Tensor | None:
+def _draw_from_softmax(
+    z: Tensor, v: Tensor, image: Tensor, generator: torch.Generator
+) -> Tensor | None:
     """A draw for ``w (diag p − p pᵀ)``, if that is what turned ``v`` into ``image``."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     for dim in dict.fromkeys((z.ndim - 1, min(1, z.ndim - 1), 0)):

@@ -1,10 +1,11 @@
 """Preconditioners that need no layers: the curvature's diagonal or its largest eigenvalues.
 
-Random vectors show them, through ``v ↦ F v``, so they fit every closure; Kronecker factors, where the graph has them,
-tell more.
+Random vectors show them, through ``v ↦ F v``, so they fit every closure; Kronecker factors, where
+the graph has them, tell more.
 
-The optimizer's state has for each parameter ``sketch``, its rows of a sketch's basis; for the first parameter also
-``sketch_values`` and ``sketch_age``, and ``draws``, how often random vectors were drawn.
+The optimizer's state has for each parameter ``sketch``, its rows of a sketch's basis; for the first
+parameter also ``sketch_values`` and ``sketch_age``, and ``draws``, how often random vectors were
+drawn.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -43,10 +44,11 @@ class Sketch(NamedTuple):
 class Diagonal:
     """``M = diag(F) + λ``.
 
-    It helps where parameters have units of their own, as the weights of features that were not scaled; in a network it
-    often takes more iterations than none. The diagonal is exact, from the squares of the Jacobian's columns, where that
-    is small and takes one pull-back: as a rule, up to 128 MiB with one output per sample. Else it is estimated by
-    ``z ⊙ F z`` (Bekas, Kokiopoulou & Saad 2007).
+    It helps where parameters have units of their own, as the weights of features that were not
+    scaled; in a network it often takes more iterations than none. The diagonal is exact, from the
+    squares of the Jacobian's columns, where that is small and takes one pull-back: as a rule, up to
+    128 MiB with one output per sample. Else it is estimated by ``z ⊙ F z`` (Bekas, Kokiopoulou &
+    Saad 2007).
 
     Args:
         probes: products per estimate, with random signs ``z``.
@@ -72,11 +74,23 @@ class Diagonal:
     def __post_init__(self) -> None:
         _at_least_one(probes=self.probes, refresh=self.refresh)
 
-    def draw(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
+    def draw(
+        self,
+        product: Product,
+        n: int,
+        shift: Tensor,
+        old: Sketch | None,
+        generator: torch.Generator,
+    ) -> Sketch:
         """A new estimate."""
         total = torch.zeros_like(shift)
         for _ in range(self.probes):
-            signs = torch.randint(0, 2, (n,), generator=generator, device=generator.device).mul_(2).sub_(1).to(shift)
+            signs = (
+                torch.randint(0, 2, (n,), generator=generator, device=generator.device)
+                .mul_(2)
+                .sub_(1)
+                .to(shift)
+            )
             total += signs * product(signs)
         return sketch_of_diagonal(total / self.probes)
 
@@ -93,10 +107,11 @@ class Nystrom:
     """``M = U Λ Uᵀ + λ`` from a randomised Nyström approximation (Frangella, Tropp & Udell 2023, algorithm 2.1).
 
     Args:
-        rank: products per approximation at first, and columns of ``U``. It doubles where the smallest eigenvalue found
-            is still ten times the damping, as one further down would help as well (section 5.4.2).
-        largest_rank: where that ends; None: at 160, or at ``rank`` if that is more. ``U`` takes as much memory as this
-            many copies of the parameters.
+        rank: products per approximation at first, and columns of ``U``. It doubles where the
+            smallest eigenvalue found is still ten times the damping, as one further down would help
+            as well (section 5.4.2).
+        largest_rank: where that ends; None: at 160, or at ``rank`` if that is more. ``U`` takes as
+            much memory as this many copies of the parameters.
         refresh: steps after which it is renewed.
 
     Raises:
@@ -120,16 +135,34 @@ class Nystrom:
     def __post_init__(self) -> None:
         _at_least_one(rank=self.rank, refresh=self.refresh)
         if self.largest_rank is not None and self.largest_rank < self.rank:
-            raise ValueError(f"largest_rank must be at least rank, got {self.largest_rank} < {self.rank}")
+            raise ValueError(
+                f"largest_rank must be at least rank, got {self.largest_rank} < {self.rank}"
+            )
 
-    def draw(self, product: Product, n: int, shift: Tensor, old: Sketch | None, generator: torch.Generator) -> Sketch:
+    def draw(
+        self,
+        product: Product,
+        n: int,
+        shift: Tensor,
+        old: Sketch | None,
+        generator: torch.Generator,
+    ) -> Sketch:
         """A new approximation, of the old one's rank at least."""
-        largest = min(max(DEFAULT_LARGEST_RANK, self.rank) if self.largest_rank is None else self.largest_rank, n)
+        largest = min(
+            max(DEFAULT_LARGEST_RANK, self.rank)
+            if self.largest_rank is None
+            else self.largest_rank,
+            n,
+        )
         rank = min(largest, self.rank if old is None else len(old.values))
         basis, images = shift.new_zeros(n, 0), shift.new_zeros(n, 0)
         while True:
             more = torch.randn(
-                n, rank - basis.shape[1], generator=generator, device=generator.device, dtype=torch.float64
+                n,
+                rank - basis.shape[1],
+                generator=generator,
+                device=generator.device,
+                dtype=torch.float64,
             ).to(shift)
             more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
             images = torch.cat([images, torch.stack([product(column) for column in more.T], 1)], 1)
@@ -144,7 +177,9 @@ class Nystrom:
         U, values = sketch.basis, sketch.values
         damping = shift.mean()
         scale, rounding = values + damping, torch.finfo(values.dtype)
-        floor = torch.maximum(rounding.eps * scale[0], scale.new_tensor(rounding.tiny / rounding.eps))
+        floor = torch.maximum(
+            rounding.eps * scale[0], scale.new_tensor(rounding.tiny / rounding.eps)
+        )
         weights = (scale[-1].clamp(min=floor) / scale.clamp(min=floor)) - 1
         return lambda r: r + U @ (weights * (U.T @ r))
 
@@ -173,7 +208,12 @@ def _at_least_one(**counts: int) -> None:
 
 # A saved optimizer names the one that it was made with; 0.1.0 kept them in another module.
 torch.serialization.add_safe_globals(
-    [Diagonal, Nystrom, (Diagonal, "ngd_optim.sketches.Diagonal"), (Nystrom, "ngd_optim.sketches.Nystrom")]
+    [
+        Diagonal,
+        Nystrom,
+        (Diagonal, "ngd_optim.sketches.Diagonal"),
+        (Nystrom, "ngd_optim.sketches.Nystrom"),
+    ]
 )
 
 
@@ -203,7 +243,11 @@ class Sketched(Preconditioning):
             return model.curvature(v)
 
         kind, shift, old = self._kind, model.shift, self._sketch
-        if old is None or len(old.basis) != len(shift) or bool(len(old.values)) != isinstance(kind, Nystrom):
+        if (
+            old is None
+            or len(old.basis) != len(shift)
+            or bool(len(old.values)) != isinstance(kind, Nystrom)
+        ):
             old = None
         if old is None or old.age >= kind.refresh:
             diagonal = point.compute_cheap_diagonal() if isinstance(kind, Diagonal) else None
@@ -226,12 +270,18 @@ class Sketched(Preconditioning):
             return
         for entry in self._state.values():
             for name in _SKETCH:
-                entry.pop(name, None)  # a parameter that has no part in this one, or is no longer the first
+                entry.pop(
+                    name, None
+                )  # a parameter that has no part in this one, or is no longer the first
         basis, values, age = self._sketch
         tensors = self._parameters.tensors
         for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
             self._state[p]["sketch"] = part
-        self._state[tensors[0]] |= {"sketch_values": values, "sketch_age": age, "draws": self._draws}
+        self._state[tensors[0]] |= {
+            "sketch_values": values,
+            "sketch_age": age,
+            "draws": self._draws,
+        }
 
 
 def _load_sketch(own: Sequence[Mapping[str, Any]], parameters: FlatParameters) -> Sketch | None:

@@ -24,7 +24,8 @@ class Facts(NamedTuple):
         random: it draws random numbers.
         shares_memory: what it gives lies in an argument's memory.
         asks_about_shapes: it gives no tensor, and nothing that depends on values.
-        replayable: it does the same for other values of its arguments (of the first, if ``by_constants``).
+        replayable: it does the same for other values of its arguments (of the first, if
+            ``by_constants``).
         by_constants: the shape of its result depends on the values of all arguments but the first.
     """
 
@@ -42,16 +43,24 @@ _FOUND: dict[int, tuple[Any, Facts]] = {}
 
 def facts(func: Any) -> Facts:
     """What is known of an aten overload."""
-    found = _FOUND.get(id(func))  # an overload's own hash is computed in Python, and takes longer than all of this
+    found = _FOUND.get(
+        id(func)
+    )  # an overload's own hash is computed in Python, and takes longer than all of this
     if found is None:
         found = _FOUND[id(func)] = func, _facts(func)
     return found[1]
 
 
 def _facts(func: Any) -> Facts:
-    reads_values, random = _TAGS.data_dependent_output in func.tags, _TAGS.nondeterministic_seeded in func.tags
+    reads_values, random = (
+        _TAGS.data_dependent_output in func.tags,
+        _TAGS.nondeterministic_seeded in func.tags,
+    )
     schema = schema_of(func)
-    in_place, gives_tensors = schema.is_mutable, any("Tensor" in str(r.type) for r in schema.returns)
+    in_place, gives_tensors = (
+        schema.is_mutable,
+        any("Tensor" in str(r.type) for r in schema.returns),
+    )
     return Facts(
         in_place=in_place,
         pointwise=_TAGS.pointwise in func.tags,

@@ -16,7 +16,9 @@ _MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _at
 _FUSED = set(_MATMUL_AND_ADD.values())
 
 
-def optimise(program: list[Operation], metas: list[Meta], output: int) -> tuple[list[Operation], list[Operation]]:
+def optimise(
+    program: list[Operation], metas: list[Meta], output: int
+) -> tuple[list[Operation], list[Operation]]:
     """A program that computes the same output slot from slot 0, with fewer and cheaper operations.
 
     In two parts: the operations that only look at slot 0 in other ways, and what follows.
@@ -48,21 +50,32 @@ def _split_off_views(program: list[Operation]) -> tuple[list[Operation], list[Op
 def _rename(operation: Operation, same: dict[int, int]) -> None:
     """Let an operation read other slots in place of some."""
     if not same.keys().isdisjoint(operation.slots):
-        operation.read([(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs])
+        operation.read(
+            [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
+        )
 
 
-def _remove_added_zeros(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> list[Operation]:
+def _remove_added_zeros(
+    program: list[Operation], metas: list[Meta], output: int, sharing: Sharing
+) -> list[Operation]:
     """``x + 0``, which derivatives make of what has no tangent, is ``x``, expanded.
 
-    If it has to be expanded, only where pointwise operations read it, which do not mind how it lies in memory.
+    If it has to be expanded, only where pointwise operations read it, which do not mind how it lies
+    in memory.
     """
-    particular = {output} | {slot for op in program if not facts(op.function).pointwise for slot in op.slots}
+    particular = {output} | {
+        slot for op in program if not facts(op.function).pointwise for slot in op.slots
+    }
     changed = {metas[slot].memory for op in program for slot in op.written_slots}
     zeros = {op.outputs[0][1] for op in program if op.function is _aten.zeros_like.default}
     zeros = {slot for slot in zeros if metas[slot].memory not in changed}
 
     def is_zero(operation: Operation, position: int) -> bool:
-        slots = [slot for place, key, slot in operation.inputs if place is operation.args and key == position]
+        slots = [
+            slot
+            for place, key, slot in operation.inputs
+            if place is operation.args and key == position
+        ]
         other = operation.args[position]
         return slots[0] in zeros if slots else isinstance(other, Tensor) and not other.any()
 
@@ -71,7 +84,11 @@ def _remove_added_zeros(program: list[Operation], metas: list[Meta], output: int
     for operation in program:
         _rename(operation, same)
         kept.append(operation)
-        if operation.function is not _aten.add.Tensor or operation.kwargs or len(operation.args) != 2:
+        if (
+            operation.function is not _aten.add.Tensor
+            or operation.kwargs
+            or len(operation.args) != 2
+        ):
             continue
         result = operation.outputs[0][1]
         for _, position, slot in operation.inputs:
@@ -97,7 +114,11 @@ def _remove_added_zeros(program: list[Operation], metas: list[Meta], output: int
 def _find_offsets(program: list[Operation], metas: list[Meta]) -> dict[int, int]:
     """How far views begin after what they are views of."""
     views = [op for op in program if facts(op.function).shares_memory and len(op.inputs) == 1]
-    return {slot: metas[slot].offset - metas[op.slots[0]].offset for op in views for _, slot in op.outputs}
+    return {
+        slot: metas[slot].offset - metas[op.slots[0]].offset
+        for op in views
+        for _, slot in op.outputs
+    }
 
 
 def _collapse_views(
@@ -121,7 +142,9 @@ def _collapse_views(
         (source,) = operation.slots
         below = root.get(source, source)
         root.update({slot: below for _, slot in operation.outputs})
-        if below == 0 or any(metas[slot].kind[2:] != metas[below].kind[2:] for _, slot in operation.outputs):
+        if below == 0 or any(
+            metas[slot].kind[2:] != metas[below].kind[2:] for _, slot in operation.outputs
+        ):
             kept.append(operation)
             continue
         found[(below, *metas[below].place)] = below
@@ -133,7 +156,11 @@ def _collapse_views(
             else:
                 found[place] = slot
                 args = [None, *metas[slot].place]
-                kept.append(Operation(_aten.as_strided.default, args, {}, [(args, 0, below)], [(None, slot)]))
+                kept.append(
+                    Operation(
+                        _aten.as_strided.default, args, {}, [(args, 0, below)], [(None, slot)]
+                    )
+                )
     return kept
 
 
@@ -142,7 +169,11 @@ def _fuse_products(program: list[Operation], metas: list[Meta], output: int) -> 
     uses = Counter([output, *(slot for operation in program for slot in operation.slots)])
     products = {op.outputs[0][1]: op for op in program if op.function in _MATMUL_AND_ADD}
     for operation in program:
-        if operation.function is not _aten.add.Tensor or operation.kwargs or len(operation.args) != 2:
+        if (
+            operation.function is not _aten.add.Tensor
+            or operation.kwargs
+            or len(operation.args) != 2
+        ):
             continue
         for place, position, slot in reversed(operation.inputs):
             product = products.get(slot)
@@ -159,18 +190,28 @@ def _fuse_products(program: list[Operation], metas: list[Meta], output: int) -> 
     return program
 
 
-def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, sharing: Sharing) -> None:
+def _reuse_memory(
+    program: list[Operation], metas: list[Meta], output: int, sharing: Sharing
+) -> None:
     """Let a pointwise operation, or a fused product, write its result over an argument that ends there."""
 
     def memory(slot: int) -> int:
         return sharing.of(metas[slot].memory)
 
     end = len(program)
-    last = {memory(slot): i for i, op in enumerate(program) for slot in [*op.slots, *(s for _, s in op.outputs)]}
+    last = {
+        memory(slot): i
+        for i, op in enumerate(program)
+        for slot in [*op.slots, *(s for _, s in op.outputs)]
+    }
     last |= {memory(0): end, memory(output): end}
     for index, operation in enumerate(program):
         fused = operation.function in _FUSED
-        if operation.writes or operation.kwargs or not (fused or facts(operation.function).pointwise):
+        if (
+            operation.writes
+            or operation.kwargs
+            or not (fused or facts(operation.function).pointwise)
+        ):
             continue
         variant, result = _find_out_variant(operation.function), operation.outputs[0][1]
         meta = metas[result]
@@ -179,7 +220,12 @@ def _reuse_memory(program: list[Operation], metas: list[Meta], output: int, shar
             over = memory(slot)
             ends_here = last[over] == index and used[over] == 1
             alike = metas[slot].kind == meta.kind and metas[slot].offset == meta.offset
-            if variant is None or not (ends_here and alike) or place is not operation.args or (fused and position != 0):
+            if (
+                variant is None
+                or not (ends_here and alike)
+                or place is not operation.args
+                or (fused and position != 0)
+            ):
                 continue
             operation.function, name = variant
             operation.kwargs = {name: None}

@@ -13,7 +13,8 @@ from ngd_optim.torch_internals import schema_of
 class Meta(NamedTuple):
     """What is known of the tensor in a slot.
 
-    Tensors that share memory have the same ``memory``; ``flags`` are the lazy conjugation and negation.
+    Tensors that share memory have the same ``memory``; ``flags`` are the lazy conjugation and
+    negation.
     """
 
     shape: torch.Size
@@ -81,7 +82,11 @@ class Operation:
         kept = {a.name for a in arguments if a.alias_info is None or not a.alias_info.is_write}
         kept |= {index for index, a in enumerate(arguments) if a.name in kept}
         top = (self.args, self.kwargs)
-        return [slot for place, key, slot in self.inputs if not (any(place is t for t in top) and key in kept)]
+        return [
+            slot
+            for place, key, slot in self.inputs
+            if not (any(place is t for t in top) and key in kept)
+        ]
 
 
 class Sharing:
@@ -116,7 +121,9 @@ def remove_dead_code(
     kept = []
     for operation in reversed(program):
         results = [slot for _, slot in operation.outputs]
-        if not needed.isdisjoint(results) or any(memory(slot) in memories for slot in operation.written_slots):
+        if not needed.isdisjoint(results) or any(
+            memory(slot) in memories for slot in operation.written_slots
+        ):
             needed.update(operation.slots)
             memories.update(memory(slot) for slot in operation.slots)
             kept.append(operation)

@@ -1,8 +1,9 @@
 """Record what a linear map does to a vector, once, and replay it on others.
 
-A curvature product runs the model in forward mode, weighs, and pulls back. Only a part of that work depends on the
-vector: the rest, the primal pass above all, is the same for every product at a point. The recording keeps the aten
-operations that depend on the vector, with everything else as constants.
+A curvature product runs the model in forward mode, weighs, and pulls back. Only a part of that work
+depends on the
+vector: the rest, the primal pass above all, is the same for every product at a point. The recording
+keeps the aten operations that depend on the vector, with everything else as constants.
 """
 
 from collections.abc import Callable
@@ -72,11 +73,13 @@ def record(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Rec
     """``function(v)``, and what replays the function on other vectors.
 
     Args:
-        function: linear; everything that it uses beside the vector must stay as it is while the recording is used.
+        function: linear; everything that it uses beside the vector must stay as it is while the
+            recording is used.
         v: the vector that it is recorded on.
 
     Raises:
-        CannotReplayError: an operation on the vector is random, writes to other memory or reads the vector's values.
+        CannotReplayError: an operation on the vector is random, writes to other memory or reads the
+            vector's values.
     """
     v = v.detach()
     recorder = Recorder(v)
@@ -88,8 +91,9 @@ def record(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Rec
 class Recorder(DispatchMode):
     """Notes the operations that depend on one tensor. Every tensor that does has a numbered slot.
 
-    It holds none of them: they are freed as they would be without a recording. What it notes of tensors and storages
-    are attributes of theirs, because dictionaries of weak references take longer than the operations.
+    It holds none of them: they are freed as they would be without a recording. What it notes of
+    tensors and storages are attributes of theirs, because dictionaries of weak references take
+    longer than the operations.
     """
 
     def __init__(self, v: Tensor) -> None:
@@ -118,10 +122,14 @@ class Recorder(DispatchMode):
             result = func(*args, **kwargs)
             self._put_mark(result, "_slot", inputs[0][2])
             return result
-        if not fact.replayable and not (fact.by_constants and all(p is own_args and key == 0 for p, key, _ in inputs)):
+        if not fact.replayable and not (
+            fact.by_constants and all(p is own_args and key == 0 for p, key, _ in inputs)
+        ):
             raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
         if fact.in_place and any(self._memory(t) is None for t in find_written(func, args, kwargs)):
-            raise CannotReplayError(f"{func} writes what depends on the vector to memory from elsewhere")
+            raise CannotReplayError(
+                f"{func} writes what depends on the vector to memory from elsewhere"
+            )
         result = func(*args, **kwargs)
         slots = [(index, self._new_slot(tensor)) for index, tensor in tensors_of(result)]
         self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
@@ -135,7 +143,9 @@ class Recorder(DispatchMode):
                 if slot is not None:
                     inputs.append((place, key, slot))
                     place[key] = None
-            elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+            elif isinstance(value, list | tuple) and any(
+                isinstance(part, Tensor) for part in value
+            ):
                 place[key] = self._take_slots_out(list(value), inputs)
         return place
 

@@ -20,7 +20,8 @@ class Solver(Protocol):
         name: ``"cg"``, ``"dense"`` or ``"sample"``.
         diagonal: that of ``F``, where the solver knows it.
         square_root: the matrix ``A`` with ``F = AᵀA``, where the solver has it.
-        pull_back: ``u ↦ (F + W + diag(λ))⁻¹ Aᵀ u`` for the model that was solved last, where it has ``A``.
+        pull_back: ``u ↦ (F + W + diag(λ))⁻¹ Aᵀ u`` for the model that was solved last, where it has
+            ``A``.
     """
 
     @property
@@ -47,17 +48,18 @@ _LARGEST_JACOBIAN = 2**30
 """And for a Jacobian of so many bytes at most."""
 
 _NEEDS_OUTPUTS = (
-    "needs one closure in one process, with a recognised loss function or a returned distribution: no other loss, no "
-    "scalar KL, no list of closures, and no penalty on the weights within the loss (weight_decay is allowed)"
+    "needs one closure in one process, with a recognised loss function or a returned "
+    "distribution: no other loss, no scalar KL, no list of closures, and no penalty on the "
+    "weights within the loss (weight_decay is allowed)"
 )
 
 
 def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) -> Solver:
     """The solver of a step.
 
-    ``"auto"`` is a direct solver for :func:`~ngd_optim.least_squares`, where the step is only as good as the solution:
-    ``"dense"``, or ``"sample"`` where there are fewer outputs than parameters. It is ``"cg"`` for every other loss, and
-    for what is too large.
+    ``"auto"`` is a direct solver for :func:`~ngd_optim.least_squares`, where the step is only as
+    good as the solution: ``"dense"``, or ``"sample"`` where there are fewer outputs than
+    parameters. It is ``"cg"`` for every other loss, and for what is too large.
 
     Args:
         name: the setting.
@@ -65,7 +67,8 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
         conjugate_gradients: the solver that is ``"cg"``.
 
     Raises:
-        ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one model.
+        ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one
+            model.
     """
     if name == "sample" and not point.outputs:
         raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
@@ -103,7 +106,9 @@ def curvature_diagonal(solver: Solver, point: Point) -> Tensor:
     if solver.diagonal is not None:
         return solver.diagonal
     if not point.outputs:
-        raise ValueError(f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'")
+        raise ValueError(
+            f"damping_scale='diagonal' {_NEEDS_OUTPUTS}, or solver='dense'; else use 'identity'"
+        )
     root = point.square_root()
     if root is None:
         raise ValueError("the metric at the model's outputs is not positive semidefinite")

@@ -1,7 +1,7 @@
 """Exact solutions of the linear system of a step.
 
-A direct solver keeps all that does not depend on the damping, so that another damping at the same point costs no new
-Jacobian.
+A direct solver keeps all that does not depend on the damping, so that another damping at the same
+point costs no new Jacobian.
 """
 
 import math
@@ -19,8 +19,9 @@ from ngd_optim.solvers.quadratic_model import QuadraticModel
 class LeastSquares:
     """The damped least-squares problem ``min ‖A x + s‖² + xᵀ(W + λ)x + 2 xᵀrest`` by QR, for few parameters.
 
-    ``A`` is reduced to a triangle once; each damping then costs the QR of that triangle and a diagonal, as in MINPACK
-    (Moré 1978). The condition number is that of ``A``, where normal equations would square it.
+    ``A`` is reduced to a triangle once; each damping then costs the QR of that triangle and a
+    diagonal, as in MINPACK (Moré 1978). The condition number is that of ``A``, where normal
+    equations would square it.
     """
 
     name: SolverName = "dense"
@@ -45,7 +46,9 @@ class LeastSquares:
         if rest is not None:
             c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
         return _solution_from_rows(
-            -torch.linalg.solve_triangular(R, c, upper=True).squeeze(1), self.square_root.rows, model
+            -torch.linalg.solve_triangular(R, c, upper=True).squeeze(1),
+            self.square_root.rows,
+            model,
         )
 
     def pull_back(self, u: Tensor) -> Tensor:
@@ -58,8 +61,8 @@ class LeastSquares:
 class SampleSpace:
     """The system in the space of the model's outputs, of which there are fewer than parameters.
 
-    ``x = −D⁻¹(rest + Aᵀ y)`` with ``(I + A D⁻¹ Aᵀ) y = s − A D⁻¹ rest`` and ``D = W + diag(λ)`` (Woodbury; Chen &
-    Heyl 2024, Rende et al. 2024).
+    ``x = −D⁻¹(rest + Aᵀ y)`` with ``(I + A D⁻¹ Aᵀ) y = s − A D⁻¹ rest`` and ``D = W + diag(λ)``
+    (Woodbury; Chen & Heyl 2024, Rende et al. 2024).
     """
 
     name: SolverName = "sample"
@@ -89,7 +92,11 @@ class SampleSpace:
     def pull_back(self, u: Tensor) -> Tensor:
         """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
         assert self._unit is not None
-        return self.square_root.rows.T @ torch.cholesky_solve(u.unsqueeze(1), self._factor).squeeze(1) / self._unit
+        return (
+            self.square_root.rows.T
+            @ torch.cholesky_solve(u.unsqueeze(1), self._factor).squeeze(1)
+            / self._unit
+        )
 
 
 class Matrix:
@@ -129,17 +136,26 @@ def _gram(A: Tensor) -> Tensor:
 def _find_remainder(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
     """``−b − Aᵀs``: the part of the right-hand side that is not the residuals'; None where it is rounding."""
     rest = -model.right_side - root.rows.T @ root.slope
-    noise = torch.finfo(rest.dtype).eps * math.sqrt(len(root.slope)) * root.rows.norm() * root.slope.norm()
+    noise = (
+        torch.finfo(rest.dtype).eps
+        * math.sqrt(len(root.slope))
+        * root.rows.norm()
+        * root.slope.norm()
+    )
     return rest if rest.norm() > 10 * noise else None
 
 
 def _solution_from_rows(x: Tensor, A: Tensor, model: QuadraticModel) -> LinearSolution:
     pushed = A @ x
     image = A.T @ pushed + model.shift * x
-    return _solution_of(x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item())
+    return _solution_of(
+        x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item()
+    )
 
 
-def _solution_of(x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float) -> LinearSolution:
+def _solution_of(
+    x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float
+) -> LinearSolution:
     b = model.right_side
     x_dot_b = torch.dot(x, b).item()
     finite = math.isfinite(x_dot_ax) and math.isfinite(x_dot_b)

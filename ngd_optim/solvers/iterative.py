@@ -14,8 +14,8 @@ from ngd_optim.solvers.quadratic_model import QuadraticModel
 class ConjugateGradients:
     """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
 
-    ``form`` chooses how products are formed, with the first vector; ``precondition`` builds the preconditioner for a
-    model.
+    ``form`` chooses how products are formed, with the first vector; ``precondition`` builds the
+    preconditioner for a model.
     """
 
     x0: Tensor

@@ -16,7 +16,8 @@ class QuadraticModel:
         curvature: ``v ↦ F v``, flat to flat, a new tensor at each call.
         decay: ``W``, the weight decay: one number or a flat vector.
         damping: ``λ``, likewise.
-        centre: where the damping pulls to, zero if None: ``½ (d − centre)ᵀ λ (d − centre)`` is added to ``m``.
+        centre: where the damping pulls to, zero if None: ``½ (d − centre)ᵀ λ (d − centre)`` is
+            added to ``m``.
     """
 
     gradient: Tensor
@@ -39,7 +40,11 @@ class QuadraticModel:
         """``(F + W + λI) v``."""
         shift = self.decay + self.damping
         product = self.curvature(v)
-        return product.addcmul_(shift, v) if isinstance(shift, Tensor) else product.add_(v, alpha=shift)
+        return (
+            product.addcmul_(shift, v)
+            if isinstance(shift, Tensor)
+            else product.add_(v, alpha=shift)
+        )
 
 
 @dataclass(frozen=True)
@@ -63,4 +68,6 @@ class UndampedModel:
     def with_damping(self, damping: float | Tensor, *, is_first: bool) -> QuadraticModel:
         """The model with a damping; at later attempts than the first one it pulls to zero."""
         damping = damping if self.scale is None else damping * self.scale
-        return QuadraticModel(self.gradient, self.curvature, self.decay, damping, self.centre if is_first else None)
+        return QuadraticModel(
+            self.gradient, self.curvature, self.decay, damping, self.centre if is_first else None
+        )

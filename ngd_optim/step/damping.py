@@ -13,7 +13,9 @@ _LITTLE, _MUCH = 0.2, 0.4
 _STEEP = 1 / 3
 
 
-def damping_range(lowest: DampingLimit, highest: DampingLimit, *, exact: bool) -> tuple[float, float]:
+def damping_range(
+    lowest: DampingLimit, highest: DampingLimit, *, exact: bool
+) -> tuple[float, float]:
     """The range of the adapted damping; ``"auto"`` leaves it all but open where the system is solved exactly.
 
     A direct solver is robust to rounding, so λ may become arbitrarily small.
@@ -33,8 +35,8 @@ class Damping:
         adapts: whether it changes.
         lowest: its least value, the setting ``min_damping``.
         highest: its largest value, the setting ``max_damping``.
-        exact: whether the system is solved exactly. It is then solved again with more damping where a step does not
-            lower the loss, at a small part of the cost, in place of a line search.
+        exact: whether the system is solved exactly. It is then solved again with more damping where
+            a step does not lower the loss, at a small part of the cost, in place of a line search.
 
     Attributes:
         values: one number per group.
@@ -91,8 +93,8 @@ class Damping:
 def nielsen_factor(reduction_ratio: float) -> float:
     """Factor for the damping after a step of a direct solver that was taken: the rule of Nielsen (1999).
 
-    It falls from 2 at a reduction ratio of 0 to 1/3 at a ratio of 1, smoothly. A step that is turned down is taken back
-    and solved anew, with more and more damping; see :func:`retry_factor`.
+    It falls from 2 at a reduction ratio of 0 to 1/3 at a ratio of 1, smoothly. A step that is
+    turned down is taken back and solved anew, with more and more damping; see :func:`retry_factor`.
 
     Args:
         reduction_ratio: as for :func:`damping_factor`.
@@ -110,14 +112,16 @@ def retry_factor(attempt: int) -> float:
 def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) -> float:
     """Factor for the damping after a step: a Levenberg-Marquardt rule (Martens 2010, section 4.1).
 
-    Its factors and thresholds are quicker to lower the damping than the paper's: on rectified networks the reduction
-    ratio stays near 0.4 while every step is accepted, and there less damping is what gets further.
+    Its factors and thresholds are quicker to lower the damping than the paper's: on rectified
+    networks the reduction ratio stays near 0.4 while every step is accepted, and there less damping
+    is what gets further.
 
     Args:
-        reduction_ratio: decrease of the objective that was found ÷ decrease that the model predicted; NaN if that is
-            too little to tell.
+        reduction_ratio: decrease of the objective that was found ÷ decrease that the model
+            predicted; NaN if that is too little to tell.
         accepted: whether the step was taken. One that was rejected raises the damping fourfold.
-        overshot: whether a longer step was turned down because the model was wrong there; then the damping grows.
+        overshot: whether a longer step was turned down because the model was wrong there; then the
+            damping grows.
     """
     if not accepted and (overshot or not math.isnan(reduction_ratio)):
         return _GROW_REJECTED
@@ -131,13 +135,14 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) ->
 def new_data_factor(slope: float) -> float:
     """Factor for the damping where a step meets other data than the last one.
 
-    The reduction ratio is measured on the batch that the step was made for, and does not see that it fits that batch's
-    noise. The next batch does, at no cost: its slope along the step is uphill where the step was too long. A step that
-    is best for the next batch is too short in the long run (Wu, Ren, Liao & Grosse 2018), so a third of the slope
-    before is allowed for.
+    The reduction ratio is measured on the batch that the step was made for, and does not see that
+    it fits that batch's noise. The next batch does, at no cost: its slope along the step is uphill
+    where the step was too long. A step that is best for the next batch is too short in the long run
+    (Wu, Ren, Liao & Grosse 2018), so a third of the slope before is allowed for.
 
     Args:
-        slope: of the new data along the last step, at its end, ÷ the steepness of the old data at its start: -1 where
-            it could have gone on, 0 where it should end, 1 where half of it would do.
+        slope: of the new data along the last step, at its end, ÷ the steepness of the old data at
+            its start: -1 where it could have gone on, 0 where it should end, 1 where half of it
+            would do.
     """
     return 2.0 ** min(max(slope - _STEEP, -1.0), 1.0)

@@ -75,7 +75,9 @@ class Descent:
             solution = self.solver.solve(model)
             step = self._scale(solution, model)
             check()
-            trial = self._search(step, solution, max_backtracks=0 if solves_again else self.max_backtracks)
+            trial = self._search(
+                step, solution, max_backtracks=0 if solves_again else self.max_backtracks
+            )
             is_over = trial.accepted or not (solves_again and self._is_worth_a_retry(step))
             if is_over or not self.damping.retry(attempt):
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
@@ -84,8 +86,14 @@ class Descent:
     def _scale(self, solution: LinearSolution, model: QuadraticModel) -> Step:
         """The solution, cut to the trust region and times ``lr``; with a geodesic correction if it is all there."""
         lr, measures_kl = self.parameters.spread(self.lr), self.point.kind == "fisher"
-        step = scale_step(model, solution, self.theta, lr, self.max_kl, self.trust_region, measures_kl)
-        is_full = step.scale == 1.0 and all(value == 1.0 for value in self.lr) and solution.stop == "exact"
+        step = scale_step(
+            model, solution, self.theta, lr, self.max_kl, self.trust_region, measures_kl
+        )
+        is_full = (
+            step.scale == 1.0
+            and all(value == 1.0 for value in self.lr)
+            and solution.stop == "exact"
+        )
         if not (self.geodesic and self.point.is_least_squares and is_full):
             return step
         move = partial(self.parameters.move, self.theta, step.direction)
@@ -96,7 +104,9 @@ class Descent:
         if not self.point.loss.isfinite():
             return Trial.refuse(f"the loss is {self.point.loss.item()}")
         if solution.stop == "not_finite":
-            return Trial.refuse("the gradient, a curvature product or the preconditioner is not finite")
+            return Trial.refuse(
+                "the gradient, a curvature product or the preconditioner is not finite"
+            )
         if solution.stop == "indefinite":
             return Trial.refuse("the damped curvature is not positive definite")
 

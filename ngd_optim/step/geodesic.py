@@ -1,8 +1,9 @@
 """Geodesic acceleration: a Gauss-Newton step that follows the bend of its valley.
 
-Along a step ``d`` the residuals move by ``J d + ½ r″``. The second term, their second derivative along ``d``, is what
-leads a straight step out of a curved valley. The correction ``a = −½ (F + λ)⁻¹ Jᵀ r″`` takes it back, for one more run
-of the closure and one more solution with the same factors (Transtrum & Sethna 2012, sections 2 and 3).
+Along a step ``d`` the residuals move by ``J d + ½ r″``. The second term, their second derivative
+along ``d``, is what leads a straight step out of a curved valley. The correction
+``a = −½ (F + λ)⁻¹ Jᵀ r″`` takes it back, for one more run of the closure and one more solution with
+the same factors (Transtrum & Sethna 2012, sections 2 and 3).
 """
 
 from collections.abc import Callable

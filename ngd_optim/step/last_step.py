@@ -15,16 +15,18 @@ from ngd_optim.step.descend import Outcome
 class LastStep:
     """The last step, in the optimizer's state.
 
-    That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not rejected, the first also has
-    ``slope``, that of the objective along the step at its start, ``new_loss``, the loss at its end, and ``lr``, the
-    rate of each parameter.
+    That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not
+    rejected, the first also has ``slope``, that of the objective along the step at its start,
+    ``new_loss``, the loss at its end, and ``lr``, the rate of each parameter.
 
     Args:
         parameters: of the step that is now taken.
         state: the optimizer's.
     """
 
-    def __init__(self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    def __init__(
+        self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]
+    ) -> None:
         self._parameters = parameters
         self._state = state
         self._largest: Tensor | None = None
@@ -48,21 +50,31 @@ class LastStep:
     def slope_on_new_data(self, point: Point, gradient: Tensor) -> float:
         """That of the objective along the last step ÷ its steepness at that step's start; NaN if the data are the same.
 
-        They are taken for the same where the loss is what it was at the last step's end. Also NaN if the step had other
-        parameters. Of a step with a geodesic correction, it is the straight one.
+        They are taken for the same where the loss is what it was at the last step's end. Also NaN
+        if the step had other parameters. Of a step with a geodesic correction, it is the straight
+        one.
 
         Args:
             point: where the step ended, seen by the data of this one.
             gradient: of the objective there, flat.
         """
-        lr, change = self._first.get("lr", []), abs(point.loss.item() - self._first.get("new_loss", 0.0))
-        if not self.moved or len(lr) != len(self._parameters.tensors) or not point.rounding < change < math.inf:
+        lr, change = (
+            self._first.get("lr", []),
+            abs(point.loss.item() - self._first.get("new_loss", 0.0)),
+        )
+        if (
+            not self.moved
+            or len(lr) != len(self._parameters.tensors)
+            or not point.rounding < change < math.inf
+        ):
             return math.nan
         return self._along(self.solution(point.used), gradient, lr) / abs(self._first["slope"])
 
     def largest_curvature(self, diagonal: Tensor) -> Tensor:
         """The largest diagonal so far, flat, with this one, to be kept; what is not finite is left out."""
-        before = self._parameters.flatten(self._state[p].get("largest_curvature") for p in self._parameters.tensors)
+        before = self._parameters.flatten(
+            self._state[p].get("largest_curvature") for p in self._parameters.tensors
+        )
         self._largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
         return self._largest
 
@@ -71,20 +83,30 @@ class LastStep:
         for entry in self._state.values():
             for name in ("slope", "new_loss", "lr"):
                 entry.pop(name, None)  # of a step that began with another parameter
-        x, moved, rates = outcome.solution.solution, outcome.trial.accepted, self._parameters.by_parameter(lr)
+        x, moved, rates = (
+            outcome.solution.solution,
+            outcome.trial.accepted,
+            self._parameters.by_parameter(lr),
+        )
         self._write("solution", x)
         if self._largest is not None:
             self._write("largest_curvature", self._largest)
         if moved:
             slope = self._along(x, outcome.model.gradient, rates)
-            self._state[self._parameters.tensors[0]] |= {"slope": slope, "new_loss": new_loss, "lr": rates}
+            self._state[self._parameters.tensors[0]] |= {
+                "slope": slope,
+                "new_loss": new_loss,
+                "lr": rates,
+            }
 
     @property
     def _first(self) -> dict[str, Any]:
         return self._state.get(self._parameters.tensors[0], {})
 
     def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
-        parts = zip(self._parameters.views(solution), self._parameters.views(gradient), lr, strict=True)
+        parts = zip(
+            self._parameters.views(solution), self._parameters.views(gradient), lr, strict=True
+        )
         return sum(rate * torch.dot(x.flatten(), g.flatten()) for x, g, rate in parts).item()  # pyright: ignore
 
     def _write(self, name: str, flat: Tensor) -> None:

@@ -18,8 +18,9 @@ class Trial:
         kl: measured KL there; None if the metric cannot tell.
         backtracks: points turned down, and systems solved again.
         accepted: whether the point passed.
-        overshot: whether a point was turned down for its objective, or nothing finite was there to try: what speaks
-            against the quadratic model. A KL a little above its bound, at the region's edge, does not.
+        overshot: whether a point was turned down for its objective, or nothing finite was there to
+            try: what speaks against the quadratic model. A KL a little above its bound, at the
+                region's edge, does not.
         problem: what speaks against the point; empty where it passed.
     """
 
@@ -37,7 +38,11 @@ class Trial:
         if not self.fraction:
             return f"rejected: {self.problem}"
         if self.accepted:
-            return f"accepted after {_count_things(self.backtracks, 'backtrack')}" if self.backtracks else "accepted"
+            return (
+                f"accepted after {_count_things(self.backtracks, 'backtrack')}"
+                if self.backtracks
+                else "accepted"
+            )
         return f"rejected after {_count_things(self.backtracks, 'trial point')}, the last one because {self.problem}"
 
     @classmethod
@@ -59,9 +64,11 @@ def line_search(
     """Shrink a step until the objective falls enough and the KL is at most ``max_kl``.
 
     Args:
-        evaluate: ``fraction ↦ (objective, kl)`` at that fraction of the step; a KL of None is not tested.
+        evaluate: ``fraction ↦ (objective, kl)`` at that fraction of the step; a KL of None is not
+            tested.
         objective: its value at fraction 0.
-        slope: derivative of the objective along the step, ``gᵀd``; negative for a descent direction.
+        slope: derivative of the objective along the step, ``gᵀd``; negative for a descent
+            direction.
         max_kl: largest KL allowed; None for no limit.
         max_backtracks: how often to shrink.
         backtrack_ratio: factor by which the step shrinks each time.
@@ -76,7 +83,9 @@ def line_search(
     for turned_down in range(max_backtracks + 1):
         fraction = backtrack_ratio**turned_down
         found, kl = evaluate(fraction)
-        target = objective + SUFFICIENT_DECREASE * fraction * slope if requires_decrease else math.inf
+        target = (
+            objective + SUFFICIENT_DECREASE * fraction * slope if requires_decrease else math.inf
+        )
         problem = _find_problem(found, kl, target, max_kl if requires_decrease else None)
         if problem is None:
             return Trial(fraction, found, kl, turned_down, True, overshot)
@@ -89,7 +98,9 @@ def _count_things(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _find_problem(objective: float, kl: float | None, target: float, max_kl: float | None) -> str | None:
+def _find_problem(
+    objective: float, kl: float | None, target: float, max_kl: float | None
+) -> str | None:
     """What speaks against a point, or None."""
     if not math.isfinite(objective):
         return f"its loss is {objective}"

@@ -24,8 +24,8 @@ def choose_max_kl(max_kl: MaxKL, kind: TrustRegion, has_kl: bool) -> float | Non
         return max_kl
     if kind != "clip" and not has_kl:
         raise ValueError(
-            f"trust_region='{kind}' needs a number for max_kl: the closure returns neither a distribution nor a KL, "
-            "and a bound in the unit of its loss has no default"
+            f"trust_region='{kind}' needs a number for max_kl: the closure returns neither a "
+            "distribution nor a KL, and a bound in the unit of its loss has no default"
         )
     return DEFAULT_MAX_KL if has_kl else None
 
@@ -36,8 +36,8 @@ def trust_region_scale(quadratic: float, max_kl: float | None, kind: TrustRegion
     Args:
         quadratic: ``xᵀF x``; for ``"damped"`` ``xᵀ(F + λI) x``.
         max_kl: the trust region's size δ, in nats per sample; None for no trust region.
-        kind: ``"clip"`` shrinks only a direction that leaves the region; ``"boundary"`` always goes to its edge
-            (TRPO: Schulman et al. 2015, appendix C), as does ``"damped"``.
+        kind: ``"clip"`` shrinks only a direction that leaves the region; ``"boundary"`` always goes
+            to its edge (TRPO: Schulman et al. 2015, appendix C), as does ``"damped"``.
     """
     if max_kl is None or quadratic <= 0:
         return 1.0
@@ -54,7 +54,8 @@ class Step:
         scale: what the trust region made of the solution of the system, ``lr`` not counted.
         slope: ``gᵀd``.
         metric: ``dᵀF d``.
-        objective_curvature: that again where ``F`` is curvature of the objective too; 0 where it measures the KL alone.
+        objective_curvature: that again where ``F`` is curvature of the objective too; 0 where it
+            measures the KL alone.
         decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
         products: how many curvature products it took to know all this.
     """
@@ -70,7 +71,10 @@ class Step:
 
     def predicted_decrease(self, fraction: float) -> float:
         """What the model says that the objective falls by."""
-        return -(fraction * self.slope + 0.5 * fraction**2 * (self.objective_curvature + self.decay_quadratic))
+        return -(
+            fraction * self.slope
+            + 0.5 * fraction**2 * (self.objective_curvature + self.decay_quadratic)
+        )
 
     def kl(self, fraction: float) -> float:
         """The second-order model of the KL, ``½ |dᵀF d|``."""
@@ -92,16 +96,19 @@ def scale_step(
 ) -> Step:
     """The solution of the system, scaled to the trust region and by ``lr``.
 
-    A step to the edge of a region in KL solves a problem with a linear objective (Schulman et al. 2015, equation 14):
-    ``x`` gives its direction, and where the quadratic model with ``F`` has its minimum says nothing of the objective.
+    A step to the edge of a region in KL solves a problem with a linear objective (Schulman et al.
+    2015, equation 14): ``x`` gives its direction, and where the quadratic model with ``F`` has its
+    minimum says nothing of the objective.
 
-    ``dᵀF d`` comes from CG's own scalars; it costs one more product only where ``lr`` differs between groups.
+    ``dᵀF d`` comes from CG's own scalars; it costs one more product only where ``lr`` differs
+    between groups.
     """
     x = solution.solution
     damping_part = torch.dot(x, (model.decay + model.damping) * x).item()
     metric = solution.x_dot_ax - damping_part
-    # A difference of two numbers is known to their rounding only, and a boundary step could be huge. Where F has
-    # negative curvature the region is that of |F|, as for the solve, which has gone to the boundary by itself.
+    # A difference of two numbers is known to their rounding only, and a boundary step could be
+    # huge. Where F has negative curvature the region is that of |F|, as for the solve, which has
+    # gone to the boundary by itself.
     size = max(abs(metric), 16 * torch.finfo(x.dtype).eps * abs(damping_part))
     kind = "clip" if solution.stop == "negative_curvature" else trust_region
     scale = trust_region_scale(solution.x_dot_ax if kind == "damped" else size, max_kl, kind)

@@ -29,10 +29,11 @@ class Evaluation:
     """What one run of a closure computed, with the graph (or the tangents) that lead to it.
 
     Attributes:
-        loss: what is minimised, a 0-dim tensor: the sum of all that the closure called ``backward`` on, or what it
-            returned if it called ``backward`` on nothing.
+        loss: what is minimised, a 0-dim tensor: the sum of all that the closure called ``backward``
+            on, or what it returned if it called ``backward`` on nothing.
         outputs: the model's outputs, as the recognised loss functions saw them, in call order.
-        is_least_squares: whether they are the residuals of :func:`~ngd_optim.least_squares`, all of them.
+        is_least_squares: whether they are the residuals of :func:`~ngd_optim.least_squares`, all of
+            them.
         metric: what the closure returned beside the loss: distributions, a scalar tensor, or None.
         has_hooks: whether it registered hooks on gradients.
     """
@@ -54,7 +55,8 @@ class ReplayedClosure:
     Attributes:
         function: that closure.
         count: how often it ran.
-        called_backward: whether its last run called ``backward``, which is noted and not carried out.
+        called_backward: whether its last run called ``backward``, which is noted and not carried
+            out.
     """
 
     def __init__(self, function: Closure, params: Sequence[Tensor]) -> None:
@@ -81,15 +83,20 @@ class ReplayedClosure:
 
         Args:
             stand_ins: used wherever a torch function is given one of the parameters.
-            graph: build the graph that leads to the loss. Without it, only a closure that itself differentiates
-                builds what it needs.
-            cut: let the loss depend on the model's outputs as on constants, and on parameters only around them.
+            graph: build the graph that leads to the loss. Without it, only a closure that itself
+                differentiates builds what it needs.
+            cut: let the loss depend on the model's outputs as on constants, and on parameters only
+                around them.
 
         Raises:
             TypeError, ValueError: the closure returned something that is not a loss or a metric.
             Exception: whatever the closure raises.
         """
-        replaced = {} if stand_ins is None else {id(p): t for p, t in zip(self._params, stand_ins, strict=True)}
+        replaced = (
+            {}
+            if stand_ins is None
+            else {id(p): t for p, t in zip(self._params, stand_ins, strict=True)}
+        )
         mode = Tracing(replaced, self._effects, cut=cut)
         self.count += 1
         in_place = stand_ins is None
@@ -97,7 +104,10 @@ class ReplayedClosure:
             raise RuntimeError("it changes buffers in place, such as running statistics")
         self._effects.rewind(tensors=in_place)
         try:
-            with torch.set_grad_enabled(graph or self._differentiates), quiet_ddp(broadcast=not self._effects.is_known):
+            with (
+                torch.set_grad_enabled(graph or self._differentiates),
+                quiet_ddp(broadcast=not self._effects.is_known),
+            ):
                 with twice_differentiable(), mode:
                     returned = self.function()
                 loss, metric = _split_returned(mode.substitute(returned), mode.roots)
@@ -107,7 +117,9 @@ class ReplayedClosure:
         self.called_backward = bool(mode.roots)
         if self._left_gradients is None:
             self._left_gradients = [p.grad for p in self._params]
-        return Evaluation(loss, tuple(mode.outputs), mode.losses == {least_squares}, metric, mode.has_hooks)
+        return Evaluation(
+            loss, tuple(mode.outputs), mode.losses == {least_squares}, metric, mode.has_hooks
+        )
 
     def trace(self) -> Evaluation:
         """Run the closure, with a graph that leads to its loss.
@@ -118,8 +130,8 @@ class ReplayedClosure:
         traced = self()
         if not traced.loss.requires_grad:
             raise ValueError(
-                "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses none of the "
-                "parameters"
+                "the loss has no graph to differentiate: it was detached, computed under no_grad, "
+                "or uses none of the parameters"
             )
         return traced
 
@@ -128,12 +140,16 @@ class ReplayedClosure:
         try:
             return self(graph=False)
         except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-            logger.warning("the loss is not defined at a trial point, which is turned down: %s", error)
+            logger.warning(
+                "the loss is not defined at a trial point, which is turned down: %s", error
+            )
             return None
 
     def compute_plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradients that the closure gives when nothing is traced; ``.grad`` of all leaves is left alone."""
-        before = [(leaf, leaf.grad) for leaf in {id(t): t for t in [*self._params, *leaves]}.values()]
+        before = [
+            (leaf, leaf.grad) for leaf in {id(t): t for t in [*self._params, *leaves]}.values()
+        ]
         self.count += 1
         self._effects.rewind()
         try:
@@ -155,8 +171,12 @@ class ReplayedClosure:
     def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
         """Set ``.grad`` as one run of the closure leaves it: with the gradients added, if it calls ``backward``."""
         assert self._left_gradients is not None
-        for p, old, new, flag in zip(self._params, self._left_gradients, gradients, reached, strict=True):
-            p.grad = old if not (flag and self.called_backward) else new if old is None else old + new
+        for p, old, new, flag in zip(
+            self._params, self._left_gradients, gradients, reached, strict=True
+        ):
+            p.grad = (
+                old if not (flag and self.called_backward) else new if old is None else old + new
+            )
 
     def settle(self) -> None:
         """Put everything that the closure changes to where one run leaves it."""
@@ -179,7 +199,10 @@ def wrap_closures(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosur
         raise ValueError("step() needs at least one closure, got an empty list")
     for function in closures:
         if not callable(function):
-            raise TypeError(f"step() needs a closure that computes the loss, or a list of them, got {function!r}")
+            raise TypeError(
+                "step() needs a closure that computes the loss, or a list of them, got "
+                f"{function!r}"
+            )
     return [ReplayedClosure(function, params) for function in closures]
 
 
@@ -198,7 +221,8 @@ def undo_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
 def twice_differentiable() -> Iterator[None]:
     """Choose kernels that have second derivatives and forward mode, and modules that torch functions can be seen in.
 
-    Where the closure uses checkpointing, derivatives run parts of it again, and must find the same kernels.
+    Where the closure uses checkpointing, derivatives run parts of it again, and must find the same
+    kernels.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -211,18 +235,27 @@ def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
     loss, metric = returned, None
     if isinstance(returned, tuple):
         if len(returned) != 2:
-            raise TypeError(f"the closure must return a loss or (loss, metric), got a tuple of {len(returned)}")
+            raise TypeError(
+                f"the closure must return a loss or (loss, metric), got a tuple of {len(returned)}"
+            )
         loss, metric = returned
     if isinstance(metric, Tensor) and metric.numel() != 1:
-        raise ValueError(f"a tensor returned as the metric must be a scalar KL, got shape {tuple(metric.shape)}")
+        raise ValueError(
+            f"a tensor returned as the metric must be a scalar KL, got shape {tuple(metric.shape)}"
+        )
     if roots and isinstance(loss, Tensor | Number):
         return torch.stack([root.reshape(()) for root in roots]).sum(), metric
     if isinstance(loss, Distribution):
-        raise TypeError("the closure must return the loss first, then the distribution: (loss, distribution)")
+        raise TypeError(
+            "the closure must return the loss first, then the distribution: (loss, distribution)"
+        )
     if not isinstance(loss, Tensor):
         raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
     if loss.is_complex():
         raise TypeError(f"the closure must return a real loss, got one of dtype {loss.dtype}")
     if loss.numel() != 1:
-        raise ValueError(f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by mean()")
+        raise ValueError(
+            f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by "
+            "mean()"
+        )
     return loss.reshape(()), metric

@@ -10,13 +10,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 def least_squares(*residuals: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
     """``½ Σᵢ wᵢ mean(rᵢ²)``, a 0-dim tensor, whose Gauss-Newton metric ``Σᵢ wᵢ JᵢᵀJᵢ / numel(rᵢ)`` is recognised.
 
-    It is used in a closure like any loss of ``torch.nn.functional``: alone or in a sum, with or without ``backward``.
-    The residuals may hold derivatives of a network: by ``torch.func``, or by ``torch.autograd.grad`` with
-    ``create_graph=True``.
+    It is used in a closure like any loss of ``torch.nn.functional``: alone or in a sum, with or
+    without ``backward``. The residuals may hold derivatives of a network: by ``torch.func``, or by
+    ``torch.autograd.grad`` with ``create_graph=True``.
 
     Args:
         residuals: real tensors of any shapes, one for each equation, boundary or data set.
-        weights: one number, or tensor of one element, for each residual tensor, at least 0; None: 1 for each.
+        weights: one number, or tensor of one element, for each residual tensor, at least 0; None: 1
+            for each.
 
     Raises:
         TypeError: a residual is not a real floating-point tensor.
@@ -53,7 +54,11 @@ def _check(residuals: Sequence[Tensor], weights: Sequence[float | Tensor] | None
         if not r.numel():
             raise ValueError(f"residuals must not be empty, got one of shape {tuple(r.shape)}")
     if weights is not None and len(weights) != len(residuals):
-        raise ValueError(f"there must be one weight for each residual, got {len(weights)} for {len(residuals)}")
+        raise ValueError(
+            f"there must be one weight for each residual, got {len(weights)} for {len(residuals)}"
+        )
     for w in weights or ():
         if w.numel() != 1 if isinstance(w, Tensor) else not w >= 0:
-            raise ValueError(f"weights must be numbers, at least 0, or tensors of one element, got {w}")
+            raise ValueError(
+                f"weights must be numbers, at least 0, or tensors of one element, got {w}"
+            )

@@ -1,8 +1,9 @@
 """The loss functions of torch that define a Gauss-Newton matrix, and the Hessian that each has at its inputs.
 
-Most are convex in the model's output, and autograd finds their Hessian. Of the others the value and the gradient are
-kept, and the Hessian is replaced by the positive semidefinite one of the likelihood (or least squares) that they
-stand for: the Fisher information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9).
+Most are convex in the model's output, and autograd finds their Hessian. Of the others the value and
+the gradient are kept, and the Hessian is replaced by the positive semidefinite one of the
+likelihood (or least squares) that they stand for: the Fisher information, which is the Gauss-Newton
+matrix of an exponential family (Martens 2020, section 9).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ class Loss:
 
     Attributes:
         outputs: names of the arguments that are outputs of the model, or tuples of them.
-        replace_hessian: ``(result, *arguments) ↦ result`` with another Hessian; None for convex losses.
+        replace_hessian: ``(result, *arguments) ↦ result`` with another Hessian; None for convex
+            losses.
     """
 
     def __init__(self, *outputs: str, replace_hessian: Callable[..., Tensor] | None = None) -> None:
@@ -32,7 +34,10 @@ class Loss:
 
 
 def _replace_hessian(
-    loss: Tensor, outputs: Sequence[Tensor], metric: Sequence[tuple[Tensor, Tensor]], sample_dims: tuple[int, ...]
+    loss: Tensor,
+    outputs: Sequence[Tensor],
+    metric: Sequence[tuple[Tensor, Tensor]],
+    sample_dims: tuple[int, ...],
 ) -> Tensor:
     """A tensor with the value and the gradient of ``loss``, and the Hessian of ``½ Σ h (u − u₀)²``.
 
@@ -48,7 +53,9 @@ def _replace_hessian(
     terms = [g * (z - z.detach()) for z, g in zip(outputs, gradients, strict=True)]
     terms += [0.5 * h.detach() * (u - u.detach()).square() for u, h in metric]
     for term in terms:
-        result = result + (term.sum(sample_dims) if loss.ndim and sample_dims else term.sum_to_size(loss.shape))
+        result = result + (
+            term.sum(sample_dims) if loss.ndim and sample_dims else term.sum_to_size(loss.shape)
+        )
     return result
 
 
@@ -68,7 +75,9 @@ def _nll(
     reduction: str = "mean",
 ) -> Tensor:
     class_dim = 0 if input.ndim == 1 else 1
-    per_sample = F.nll_loss(-torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none")
+    per_sample = F.nll_loss(
+        -torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none"
+    )
     weight_of_sample = _sample_weights(per_sample, reduction).unsqueeze(class_dim)
     return _replace_hessian(loss, [input], [(input, weight_of_sample * input.exp())], (class_dim,))
 
@@ -82,7 +91,9 @@ def _kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    weight_of_sample = {"mean": 1 / input.numel(), "batchmean": 1 / input.shape[0]}.get(reduction, 1.0)
+    weight_of_sample = {"mean": 1 / input.numel(), "batchmean": 1 / input.shape[0]}.get(
+        reduction, 1.0
+    )
     return _replace_hessian(loss, [input], [(input, weight_of_sample * input.exp())], ())
 
 
@@ -98,13 +109,18 @@ def _ctc(
 ) -> Tensor:
     frames = log_probs.shape[0]
     lengths, target_lengths = (
-        torch.as_tensor(n, device=log_probs.device).reshape(-1) for n in (input_lengths, target_lengths)
+        torch.as_tensor(n, device=log_probs.device).reshape(-1)
+        for n in (input_lengths, target_lengths)
     )
     seen = torch.arange(frames, device=log_probs.device).unsqueeze(1) < lengths
     targets_per_sample = target_lengths.clamp(min=1).to(log_probs.dtype)
-    weight_of_sample = 1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
+    weight_of_sample = (
+        1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
+    )
     weights = (seen * weight_of_sample).reshape(*log_probs.shape[:-1], 1)
-    return _replace_hessian(loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1))
+    return _replace_hessian(
+        loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1)
+    )
 
 
 def _gaussian_nll(
@@ -170,11 +186,14 @@ LOSSES: dict[Callable[..., Any], Loss] = {
 """The recognised loss functions."""
 
 
-def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = False) -> tuple[Tensor, list[Tensor]]:
+def call_loss(
+    func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Call a recognised loss function; return its result and the outputs of the model that it saw.
 
-    It sees an alias of each output: differentiating at the alias leaves out the output's other uses. With ``cut`` the
-    alias has no history, so that the result depends on the outputs and on nothing before them.
+    It sees an alias of each output: differentiating at the alias leaves out the output's other
+    uses. With ``cut`` the alias has no history, so that the result depends on the outputs and on
+    nothing before them.
     """
     loss = LOSSES[func]
     call = _signature(func).bind(*args, **kwargs)
@@ -189,7 +208,10 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = F
             outputs.append(call.arguments[name])
     result = func(*call.args, **call.kwargs)
     if loss.replace_hessian is not None and any(z.requires_grad for z in outputs):
-        if call.arguments.get("size_average") is not None or call.arguments.get("reduce") is not None:
+        if (
+            call.arguments.get("size_average") is not None
+            or call.arguments.get("reduce") is not None
+        ):
             flags = call.arguments.pop("size_average", None), call.arguments.pop("reduce", None)
             call.arguments["reduction"] = reduction_of(*flags)
         others = [t for t in call.arguments.values() if isinstance(t, Tensor) and t.requires_grad]

@@ -30,7 +30,8 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
-# They fill memory in order, so their numbers depend on how the first argument lies in memory; torch.func changes that.
+# They fill memory in order, so their numbers depend on how the first argument lies in memory;
+# torch.func changes that.
 _RANDOM_BY_LAYOUT = {
     F.alpha_dropout,
     F.dropout,
@@ -39,7 +40,8 @@ _RANDOM_BY_LAYOUT = {
 }
 _LIKE = {torch.rand_like, torch.randn_like}
 _IN_PLACE_OPERATORS = {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
 }
 
 
@@ -93,7 +95,8 @@ class Tracing(TorchFunctionMode):
         if not self._effects.is_known:
             self._note_made_here(args, kwargs, result)
         if self._stand_ins and not torch.is_grad_enabled():
-            # Forward mode does not heed no_grad: what is computed under it would still carry a tangent.
+            # Forward mode does not heed no_grad: what is computed under it would still carry a
+            # tangent.
             return _detach(result)
         return result
 
@@ -140,7 +143,9 @@ class Tracing(TorchFunctionMode):
         if stride == tensor.stride() and not self._stand_ins:  # as a checkpoint will call it again
             return func(*args, **kwargs)
         if func in _LIKE:
-            tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            tensor = torch.empty_strided(
+                tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
+            )
             return func(tensor, *args[1:], **kwargs)
         order = sorted(range(tensor.ndim), key=lambda dim: 0 if 0 in stride else -stride[dim])
         result = func(tensor.permute(order).contiguous(), *args[1:], **kwargs)
@@ -153,7 +158,11 @@ class Tracing(TorchFunctionMode):
         for tensor in _find_changed(func, args, kwargs):
             base = base_of(tensor)
             base = tensor if base is None else base
-            if base.grad_fn is None and not base.requires_grad and not (self._is_new(tensor) or self._is_new(base)):
+            if (
+                base.grad_fn is None
+                and not base.requires_grad
+                and not (self._is_new(tensor) or self._is_new(base))
+            ):
                 self._effects.track_tensor(base, is_gradient=id(base) in self._gradients)
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:
@@ -161,7 +170,9 @@ class Tracing(TorchFunctionMode):
         results = [t for t in _tensors(result) if not t.requires_grad]
         if results:
             older = {_memory(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
-            self._made_here.update({id(t): weakref.ref(t) for t in results if _memory(t) not in older})
+            self._made_here.update(
+                {id(t): weakref.ref(t) for t in results if _memory(t) not in older}
+            )
 
     def _is_new(self, tensor: Tensor) -> bool:
         reference = self._made_here.get(id(tensor))
@@ -177,16 +188,24 @@ class Tracing(TorchFunctionMode):
     ) -> None:
         if create_graph or inputs is not None:
             raise RuntimeError(
-                "backward(create_graph=True) or backward(inputs=...) inside the closure is not carried out; "
-                "use torch.autograd.grad for derivatives that the loss is made of"
+                "backward(create_graph=True) or backward(inputs=...) inside the closure is not "
+                "carried out; use torch.autograd.grad for derivatives that the loss is made of"
             )
         if gradient is None and root.numel() != 1:
-            raise RuntimeError(f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}")
+            raise RuntimeError(
+                f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}"
+            )
         self.roots.append(root.sum() if gradient is None else (root * gradient).sum())
 
-    def _note_backward_of_several(self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
+    def _note_backward_of_several(
+        self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any
+    ) -> None:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors or [None] * len(tensors)
+        gradients = (
+            [grad_tensors]
+            if isinstance(grad_tensors, Tensor)
+            else grad_tensors or [None] * len(tensors)
+        )
         for root, gradient in zip(tensors, gradients, strict=True):
             self._note_backward(root, gradient)
 
@@ -211,7 +230,11 @@ def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
         flag, default = _NORMS_BY_BATCH[func]
         if args[5] if len(args) > 5 else kwargs.get(flag, default):
             yield from _tensors([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
-    if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
+    if (
+        (name.endswith("_") and not name.endswith("__"))
+        or name == "__setitem__"
+        or name in _IN_PLACE_OPERATORS
+    ):
         yield from _tensors(args[:1])
     yield from _tensors(kwargs.get("out"))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 class SideEffects:
     """Things that a closure changes, put back before each run, so that many runs have the effect of the first one.
 
-    Dropout masks and sampled noise then agree between the gradient, the curvature and every trial point, and running
-    statistics move once a step.
+    Dropout masks and sampled noise then agree between the gradient, the curvature and every trial
+    point, and running statistics move once a step.
 
     Args:
         devices: whose global random number generators belong to it, the CPU's always.
@@ -45,7 +45,9 @@ class SideEffects:
         # Through .data, or autograd would take it for a change of what the graph has saved.
         self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.data.copy_(value))
 
-    def _track(self, thing: Any, read: Callable[[], Tensor], write: Callable[[Tensor], Any]) -> None:
+    def _track(
+        self, thing: Any, read: Callable[[], Tensor], write: Callable[[Tensor], Any]
+    ) -> None:
         if id(thing) not in self._tracked:
             self._tracked[id(thing)] = (thing, read, write)
             self._start[id(thing)] = read()
@@ -53,7 +55,8 @@ class SideEffects:
     def rewind(self, *, tensors: bool = True) -> None:
         """Put everything back to where the first run found it; before that run, note where it is.
 
-        Without ``tensors`` only the generators: inside ``torch.func`` no tensor from outside can be written to.
+        Without ``tensors`` only the generators: inside ``torch.func`` no tensor from outside can be
+        written to.
         """
         if self._tracked:
             self._write(self._start, tensors)
@@ -61,7 +64,11 @@ class SideEffects:
         self._track(torch.default_generator, torch.get_rng_state, torch.set_rng_state)
         for device in self._devices:
             module = torch.get_device_module(device)
-            self._track(device, partial(module.get_rng_state, device), partial(module.set_rng_state, device=device))
+            self._track(
+                device,
+                partial(module.get_rng_state, device),
+                partial(module.set_rng_state, device=device),
+            )
 
     def settle(self, *, tensors: bool = True) -> None:
         """After a run: put everything to where the first run left it."""

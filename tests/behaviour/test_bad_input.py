@@ -24,15 +24,27 @@ SETTINGS = [
     ({"max_kl": -1}, "max_kl must be a finite number above 0, None or 'auto', got -1"),
     ({"max_kl": math.inf}, "max_kl must be a finite number above 0, None or 'auto', got inf"),
     ({"max_kl": math.nan}, "max_kl must be a finite number above 0, None or 'auto', got nan"),
-    ({"max_kl": None, "trust_region": "boundary"}, "trust_region='boundary' needs a max_kl .* got max_kl=None"),
-    ({"max_kl": None, "trust_region": "damped"}, "trust_region='damped' needs a max_kl .* got max_kl=None"),
-    ({"trust_region": "ball"}, "trust_region must be one of 'clip', 'boundary', 'damped', got 'ball'"),
+    (
+        {"max_kl": None, "trust_region": "boundary"},
+        "trust_region='boundary' needs a max_kl .* got max_kl=None",
+    ),
+    (
+        {"max_kl": None, "trust_region": "damped"},
+        "trust_region='damped' needs a max_kl .* got max_kl=None",
+    ),
+    (
+        {"trust_region": "ball"},
+        "trust_region must be one of 'clip', 'boundary', 'damped', got 'ball'",
+    ),
     ({"damping": -1e-3}, "damping must be a finite number, at least 0, got -0.001"),
     ({"damping": None}, "damping must be a finite number, at least 0, got None"),
     ({"adapt_damping": 1}, "adapt_damping must be True or False, got 1"),
     ({"min_damping": -1.0}, "min_damping must be a finite number, at least 0, or 'auto', got -1.0"),
     ({"max_damping": -1.0}, "max_damping must be a number, at least 0, or 'auto', got -1.0"),
-    ({"min_damping": 2.0, "max_damping": 1.0}, "min_damping must be at most max_damping, got 2.0 > 1.0"),
+    (
+        {"min_damping": 2.0, "max_damping": 1.0},
+        "min_damping must be at most max_damping, got 2.0 > 1.0",
+    ),
     ({"max_cg_iters": 0}, "max_cg_iters must be an integer, at least 1, got 0"),
     ({"max_cg_iters": 2.5}, "max_cg_iters must be an integer, at least 1, got 2.5"),
     ({"cg_tol": -1e-6}, "cg_tol must be a finite number, at least 0, got -1e-06"),
@@ -65,7 +77,8 @@ def test_settings_of_a_new_group_out_of_range(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_kl", 0.5), ("trust_region", "boundary"), ("max_cg_iters", 7), ("curvature", "ggn")]
+    ("name", "value"),
+    [("max_kl", 0.5), ("trust_region", "boundary"), ("max_cg_iters", 7), ("curvature", "ggn")],
 )
 def test_groups_that_disagree(name, value):
     model, x = make_model("mlp", 2)
@@ -90,9 +103,15 @@ def test_step_needs_a_closure(closure):
 
 
 def test_complex_and_frozen_parameters():
-    with pytest.raises(TypeError, match=r"complex parameters are not supported.*complex64.*real parts"):
-        NaturalCG([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]).step(lambda: torch.zeros(()))
-    with pytest.raises(ValueError, match="nothing to optimize: no parameter has requires_grad=True"):
+    with pytest.raises(
+        TypeError, match=r"complex parameters are not supported.*complex64.*real parts"
+    ):
+        NaturalCG([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]).step(
+            lambda: torch.zeros(())
+        )
+    with pytest.raises(
+        ValueError, match="nothing to optimize: no parameter has requires_grad=True"
+    ):
         NaturalCG([nn.Parameter(torch.zeros(2), requires_grad=False)]).step(lambda: torch.zeros(()))
 
 
@@ -111,8 +130,16 @@ NO_LOSS = {
         TypeError,
         r"must return a loss or \(loss, metric\), got a tuple of 3",
     ),
-    "single": (lambda m, x: (m(x).sum(),), TypeError, r"must return a loss or \(loss, metric\), got a tuple of 1"),
-    "vector": (lambda m, x: m(x).sum(1), ValueError, r"must return a scalar loss, got shape \(5,\)"),
+    "single": (
+        lambda m, x: (m(x).sum(),),
+        TypeError,
+        r"must return a loss or \(loss, metric\), got a tuple of 1",
+    ),
+    "vector": (
+        lambda m, x: m(x).sum(1),
+        ValueError,
+        r"must return a scalar loss, got shape \(5,\)",
+    ),
     "swapped": (
         lambda m, x: (Normal(m(x), 1.0), m(x).sum()),
         TypeError,
@@ -120,7 +147,11 @@ NO_LOSS = {
     ),
     "only_distribution": (lambda m, x: Normal(m(x), 1.0), TypeError, "must return the loss first"),
     "no_grad": (no_grad_loss, ValueError, "the loss has no graph to differentiate"),
-    "detached": (lambda m, x: F.mse_loss(m(x), x[:, :2]).detach(), ValueError, "the loss has no graph"),
+    "detached": (
+        lambda m, x: F.mse_loss(m(x), x[:, :2]).detach(),
+        ValueError,
+        "the loss has no graph",
+    ),
     "constant": (lambda m, x: torch.ones(()), ValueError, "the loss has no graph to differentiate"),
     "detached_metric": (
         lambda m, x: (F.mse_loss(m(x), x[:, :2]), Categorical(logits=m(x).detach())),
@@ -137,7 +168,11 @@ NO_LOSS = {
         ValueError,
         "kl must be zero at the current parameters",
     ),
-    "text_metric": (lambda m, x: (m(x).sum(), "kl"), TypeError, "must be a torch.distributions.Distribution.*got str"),
+    "text_metric": (
+        lambda m, x: (m(x).sum(), "kl"),
+        TypeError,
+        "must be a torch.distributions.Distribution.*got str",
+    ),
 }
 
 
@@ -165,8 +200,12 @@ def test_backward_needs_a_scalar():
 def test_sparse_gradients():
     table = nn.Embedding(4, 2, sparse=True, dtype=torch.float64)
     before = flatten(table.parameters())
-    with pytest.raises(ValueError, match=r"shape \(4, 2\) has a sparse gradient.*Embedding\(sparse=False\)"):
-        NaturalCG(table.parameters()).step(lambda: F.mse_loss(table(torch.arange(3)), torch.ones(3, 2).double()))
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 2\) has a sparse gradient.*Embedding\(sparse=False\)"
+    ):
+        NaturalCG(table.parameters()).step(
+            lambda: F.mse_loss(table(torch.arange(3)), torch.ones(3, 2).double())
+        )
     assert torch.equal(flatten(table.parameters()), before)
 
 
@@ -208,7 +247,10 @@ SPOILERS = {
     "gradient_inf": lambda s: spoil_gradient(s, math.inf),
     "product_nan_of_a_kl": lambda s: (s.loss(), nan_curvature(s.model(s.x))),
     "product_inf_of_a_distribution": lambda s: (s.loss(), Normal(s.model(s.x), 1e-200)),
-    "product_nan_of_a_distribution": lambda s: (s.loss(), Normal(s.model(s.x) * math.nan, 1.0, validate_args=False)),
+    "product_nan_of_a_distribution": lambda s: (
+        s.loss(),
+        Normal(s.model(s.x) * math.nan, 1.0, validate_args=False),
+    ),
     "trial_nan": lambda s: s.loss() + (math.nan if s.moved else 0.0),
     "trial_inf": lambda s: s.loss() + (math.inf if s.moved else 0.0),
     "trial_minus_inf": lambda s: s.loss() - (math.inf if s.moved else 0.0),
@@ -221,7 +263,8 @@ SPOILERS = {
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_backtracks": 0, "max_kl": 0.01, "trust_region": "boundary"}, {"weight_decay": 0.1}]
+    "settings",
+    [{}, {"max_backtracks": 0, "max_kl": 0.01, "trust_region": "boundary"}, {"weight_decay": 0.1}],
 )
 @pytest.mark.parametrize("name", SPOILERS)
 def test_what_is_not_finite_is_rejected_and_forgotten(name, settings, warm):
@@ -239,8 +282,14 @@ def test_what_is_not_finite_is_rejected_and_forgotten(name, settings, warm):
     assert (report.step_norm, report.step_scale) == (0.0, 0.0)
     assert report.new_loss == report.loss or math.isnan(report.loss)
     assert optimizer.param_groups[0]["damping"] == pytest.approx(4 * damping)
-    assert all(torch.as_tensor(x).isfinite().all() for entry in optimizer.state.values() for x in entry.values())
-    assert [p is q for p, q in zip(parameters, spoilt.model.parameters(), strict=True)] == [True] * 4
+    assert all(
+        torch.as_tensor(x).isfinite().all()
+        for entry in optimizer.state.values()
+        for x in entry.values()
+    )
+    assert [p is q for p, q in zip(parameters, spoilt.model.parameters(), strict=True)] == [
+        True
+    ] * 4
 
     before = spoilt.loss().item()
     optimizer.step(spoilt.loss)
@@ -257,11 +306,28 @@ def test_reason_says_what_was_not_finite():
         reasons[name] = optimizer.last_step.reason
     assert reasons["loss_nan_beside_a_finite_gradient"] == "rejected: the loss is nan"
     assert reasons["loss_inf_beside_a_finite_gradient"] == "rejected: the loss is inf"
-    for name in ("gradient_nan", "gradient_inf", "product_nan_of_a_kl", "product_inf_of_a_distribution"):
-        assert reasons[name] == "rejected: the gradient, a curvature product or the preconditioner is not finite"
-    assert reasons["trial_nan"] == "rejected after 3 trial points, the last one because its loss is nan"
-    assert reasons["trial_minus_inf"] == "rejected after 3 trial points, the last one because its loss is -inf"
-    assert reasons["trial_kl_nan"] == "rejected after 3 trial points, the last one because its KL is nan"
+    for name in (
+        "gradient_nan",
+        "gradient_inf",
+        "product_nan_of_a_kl",
+        "product_inf_of_a_distribution",
+    ):
+        assert (
+            reasons[name]
+            == "rejected: the gradient, a curvature product or the preconditioner is not finite"
+        )
+    assert (
+        reasons["trial_nan"]
+        == "rejected after 3 trial points, the last one because its loss is nan"
+    )
+    assert (
+        reasons["trial_minus_inf"]
+        == "rejected after 3 trial points, the last one because its loss is -inf"
+    )
+    assert (
+        reasons["trial_kl_nan"]
+        == "rejected after 3 trial points, the last one because its KL is nan"
+    )
 
 
 def test_backtracks_out_of_a_region_that_is_not_finite():
@@ -289,7 +355,12 @@ class Noisy:
         self.x = torch.randn(5, 3, dtype=torch.float64)
         self.form, self.raises, self.runs, self.fatal = form, raises, 0, None
         self.optimizer = NaturalCG(
-            self.model.parameters(), damping=0.1, max_cg_iters=3, lr=8.0, max_kl=None, max_backtracks=30
+            self.model.parameters(),
+            damping=0.1,
+            max_cg_iters=3,
+            lr=8.0,
+            max_kl=None,
+            max_backtracks=30,
         )
 
     def closure(self):
@@ -328,7 +399,10 @@ def test_exception_at_every_run_leaves_everything_as_it_was(form, raises):
         torch.manual_seed(3)
         task = Noisy(form, raises)
         task.fatal = k
-        before, gradients = flatten(task.model.parameters()), [torch.full_like(p, 7.0) for p in task.model.parameters()]
+        before, gradients = (
+            flatten(task.model.parameters()),
+            [torch.full_like(p, 7.0) for p in task.model.parameters()],
+        )
         for p, gradient in zip(task.model.parameters(), gradients, strict=True):
             p.grad = gradient
         states = random_states()
@@ -389,7 +463,9 @@ def test_exception_in_a_bfloat16_model_restores_every_bit():
         runs.append(1)
         if any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)):
             raise StopHereError
-        return F.mse_loss(model(x).double(), torch.zeros(5, 2, dtype=torch.float64)) * log_scale.exp()
+        return (
+            F.mse_loss(model(x).double(), torch.zeros(5, 2, dtype=torch.float64)) * log_scale.exp()
+        )
 
     with pytest.raises(StopHereError):
         NaturalCG([*model.parameters(), log_scale]).step(closure)
@@ -433,8 +509,12 @@ def test_a_loss_of_another_model_is_refused():
 
     with pytest.raises(ValueError, match="the loss depends on none of the optimizer's parameters"):
         NaturalCG(twin.parameters()).step(own)
-    with pytest.raises(ValueError, match="the curvature closure depends on none of the optimizer's parameters"):
-        NaturalCG(twin.parameters()).step(lambda: F.cross_entropy(twin(x), labels), curvature_closure=own)
+    with pytest.raises(
+        ValueError, match="the curvature closure depends on none of the optimizer's parameters"
+    ):
+        NaturalCG(twin.parameters()).step(
+            lambda: F.cross_entropy(twin(x), labels), curvature_closure=own
+        )
     assert torch.equal(flatten(twin.parameters()), flatten(model.parameters()))
 
 
@@ -463,7 +543,9 @@ def test_a_step_without_a_closure_says_what_it_needs():
 
 @pytest.mark.parametrize("kind", [Diagonal, Nystrom])
 def test_a_class_is_no_preconditioner(kind):
-    with pytest.raises(ValueError, match=r"preconditioner must be .* a Diagonal, a Nystrom or a function"):
+    with pytest.raises(
+        ValueError, match=r"preconditioner must be .* a Diagonal, a Nystrom or a function"
+    ):
         NaturalCG([nn.Parameter(torch.ones(2))], preconditioner=kind)
 
 
@@ -472,7 +554,9 @@ def test_a_seed_is_no_generator():
         NaturalCG([nn.Parameter(torch.ones(2))], generator=0)
 
 
-@pytest.mark.parametrize("limits", [{"max_damping": 1e-10}, {"min_damping": 1e7}, {"min_damping": 1e20}])
+@pytest.mark.parametrize(
+    "limits", [{"max_damping": 1e-10}, {"min_damping": 1e7}, {"min_damping": 1e20}]
+)
 @pytest.mark.parametrize("solver", ["cg", "dense"])
 def test_one_limit_of_the_damping_may_be_beyond_the_others_default(limits, solver):
     model, x, labels = linear()
@@ -501,7 +585,9 @@ def test_the_state_of_another_optimizer_is_refused_and_nothing_is_lost():
     other = NaturalCG(linear(2)[0].parameters())
     model_of_other = nn.ParameterList(other.param_groups[0]["params"])
     other.step(lambda: F.mse_loss(F.linear(x, *model_of_other), x[:, :2]))
-    with pytest.raises(ValueError, match=r"saved of other parameters: one of shape \(3, 4\) had \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"saved of other parameters: one of shape \(3, 4\) had \(2, 4\)"
+    ):
         optimizer.load_state_dict(other.state_dict())
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -534,7 +620,9 @@ def test_a_state_with_settings_that_are_not_allowed_is_refused():
 
 def test_numbers_of_numpy_are_settings_that_can_be_saved(tmp_path):
     model, x, labels = linear()
-    optimizer = NaturalCG(model.parameters(), lr=np.float32(0.5), max_kl=np.float64(0.1), max_cg_iters=np.int64(7))
+    optimizer = NaturalCG(
+        model.parameters(), lr=np.float32(0.5), max_kl=np.float64(0.1), max_cg_iters=np.int64(7)
+    )
     optimizer.step(lambda: (F.cross_entropy(model(x), labels), Categorical(logits=model(x))))
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     group = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]

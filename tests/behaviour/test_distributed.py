@@ -31,7 +31,13 @@ Result = tuple[Tensor, list[StepReport]]
 
 def make_classifier(dtype: torch.dtype = torch.float64, *extra: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Linear(FEATURES, HIDDEN), *extra, nn.Tanh(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, CLASSES)]
+    layers = [
+        nn.Linear(FEATURES, HIDDEN),
+        *extra,
+        nn.Tanh(),
+        nn.LayerNorm(HIDDEN),
+        nn.Linear(HIDDEN, CLASSES),
+    ]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -41,7 +47,9 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES, (64,), generator=generator)
 
 
-def classification(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def classification(
+    model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor
+) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
@@ -51,11 +59,15 @@ def classification(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor)
     return closure
 
 
-def without_backward(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def without_backward(
+    model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor
+) -> Callable[[], Tensor]:
     return lambda: F.cross_entropy(model(x), y)
 
 
-def likelihood(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor) -> Callable[[], tuple[Tensor, Any]]:
+def likelihood(
+    model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor
+) -> Callable[[], tuple[Tensor, Any]]:
     def closure() -> tuple[Tensor, Any]:
         distribution = Categorical(logits=model(x))
         return -distribution.log_prob(y).mean(), distribution
@@ -70,7 +82,9 @@ def hessian(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor) -> Cal
 CLOSURES = [classification, without_backward, likelihood, hessian]
 
 
-def train(model: nn.Module, make_closure: Any, x: Tensor, y: Tensor, steps: int = STEPS, **options: Any) -> Result:
+def train(
+    model: nn.Module, make_closure: Any, x: Tensor, y: Tensor, steps: int = STEPS, **options: Any
+) -> Result:
     optimizer = NaturalCG(model.parameters(), **{**SOLVED, **options})
     closure = make_closure(model, optimizer, x, y)
     reports = []
@@ -86,12 +100,16 @@ def train(model: nn.Module, make_closure: Any, x: Tensor, y: Tensor, steps: int 
 
 def joined_batch(rank: int, make_closure: Any, dtype: torch.dtype) -> Result:
     x, y = data(dtype)
-    return train(DistributedDataParallel(make_classifier(dtype)), make_closure, x[rank::2], y[rank::2])
+    return train(
+        DistributedDataParallel(make_classifier(dtype)), make_closure, x[rank::2], y[rank::2]
+    )
 
 
 def group_without_ddp(rank: int) -> Result:
     x, y = data()
-    return train(make_classifier(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD)
+    return train(
+        make_classifier(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD
+    )
 
 
 def uneven(rank: int) -> Result:
@@ -230,7 +248,11 @@ def unequal_start(rank: int) -> str:
     return "nothing was raised"
 
 
-DDP_OPTIONS = {"find_unused_parameters": "auto", "gradient_as_bucket_view": "torch.func", "static_graph": "auto"}
+DDP_OPTIONS = {
+    "find_unused_parameters": "auto",
+    "gradient_as_bucket_view": "torch.func",
+    "static_graph": "auto",
+}
 
 
 def ddp_options(rank: int, backend: str = "auto", **options: Any) -> Result | str:
@@ -269,7 +291,9 @@ def other_layers_on_each_rank(rank: int) -> Result:
     x, y = data()
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)]).double()
-    optimizer = NaturalCG(model.parameters(), max_cg_iters=3, preconditioner="kfac", process_group=dist.group.WORLD)
+    optimizer = NaturalCG(
+        model.parameters(), max_cg_iters=3, preconditioner="kfac", process_group=dist.group.WORLD
+    )
     reports = []
     for layer in (model[0], model[rank], model[rank]):
         optimizer.step(classification(layer, optimizer, x, y))
@@ -291,7 +315,9 @@ def other_optimizer_afterwards(rank: int) -> Tensor:
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{
-        f"joined {closure.__name__} {dtype}": lambda rank, c=closure, d=dtype: joined_batch(rank, c, d)
+        f"joined {closure.__name__} {dtype}": lambda rank, c=closure, d=dtype: joined_batch(
+            rank, c, d
+        )
         for closure in CLOSURES
         for dtype in (torch.float64, torch.float32)
     },
@@ -355,7 +381,9 @@ def run_scenarios(rank: int, names: Sequence[str]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Any]]:
     """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
     is_slow = request.node.get_closest_marker("slow") is not None
     names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
@@ -372,7 +400,10 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def same(a: StepReport, b: StepReport) -> bool:
-    return all(x == y or (x != x and y != y) for x, y in zip(asdict(a).values(), asdict(b).values(), strict=True))
+    return all(
+        x == y or (x != x and y != y)
+        for x, y in zip(asdict(a).values(), asdict(b).values(), strict=True)
+    )
 
 
 def assert_identical(results: list[Any]) -> None:
@@ -383,9 +414,17 @@ def assert_identical(results: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     ("make_closure", "dtype"),
-    mark_slow(**{f"joined {c.__name__} {d}": (c, d) for c in CLOSURES for d in (torch.float64, torch.float32)}),
+    mark_slow(
+        **{
+            f"joined {c.__name__} {d}": (c, d)
+            for c in CLOSURES
+            for d in (torch.float64, torch.float32)
+        }
+    ),
 )
-def test_the_step_of_two_ranks_is_that_of_the_joined_batch(ranks: Any, make_closure: Any, dtype: torch.dtype) -> None:
+def test_the_step_of_two_ranks_is_that_of_the_joined_batch(
+    ranks: Any, make_closure: Any, dtype: torch.dtype
+) -> None:
     results = ranks(f"joined {make_closure.__name__} {dtype}")
     assert_identical(results)
     theta, reports = results[0]
@@ -412,10 +451,14 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
     x, y = data()
     model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
-    closures = [classification(model, optimizer, x[part], y[part]) for part in (slice(0, 10), slice(10, 64))]
+    closures = [
+        classification(model, optimizer, x[part], y[part]) for part in (slice(0, 10), slice(10, 64))
+    ]
     for _ in range(STEPS):
         optimizer.step(closures)  # the mean of two means
-    torch.testing.assert_close(results[0][0], parameters_to_vector(model.parameters()).detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        results[0][0], parameters_to_vector(model.parameters()).detach(), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.slow
@@ -433,10 +476,15 @@ def test_several_closures_and_a_curvature_closure(ranks: Any) -> None:
     x, y = data()
     model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
-    whole, half = classification(model, optimizer, x, y), classification(model, optimizer, x[:32], y[:32])
+    whole, half = (
+        classification(model, optimizer, x, y),
+        classification(model, optimizer, x[:32], y[:32]),
+    )
     for _ in range(STEPS):
         optimizer.step(whole, curvature_closure=half)
-    torch.testing.assert_close(results[0][0], parameters_to_vector(model.parameters()).detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        results[0][0], parameters_to_vector(model.parameters()).detach(), rtol=0, atol=1e-10
+    )
 
 
 def test_parameters_and_decisions_stay_bit_identical(ranks: Any) -> None:
@@ -468,7 +516,9 @@ def test_nan_on_one_rank_is_rejected_by_all(ranks: Any) -> None:
 # In the first run, at the checks of the first step, and later.
 @pytest.mark.parametrize("fails_at", mark_slow(**{f"error {n}": (n,) for n in (1, 3, 8)}))
 def test_an_exception_on_one_rank_ends_the_step_on_all(ranks: Any, fails_at: int) -> None:
-    (message, unmoved, reports), (own_message, own_unmoved, own_reports) = ranks(f"error {fails_at}")
+    (message, unmoved, reports), (own_message, own_unmoved, own_reports) = ranks(
+        f"error {fails_at}"
+    )
     assert "rank 1 raised" in message
     assert "no such batch" in own_message
     assert unmoved
@@ -493,11 +543,14 @@ def test_a_trial_point_that_one_rank_cannot_compute_is_turned_down_by_all(ranks:
 
 
 def test_ranks_must_start_from_the_same_parameters(ranks: Any) -> None:
-    assert all("parameters differ between the ranks" in message for message in ranks("unequal_start"))
+    assert all(
+        "parameters differ between the ranks" in message for message in ranks("unequal_start")
+    )
 
 
 @pytest.mark.parametrize(
-    ("option", "backend"), [("find_unused_parameters", "double-backward"), ("gradient_as_bucket_view", "torch.func")]
+    ("option", "backend"),
+    [("find_unused_parameters", "double-backward"), ("gradient_as_bucket_view", "torch.func")],
 )
 @pytest.mark.slow
 def test_options_of_ddp(ranks: Any, option: str, backend: str) -> None:
@@ -526,7 +579,9 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
     assert factors.keys() == apart[0].keys() == results[1][2].keys()
     for name, value in factors.items():
         assert torch.equal(value, results[1][2][name])
-        torch.testing.assert_close(value, (apart[0][name] + apart[1][name]) / 2, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            value, (apart[0][name] + apart[1][name]) / 2, rtol=1e-12, atol=1e-15
+        )
     expected, _ = train(make_classifier(), classification, x, y, steps=2, preconditioner=None)
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
@@ -556,11 +611,18 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 @pytest.mark.parametrize(
     ("launcher", "options"),
-    [pytest.param((), ("--processes", "2"), id="python"), pytest.param(TORCHRUN, (), id="torchrun")],
+    [
+        pytest.param((), ("--processes", "2"), id="python"),
+        pytest.param(TORCHRUN, (), id="torchrun"),
+    ],
 )
 @pytest.mark.slow
-def test_the_example_runs(tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]) -> None:
+def test_the_example_runs(
+    tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]
+) -> None:
     picture = tmp_path / "curves.png"
-    printed = run_python(*launcher, EXAMPLES / "distributed.py", *options, "--steps", "3", "--output", picture)
+    printed = run_python(
+        *launcher, EXAMPLES / "distributed.py", *options, "--steps", "3", "--output", picture
+    )
     assert "bit-identical on all processes: True" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -29,7 +29,10 @@ class OnceDifferentiable(torch.autograd.Function):
 def test_a_function_that_is_differentiable_once_is_refused():
     model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)).double(), real(8, 5), real(8, 1)
     with pytest.raises(RuntimeError, match="no curvature product can be formed"):
-        linearize(lambda: F.mse_loss(model[1](OnceDifferentiable.apply(model[0](x))), y), model.parameters())
+        linearize(
+            lambda: F.mse_loss(model[1](OnceDifferentiable.apply(model[0](x))), y),
+            model.parameters(),
+        )
 
 
 def test_where_double_backward_is_wrong_forward_mode_is_right():
@@ -65,7 +68,11 @@ class HiddenFromTheSecond(torch.autograd.Function):
 @pytest.mark.parametrize("rounded", [False, True], ids=["float32", "rounded to bfloat16"])
 @pytest.mark.parametrize("weight", [0.01, 0.1, 10.0])
 def test_where_the_backends_differ_the_better_one_is_taken(weight, rounded):
-    model, x, y = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(300, 6), torch.arange(300)
+    model, x, y = (
+        nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)),
+        torch.randn(300, 6),
+        torch.arange(300),
+    )
 
     def point(sine):
         def closure():
@@ -113,7 +120,11 @@ def hook_on_a_tensor(model, hook):
 
 @pytest.mark.parametrize("attach", [hook_on_a_parameter, hook_on_a_module, hook_on_a_tensor])
 def test_hooks_see_gradients_without_a_graph(attach):
-    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(20, 5), torch.arange(20) % 3
+    model, x, y = (
+        nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)),
+        torch.randn(20, 5),
+        torch.arange(20) % 3,
+    )
     optimizer, seen = NaturalCG(model.parameters()), []
     attach(model, lambda gradient: seen.append(gradient.requires_grad))
     for step in range(4):
@@ -194,11 +205,15 @@ def test_a_closure_that_changes_between_steps_is_learnt_anew(switched):
     fresh.step(closure)
     for p, value in zip((w, *layer.parameters()), after, strict=True):
         assert torch.allclose(p, value, rtol=1e-9, atol=1e-12)
-    assert used.last_step.reduction_ratio == pytest.approx(fresh.last_step.reduction_ratio, rel=1e-6)
+    assert used.last_step.reduction_ratio == pytest.approx(
+        fresh.last_step.reduction_ratio, rel=1e-6
+    )
 
 
 class TestHooks:
-    @pytest.mark.parametrize("hook", [lambda g: g.clamp(-0.01, 0.01), lambda g: g / (g.norm() + 1e-12)])
+    @pytest.mark.parametrize(
+        "hook", [lambda g: g.clamp(-0.01, 0.01), lambda g: g / (g.norm() + 1e-12)]
+    )
     def test_that_are_not_linear_are_refused(self, hook):
         model, x, y = nn.Linear(5, 1).double(), real(8, 5), real(8, 1)
         model.weight.register_hook(hook)
@@ -221,7 +236,9 @@ def test_legacy_reductions(flags):
     model, x, y = nn.Linear(5, 4).double(), real(8, 5), torch.randint(0, 4, (8,))
     v = real(24)
     old, new = (
-        linearize(lambda k=k: F.nll_loss(model(x).log_softmax(1), y, **k).sum(), model.parameters()).curvature(v)
+        linearize(
+            lambda k=k: F.nll_loss(model(x).log_softmax(1), y, **k).sum(), model.parameters()
+        ).curvature(v)
         for k in (flags, {"reduction": "sum"})
     )
     assert (old - new).norm() <= 1e-12 * new.norm()
@@ -244,13 +261,17 @@ def test_a_learned_target_keeps_its_gradient(loss):
 def test_complex_intermediates_are_replayed():
     a, y = nn.Parameter(real(3, 4)), real(3, 4)
     point = linearize(lambda: F.mse_loss(torch.polar(a.exp(), a).real, y), [a])
-    matrix = dense_gauss_newton_by_rows(lambda: torch.polar(a.exp(), a).real, lambda z: F.mse_loss(z, y), [a])
+    matrix = dense_gauss_newton_by_rows(
+        lambda: torch.polar(a.exp(), a).real, lambda z: F.mse_loss(z, y), [a]
+    )
     for _ in range(2):
         v = real(12)
         assert (point.curvature(v) - matrix @ v).norm() <= 1e-10 * (matrix @ v).norm()
 
 
-@pytest.mark.parametrize("make", [torch.rand_like, torch.randn_like, lambda h: F.dropout(h, 0.3) * 0.1])
+@pytest.mark.parametrize(
+    "make", [torch.rand_like, torch.randn_like, lambda h: F.dropout(h, 0.3) * 0.1]
+)
 def test_noise_in_any_memory_layout(make):
     layer = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
     x = real(2, 3, 6, 6).to(memory_format=torch.channels_last)
@@ -282,7 +303,9 @@ def test_a_trial_point_outside_the_domain_is_turned_down(caplog):
     )
     optimizer = NaturalCG([*model.parameters(), scale])
     for _ in range(30):
-        optimizer.step(lambda: -Normal(model(x), scale, validate_args=True).log_prob(0.01 * y).mean())
+        optimizer.step(
+            lambda: -Normal(model(x), scale, validate_args=True).log_prob(0.01 * y).mean()
+        )
         assert scale > 0
     assert "not defined at a trial point" in caplog.text
 
@@ -338,7 +361,11 @@ def test_an_empty_metric(metric):
 @pytest.mark.parametrize("accumulated", [False, True])
 @pytest.mark.parametrize("change", ["in place", "replaced", "removed", None])
 def test_gradient_hooks_may_look_and_not_touch(change, accumulated, dtype):
-    model, x, y = nn.Linear(5, 1).to(dtype), torch.randn(8, 5).to(dtype), torch.randn(8, 1).to(dtype)
+    model, x, y = (
+        nn.Linear(5, 1).to(dtype),
+        torch.randn(8, 5).to(dtype),
+        torch.randn(8, 1).to(dtype),
+    )
     optimizer = NaturalCG(model.parameters())
     before = [torch.ones_like(p) if accumulated else None for p in model.parameters()]
     for p, gradient in zip(model.parameters(), before, strict=True):

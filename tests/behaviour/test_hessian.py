@@ -19,7 +19,11 @@ def problem():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
     output, theta = flat_function(model, x), flatten(model.parameters())
-    return model, lambda: custom_loss(model(x), y), torch.func.hessian(lambda t: custom_loss(output(t), y))(theta)
+    return (
+        model,
+        lambda: custom_loss(model(x), y),
+        torch.func.hessian(lambda t: custom_loss(output(t), y))(theta),
+    )
 
 
 @pytest.mark.parametrize("curvature", ["auto", "hessian"])
@@ -38,8 +42,12 @@ def test_hessian_can_be_asked_for_where_gauss_newton_is_the_default():
     by_name = linearize(lambda: F.mse_loss(model(x), y), model.parameters(), curvature="hessian")
     by_hand = linearize(lambda: (model(x) - y).square().mean(), model.parameters())
     gauss_newton = linearize(lambda: F.mse_loss(model(x), y), model.parameters())
-    assert (by_name.curvature(v) - by_hand.curvature(v)).norm() <= 1e-12 * by_hand.curvature(v).norm()
-    assert (by_name.curvature(v) - gauss_newton.curvature(v)).norm() > 1e-3 * by_hand.curvature(v).norm()
+    assert (by_name.curvature(v) - by_hand.curvature(v)).norm() <= 1e-12 * by_hand.curvature(
+        v
+    ).norm()
+    assert (by_name.curvature(v) - gauss_newton.curvature(v)).norm() > 1e-3 * by_hand.curvature(
+        v
+    ).norm()
 
 
 @pytest.mark.parametrize("curvature", ["fisher", "ggn"])
@@ -51,7 +59,10 @@ def test_a_curvature_that_the_closure_does_not_offer(problem, curvature):
 
 class TestNegativeCurvature:
     def test_from_zero_the_solve_goes_along_b_to_the_boundary(self):
-        matrix, b = torch.diag(torch.tensor([-2.0, -3.0]).double()), torch.tensor([1.0, 1.0]).double()
+        matrix, b = (
+            torch.diag(torch.tensor([-2.0, -3.0]).double()),
+            torch.tensor([1.0, 1.0]).double(),
+        )
         result = conjugate_gradient(lambda v: matrix @ v, b, boundary=0.5)
         assert (result.stop, result.iterations) == ("negative_curvature", 1)
         assert torch.allclose(result.solution, b * (0.5 / 5) ** 0.5)
@@ -67,7 +78,9 @@ class TestNegativeCurvature:
         p = result.solution - inside.solution
         assert inside.x_dot_ax + (p @ matrix @ p).abs() == pytest.approx(10.0)
         assert result.x_dot_ax == pytest.approx((result.solution @ matrix @ result.solution).item())
-        assert result.x_dot_r == pytest.approx((result.solution @ (b - matrix @ result.solution)).item())
+        assert result.x_dot_r == pytest.approx(
+            (result.solution @ (b - matrix @ result.solution)).item()
+        )
 
     def test_without_a_boundary_the_first_direction_is_the_right_hand_side(self):
         b = torch.tensor([1.0, -2.0]).double()

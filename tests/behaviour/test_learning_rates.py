@@ -24,12 +24,15 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=5),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=3),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.2, 0.9, step_size_up=2, cycle_momentum=False),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.9, total_steps=6, cycle_momentum=False),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=0.9, total_steps=6, cycle_momentum=False
+    ),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
     ),
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+        [lr_scheduler.ConstantLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)],
+        optimizer=o,
     ),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
     "SWALR": lambda o: SWALR(o, swa_lr=0.1, anneal_epochs=3),
@@ -54,7 +57,11 @@ def advance(scheduler):
 
 def test_the_table_has_every_scheduler():
     schedulers = inspect.getmembers(lr_scheduler, inspect.isclass)
-    names = {n for n, kind in schedulers if issubclass(kind, lr_scheduler.LRScheduler) and not n.startswith("_")}
+    names = {
+        n
+        for n, kind in schedulers
+        if issubclass(kind, lr_scheduler.LRScheduler) and not n.startswith("_")
+    }
     assert SCHEDULERS.keys() - {"SWALR"} == names - {"LRScheduler"}
 
 
@@ -62,11 +69,15 @@ def test_the_table_has_every_scheduler():
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_scheduler_sets_the_learning_rate_of_the_step(name, as_tensor):
     task = Task()
-    optimizer = make_edge_optimizer(task, lr=torch.tensor(0.8, dtype=torch.float64) if as_tensor else 0.8)
+    optimizer = make_edge_optimizer(
+        task, lr=torch.tensor(0.8, dtype=torch.float64) if as_tensor else 0.8
+    )
     reference = SGD([nn.Parameter(torch.ones(1))], lr=0.8)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # as when a scheduler misses the step before it
-        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR's own, in torch 2.8 and before
+        warnings.filterwarnings(
+            "ignore", "The epoch parameter"
+        )  # SequentialLR's own, in torch 2.8 and before
         scheduler, expected = SCHEDULERS[name](optimizer), SCHEDULERS[name](reference)
         used = []
         for _ in range(5):
@@ -105,8 +116,12 @@ def test_a_saved_scheduler_goes_on_with_its_optimizer(name):
 
 
 CYCLES = {
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.2, 0.9, step_size_up=2, base_momentum=0.1, max_momentum=0.5),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.9, total_steps=6, base_momentum=0.1, max_momentum=0.5),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
+        o, 0.2, 0.9, step_size_up=2, base_momentum=0.1, max_momentum=0.5
+    ),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=0.9, total_steps=6, base_momentum=0.1, max_momentum=0.5
+    ),
 }
 
 

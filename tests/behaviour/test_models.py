@@ -33,7 +33,9 @@ from ngd_optim import NaturalCG, linearize
 def test_gradient_and_product_are_the_dense_ones(name, backend, loss, dtype):
     problem = Problem(CASES[name], loss, dtype)
     if backend == "torch.func" and CASES[name].backend != backend:
-        with pytest.raises(RuntimeError, match=r"cannot form the products of this closure.*use backend='auto'"):
+        with pytest.raises(
+            RuntimeError, match=r"cannot form the products of this closure.*use backend='auto'"
+        ):
             linearize(problem.closure, problem.params, backend=backend)
         return
     gradient, matrix = problem.dense()
@@ -89,7 +91,9 @@ def test_a_hidden_dependence_is_found_and_named(caplog):
             optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert optimizer.last_step.backend == "double-backward"
     assert not caplog.records  # double-backward is what is taken first
-    with pytest.raises(RuntimeError, match=r"torch\.func misses a dependence on parameters that autograd sees"):
+    with pytest.raises(
+        RuntimeError, match=r"torch\.func misses a dependence on parameters that autograd sees"
+    ):
         linearize(lambda: F.cross_entropy(model(x), y), model.parameters(), backend="torch.func")
 
 
@@ -112,14 +116,18 @@ def test_a_gradient_changed_after_backward_is_refused():
 
 class TestRefusals:
     def test_reentrant_checkpointing(self):
-        model = Apply(lambda m, x: checkpoint(m.net, x.requires_grad_(), use_reentrant=True), net=mlp())
+        model = Apply(
+            lambda m, x: checkpoint(m.net, x.requires_grad_(), use_reentrant=True), net=mlp()
+        )
         x, y = vector(), torch.randint(0, CLASSES, (BATCH,))
         with pytest.raises(RuntimeError, match="use_reentrant=False"):
             NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
 
     def test_sparse_gradients(self):
         model = Apply(
-            lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(7, 4, sparse=True), head=nn.Linear(4, CLASSES)
+            lambda m, x: m.head(m.table(x).mean(1)),
+            table=nn.Embedding(7, 4, sparse=True),
+            head=nn.Linear(4, CLASSES),
         )
         x, y = tokens(), torch.randint(0, CLASSES, (BATCH,))
         with pytest.raises(ValueError, match="Embedding\\(sparse=False\\)"):

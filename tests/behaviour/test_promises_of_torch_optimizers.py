@@ -11,7 +11,10 @@ from helpers.problems import assert_near, dense_gauss_newton, flat_function, fla
 from helpers.regression import Task, have_equal_parameters, train
 from torch import nn
 from torch.optim import SGD
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ngd_optim import NaturalCG
@@ -33,7 +36,9 @@ def load(task, state_dict):
     """Into an optimizer that was made with other settings."""
     twin = Task(task.x.dtype)
     twin.model.load_state_dict(task.model.state_dict())
-    optimizer = NaturalCG(twin.model.parameters(), lr=0.1, damping=7.0, max_kl=None, trust_region="clip")
+    optimizer = NaturalCG(
+        twin.model.parameters(), lr=0.1, damping=7.0, max_kl=None, trust_region="clip"
+    )
     optimizer.load_state_dict(state_dict)
     return twin, optimizer
 
@@ -48,7 +53,8 @@ def by_pickle(task, optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_kl": 0.01, "trust_region": "boundary", "weight_decay": 0.1, "max_cg_iters": 5}]
+    "settings",
+    [{}, {"max_kl": 0.01, "trust_region": "boundary", "weight_decay": 0.1, "max_cg_iters": 5}],
 )
 @pytest.mark.parametrize("comes_back", [by_state_dict, by_saved_state_dict, by_deepcopy, by_pickle])
 def test_resumed_run_is_bit_identical(comes_back, settings, dtype):
@@ -83,7 +89,9 @@ def test_state_dict_is_plain_and_its_own():
     assert optimizer.state_dict()["state"] == {}
     train(task, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
-    assert [s["solution"].shape for s in saved["state"].values()] == [p.shape for p in task.model.parameters()]
+    assert [s["solution"].shape for s in saved["state"].values()] == [
+        p.shape for p in task.model.parameters()
+    ]
     twin, resumed = load(task, saved)
     train(twin, resumed, 2)
     for key, entry in optimizer.state_dict()["state"].items():
@@ -106,7 +114,9 @@ def test_add_param_group(steps_before):
     first = flatten(task.model[0].parameters())
     train(task, optimizer, steps_before)
     assert torch.equal(flatten(task.model[0].parameters()), first)
-    optimizer.add_param_group({"params": task.model[0].parameters(), "lr": 0.5, "weight_decay": 0.1})
+    optimizer.add_param_group(
+        {"params": task.model[0].parameters(), "lr": 0.5, "weight_decay": 0.1}
+    )
     assert [g["lr"] for g in optimizer.param_groups] == [1.0, 0.5]
     assert optimizer.param_groups[1]["max_kl"] is None
     train(task, optimizer, 2)
@@ -158,7 +168,9 @@ def test_step_hooks_run_in_order():
 def test_pre_hook_may_change_the_closure():
     task = Task()
     optimizer = NaturalCG(task.model.parameters())
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: ((args[0], lambda: 3 * task.closure()), kwargs))
+    optimizer.register_step_pre_hook(
+        lambda o, args, kwargs: ((args[0], lambda: 3 * task.closure()), kwargs)
+    )
     expected = 3 * task.closure().item()
     assert optimizer.step(task.closure).item() == pytest.approx(expected, rel=1e-12)
 
@@ -205,7 +217,9 @@ def test_state_dict_hooks_run_in_order():
     optimizer = NaturalCG(Task().model.parameters())
     for event, first in (("first", False), ("last", False), ("prepended", True)):
         optimizer.register_state_dict_pre_hook(lambda o, e=event: events.append(e), prepend=first)
-        optimizer.register_load_state_dict_pre_hook(lambda o, s, e=event: events.append(e), prepend=first)
+        optimizer.register_load_state_dict_pre_hook(
+            lambda o, s, e=event: events.append(e), prepend=first
+        )
     optimizer.load_state_dict(optimizer.state_dict())
     assert events == 2 * ["prepended", "first", "last"]
 
@@ -249,7 +263,9 @@ def test_a_copied_model_needs_an_optimizer_of_its_own():
     task = Task()
     optimizer = NaturalCG(task.model.parameters())
     averaged = AveragedModel(task.model)
-    with pytest.raises(ValueError, match="depends on none of the optimizer's parameters; was the model copied"):
+    with pytest.raises(
+        ValueError, match="depends on none of the optimizer's parameters; was the model copied"
+    ):
         optimizer.step(lambda: F.mse_loss(averaged(task.x), task.y))
 
 
@@ -269,7 +285,12 @@ def test_loss_is_the_detached_one_before_the_step():
     task = Task()
     expected = task.closure().item()
     loss = NaturalCG(task.model.parameters()).step(task.closure)
-    assert (loss.item(), loss.shape, loss.requires_grad, loss.dtype) == (expected, (), False, torch.float64)
+    assert (loss.item(), loss.shape, loss.requires_grad, loss.dtype) == (
+        expected,
+        (),
+        False,
+        torch.float64,
+    )
     assert task.closure().item() < expected
 
 
@@ -312,7 +333,11 @@ def test_parameters_that_the_closure_does_not_use_are_left_alone(form):
         z = heads[head](task.model[:2](task.x))
         normal = torch.distributions.Normal(z, 1.0)
         old = torch.distributions.Normal(old_mean, 1.0)
-        metric = {"ggn": None, "fisher": normal, "kl": torch.distributions.kl_divergence(old, normal).mean()}[form]
+        metric = {
+            "ggn": None,
+            "fisher": normal,
+            "kl": torch.distributions.kl_divergence(old, normal).mean(),
+        }[form]
         return F.mse_loss(z, task.y), metric
 
     params = [*task.model[:2].parameters(), *heads.parameters()]
@@ -355,7 +380,11 @@ class TestGradients:
             plain.model.load_state_dict(task.model.state_dict())
             optimizer.step(lambda: closure_body(task, optimizer))
             closure_body(plain, reference)
-            for a, b in zip([*task.model.parameters(), unused[0]], [*plain.model.parameters(), unused[1]], strict=True):
+            for a, b in zip(
+                [*task.model.parameters(), unused[0]],
+                [*plain.model.parameters(), unused[1]],
+                strict=True,
+            ):
                 assert (a.grad is None) == (b.grad is None)
                 if b.grad is not None:
                     torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-15)
@@ -424,7 +453,10 @@ def test_mixed_precision(first, last):
     start = exact.theta
     assert torch.equal(task.theta.double(), start)
     settings = {"damping": 0.1, "max_kl": None, "warm_start": 0.0, "max_backtracks": 0}
-    settings |= {"cg_progress_tol": 0.0, "cg_tol": 1e-10}  # rounding is compared, not where a solve stops
+    settings |= {
+        "cg_progress_tol": 0.0,
+        "cg_tol": 1e-10,
+    }  # rounding is compared, not where a solve stops
     optimizer = NaturalCG(task.model.parameters(), **settings)
     train(task, optimizer, 1)
     train(exact, NaturalCG(exact.model.parameters(), **settings), 1)
@@ -433,7 +465,12 @@ def test_mixed_precision(first, last):
     assert_near(task.theta.double() - start, exact.theta - start, max(16 * eps, 1e-8))
     train(task, optimizer, 4)
     assert [p.dtype for p in task.model.parameters()] == [first, first, last, last]
-    assert [optimizer.state[p]["solution"].dtype for p in task.model.parameters()] == [first, first, last, last]
+    assert [optimizer.state[p]["solution"].dtype for p in task.model.parameters()] == [
+        first,
+        first,
+        last,
+        last,
+    ]
     assert task.closure().item() < exact.closure().item()
 
 
@@ -453,12 +490,21 @@ def test_tied_weights():
     model, x = Tied(), torch.randn(5, 3, dtype=torch.float64)
     y = torch.randn(5, 3, dtype=torch.float64)
     assert len(list(model.parameters())) == 2
-    output, theta, loss = flat_function(model, x), flatten(model.parameters()), lambda z: F.mse_loss(z, y)
+    output, theta, loss = (
+        flat_function(model, x),
+        flatten(model.parameters()),
+        lambda z: F.mse_loss(z, y),
+    )
     A = dense_gauss_newton(output, theta, loss) + 0.1 * torch.eye(len(theta), dtype=theta.dtype)
     d = -torch.linalg.solve(A, torch.func.grad(lambda t: loss(output(t)))(theta))
-    NaturalCG(model.parameters(), damping=0.1, max_kl=None, max_backtracks=0, cg_tol=1e-13, cg_progress_tol=0).step(
-        lambda: loss(model(x))
-    )
+    NaturalCG(
+        model.parameters(),
+        damping=0.1,
+        max_kl=None,
+        max_backtracks=0,
+        cg_tol=1e-13,
+        cg_progress_tol=0,
+    ).step(lambda: loss(model(x)))
     assert_near(flatten(model.parameters()) - theta, d)
 
 
@@ -467,7 +513,10 @@ WAYS_TO_PASS = {
     "list": lambda m: list(m.parameters()),
     "named": lambda m: m.named_parameters(),
     "groups": lambda m: [{"params": m[0].parameters()}, {"params": list(m[2].parameters())}],
-    "named_groups": lambda m: [{"params": m[0].named_parameters()}, {"params": list(m[2].named_parameters())}],
+    "named_groups": lambda m: [
+        {"params": m[0].named_parameters()},
+        {"params": list(m[2].named_parameters())},
+    ],
     "single_tensors": lambda m: [{"params": p} for p in m.parameters()],
 }
 
@@ -480,7 +529,11 @@ def test_ways_to_pass_parameters(way):
     train(task, optimizer, 2)
     train(plain, NaturalCG(plain.model.parameters()), 2)
     assert have_equal_parameters(task, plain)
-    names = [name for group in optimizer.state_dict()["param_groups"] for name in group.get("param_names", [])]
+    names = [
+        name
+        for group in optimizer.state_dict()["param_groups"]
+        for name in group.get("param_names", [])
+    ]
     expected = {
         "named": ["0.weight", "0.bias", "2.weight", "2.bias"],
         "named_groups": ["weight", "bias", "weight", "bias"],
@@ -494,7 +547,11 @@ def test_ways_to_pass_parameters(way):
         (lambda m: [], ValueError, "empty parameter list"),
         (lambda m: m[0].weight, TypeError, "iterable of Tensors or dicts"),
         (lambda m: [m[0].weight * 2], ValueError, "non-leaf"),
-        (lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}], ValueError, "more than one parameter group"),
+        (
+            lambda m: [{"params": [m[0].weight]}, {"params": [m[0].weight]}],
+            ValueError,
+            "more than one parameter group",
+        ),
         (lambda m: [3], TypeError, "can only optimize Tensors"),
     ],
 )
@@ -507,7 +564,10 @@ def test_several_optimizers_do_not_meet():
     task, alone = Task(), Task()
     alone.model.load_state_dict(task.model.state_dict())
     other = Task()
-    first, second = NaturalCG(task.model.parameters()), NaturalCG(other.model.parameters(), damping=5.0)
+    first, second = (
+        NaturalCG(task.model.parameters()),
+        NaturalCG(other.model.parameters(), damping=5.0),
+    )
     for _ in range(3):
         first.step(task.closure)
         second.step(other.closure)

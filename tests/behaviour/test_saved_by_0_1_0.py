@@ -74,5 +74,7 @@ def test_pickled_results_have_what_they_had():
 
 
 def test_a_pickle_is_loaded_where_nothing_was_imported_yet():
-    load = f"import pickle; pickle.load(open({str(SAVED / 'optimizer.pkl')!r}, 'rb'))['solution'].stop"
+    load = (
+        f"import pickle; pickle.load(open({str(SAVED / 'optimizer.pkl')!r}, 'rb'))['solution'].stop"
+    )
     run_python("-c", load)

@@ -38,7 +38,17 @@ def close(true, rtol=1e-8):
 class DenseStep:
     """What one step must be: the solution of (F + W + λI) x = −g, scaled."""
 
-    def __init__(self, problem, *, lr=1.0, damping=0.1, weight_decay=0.0, max_kl=0.01, trust_region="clip", **_):
+    def __init__(
+        self,
+        problem,
+        *,
+        lr=1.0,
+        damping=0.1,
+        weight_decay=0.0,
+        max_kl=0.01,
+        trust_region="clip",
+        **_,
+    ):
         self.problem, self.decay = problem, weight_decay * torch.ones_like(problem.theta)
         self.F = problem.curvature
         self.g = problem.gradient + self.decay * problem.theta
@@ -63,8 +73,13 @@ class DenseStep:
         return -(self.g @ d + 0.5 * d @ (bend + self.decay * d)).item()
 
     def good_enough(self, fraction, max_kl):
-        falls = self.objective(fraction) <= self.objective(0) + 1e-4 * fraction * (self.g @ self.d).item()
-        return falls and (max_kl is None or self.kl(fraction) is None or self.kl(fraction) <= max_kl)
+        falls = (
+            self.objective(fraction)
+            <= self.objective(0) + 1e-4 * fraction * (self.g @ self.d).item()
+        )
+        return falls and (
+            max_kl is None or self.kl(fraction) is None or self.kl(fraction) <= max_kl
+        )
 
     def assert_report(self, report, fraction):
         """All that is measured in the report; the fraction is that of the accepted point."""
@@ -74,7 +89,9 @@ class DenseStep:
         assert report.new_loss == close(problem.loss(problem.theta + d))
         assert report.grad_norm == close(self.g.norm())
         assert report.step_norm == close(d.norm())
-        assert report.kl == close(0.5 * d @ self.F @ d if problem.form == "ggn" else self.kl(fraction), 1e-7)
+        assert report.kl == close(
+            0.5 * d @ self.F @ d if problem.form == "ggn" else self.kl(fraction), 1e-7
+        )
         assert report.predicted_decrease == close(self.model_decrease(fraction))
         ratio = (self.objective(0) - self.objective(fraction)) / self.model_decrease(fraction)
         assert report.reduction_ratio == close(ratio, 1e-7)
@@ -84,12 +101,16 @@ class DenseStep:
 def groups_of(model, **settings):
     """The first layer in one group, the last in another, with a setting for each."""
     parts = [list(model[0].parameters()), list(model[2].parameters())]
-    return [{"params": part, **{k: v[i] for k, v in settings.items()}} for i, part in enumerate(parts)]
+    return [
+        {"params": part, **{k: v[i] for k, v in settings.items()}} for i, part in enumerate(parts)
+    ]
 
 
 def spread(model, values):
     sizes = [sum(p.numel() for p in model[i].parameters()) for i in (0, 2)]
-    return torch.cat([torch.full((n,), v, dtype=torch.float64) for n, v in zip(sizes, values, strict=True)])
+    return torch.cat(
+        [torch.full((n,), v, dtype=torch.float64) for n, v in zip(sizes, values, strict=True)]
+    )
 
 
 SETTINGS = {
@@ -97,13 +118,23 @@ SETTINGS = {
     "boundary_lr": {"trust_region": "boundary", "max_kl": 1e-3, "lr": 0.5},
     "boundary_outside": {"trust_region": "boundary", "max_kl": 0.5},
     "damped": {"trust_region": "damped", "max_kl": 1e-3},
-    "damped_weight_decay": {"trust_region": "damped", "max_kl": 0.5, "weight_decay": 0.2, "lr": 0.5},
+    "damped_weight_decay": {
+        "trust_region": "damped",
+        "max_kl": 0.5,
+        "weight_decay": 0.2,
+        "lr": 0.5,
+    },
     "clip_scaled": {"max_kl": 1e-4},
     "clip_scaled_lr": {"max_kl": 1e-4, "lr": 0.3},
     "clip_inside": {"max_kl": 100.0},
     "no_region": {"max_kl": None},
     "weight_decay": {"max_kl": 1e-3, "weight_decay": 0.2},
-    "weight_decay_boundary": {"max_kl": 1e-3, "weight_decay": 0.2, "trust_region": "boundary", "lr": 0.7},
+    "weight_decay_boundary": {
+        "max_kl": 1e-3,
+        "weight_decay": 0.2,
+        "trust_region": "boundary",
+        "lr": 0.7,
+    },
     "no_curvature_left": {"max_kl": None, "damping": 1e4},
 }
 
@@ -121,7 +152,11 @@ def test_scaled_step_is_the_dense_one(form, name, products):
     dense.assert_report(report, 1.0)
     if "clip" in name:
         assert (dense.scale == 1.0) == (name == "clip_inside")
-    assert (loss.shape, loss.requires_grad, loss.item()) == ((), False, close(problem.loss(problem.theta)))
+    assert (loss.shape, loss.requires_grad, loss.item()) == (
+        (),
+        False,
+        close(problem.loss(problem.theta)),
+    )
     assert report.damping == settings["damping"]
     assert (report.backtracks, report.reason) == (0, "accepted")
     assert report.cg_stop == "tolerance"
@@ -223,14 +258,21 @@ def test_step_that_no_point_passes_is_undone(form):
     def rising():
         returned = closure()
         extra = 0.0 if torch.equal(problem.model[0].bias.detach(), problem.theta[12:16]) else 1e3
-        return (returned[0] + extra, returned[1]) if isinstance(returned, tuple) else returned + extra
+        return (
+            (returned[0] + extra, returned[1]) if isinstance(returned, tuple) else returned + extra
+        )
 
     optimizer = NaturalCG(problem.model.parameters(), max_backtracks=4, **EXACT)
     loss = optimizer.step(rising)
     report = optimizer.last_step
     assert torch.equal(problem.moved, problem.theta)
     dense = DenseStep(problem)
-    assert (report.accepted, report.backtracks, report.step_norm, report.step_scale) == (False, 5, 0.0, 0.0)
+    assert (report.accepted, report.backtracks, report.step_norm, report.step_scale) == (
+        False,
+        5,
+        0.0,
+        0.0,
+    )
     assert report.new_loss == report.loss == loss.item() == close(problem.loss(problem.theta))
     assert report.predicted_decrease == close(dense.model_decrease(0.8**4))
     found = dense.objective(0) - dense.objective(0.8**4) - 1e3
@@ -242,7 +284,13 @@ def test_step_that_no_point_passes_is_undone(form):
 def test_truncated_solve_is_that_of_conjugate_gradients(form, products):
     """After k iterations x minimises the quadratic model on the Krylov space of k products."""
     problem = StepProblem(form)
-    settings = {"max_cg_iters": 4, "warm_start": 0.0, "damping": 0.1, "max_kl": 1e-3, "trust_region": "boundary"}
+    settings = {
+        "max_cg_iters": 4,
+        "warm_start": 0.0,
+        "damping": 0.1,
+        "max_kl": 1e-3,
+        "trust_region": "boundary",
+    }
     settings |= {"preconditioner": None, "cg_progress_tol": 0.0}
     optimizer = NaturalCG(problem.model.parameters(), max_backtracks=0, **settings)
     optimizer.step(problem.closure)
@@ -250,7 +298,9 @@ def test_truncated_solve_is_that_of_conjugate_gradients(form, products):
     assert (report.cg_iters, report.n_product, report.cg_stop) == (4, 4, "max_iters")
     dense = DenseStep(problem)
     A = dense.F + 0.1 * torch.eye(len(dense.g), dtype=torch.float64)
-    V = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(A, i) @ dense.g for i in range(4)], 1))[0]
+    V = torch.linalg.qr(
+        torch.stack([torch.linalg.matrix_power(A, i) @ dense.g for i in range(4)], 1)
+    )[0]
     x = -V @ torch.linalg.solve(V.T @ A @ V, V.T @ dense.g)
     assert_near(problem.moved - problem.theta, (2e-3 / (x @ dense.F @ x)).sqrt() * x)
     assert report.cg_residual == close((dense.g + A @ x).norm() / dense.g.norm())
@@ -258,7 +308,13 @@ def test_truncated_solve_is_that_of_conjugate_gradients(form, products):
 
 def test_warm_start_is_part_of_the_last_solution(products):
     problem = StepProblem("ggn")
-    settings = {"max_cg_iters": 2, "warm_start": 0.5, "damping": 0.1, "max_kl": None, "adapt_damping": False}
+    settings = {
+        "max_cg_iters": 2,
+        "warm_start": 0.5,
+        "damping": 0.1,
+        "max_kl": None,
+        "adapt_damping": False,
+    }
     settings |= {"preconditioner": None}
     optimizer = NaturalCG(problem.model.parameters(), max_backtracks=0, **settings)
     optimizer.step(problem.closure)
@@ -291,7 +347,9 @@ def test_warm_start_that_would_climb_is_left(products):
 
 def test_products_stop_early_when_the_model_gains_little(products):
     problem = StepProblem("ggn")
-    optimizer = NaturalCG(problem.model.parameters(), damping=1e-8, cg_tol=0.0, cg_progress_tol=0.5, warm_start=0.0)
+    optimizer = NaturalCG(
+        problem.model.parameters(), damping=1e-8, cg_tol=0.0, cg_progress_tol=0.5, warm_start=0.0
+    )
     optimizer.step(problem.closure)
     assert optimizer.last_step.cg_stop == "progress"
     assert 3 <= optimizer.last_step.cg_iters == len(products) < len(problem.theta)
@@ -312,7 +370,8 @@ def test_rosenbrock_by_gauss_newton():
 
     def closure():
         return F.mse_loss(
-            torch.stack([10 * (theta[1] - theta[0] ** 2), 1 - theta[0]]), torch.zeros(2, dtype=torch.float64)
+            torch.stack([10 * (theta[1] - theta[0] ** 2), 1 - theta[0]]),
+            torch.zeros(2, dtype=torch.float64),
         )
 
     optimizer = NaturalCG([theta], max_kl=None)
@@ -342,7 +401,10 @@ class MaskedNet(nn.Module):
 
     def __init__(self, generator=None):
         super().__init__()
-        self.below, self.above = nn.Linear(3, 4, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
+        self.below, self.above = (
+            nn.Linear(3, 4, dtype=torch.float64),
+            nn.Linear(4, 3, dtype=torch.float64),
+        )
         self.generator, self.masks, self.fixed = generator, [], None
 
     def draw(self):
@@ -384,7 +446,9 @@ def test_masks_agree_within_a_step_and_are_fresh_in_the_next(own_generator):
         used.append(mask)
 
         model.fixed = mask
-        A = dense_gauss_newton(output, theta, loss) + report.damping * torch.eye(len(theta), dtype=theta.dtype)
+        A = dense_gauss_newton(output, theta, loss) + report.damping * torch.eye(
+            len(theta), dtype=theta.dtype
+        )
         x_dense = -torch.linalg.solve(A, torch.func.grad(lambda t: loss(output(t)))(theta))
         assert_near(flatten(model.parameters()) - theta, report.step_scale * x_dense)
         assert report.new_loss == close(loss(model(x)))
@@ -414,17 +478,23 @@ class TestDefaultTrustRegion:
         start, ends = copy.deepcopy(problem.model.state_dict()), []
         for max_kl in (0.01, "auto"):
             problem.model.load_state_dict(start)
-            NaturalCG(problem.model.parameters(), **(EXACT | {"max_kl": max_kl})).step(problem.closure)
+            NaturalCG(problem.model.parameters(), **(EXACT | {"max_kl": max_kl})).step(
+                problem.closure
+            )
             ends.append(problem.moved)
         assert torch.equal(*ends)
 
     def test_is_none_where_the_loss_is_the_metric(self):
         problem = StepProblem("ggn")
-        NaturalCG(problem.model.parameters(), max_backtracks=0, **(EXACT | {"max_kl": "auto"})).step(problem.closure)
+        NaturalCG(
+            problem.model.parameters(), max_backtracks=0, **(EXACT | {"max_kl": "auto"})
+        ).step(problem.closure)
         assert_near(problem.moved - problem.theta, DenseStep(problem, max_kl=None).d)
 
     @pytest.mark.parametrize("trust_region", ["boundary", "damped"])
     def test_has_no_boundary_in_the_unit_of_a_loss(self, trust_region):
         problem = StepProblem("ggn")
-        with pytest.raises(ValueError, match=f"trust_region='{trust_region}' needs a number for max_kl"):
+        with pytest.raises(
+            ValueError, match=f"trust_region='{trust_region}' needs a number for max_kl"
+        ):
             NaturalCG(problem.model.parameters(), trust_region=trust_region).step(problem.closure)

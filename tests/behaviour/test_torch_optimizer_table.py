@@ -43,7 +43,9 @@ CONFIGURATIONS = {
     "Hessian": {"curvature": "hessian"},
     "dense solver": {"solver": "dense"},
 }
-EVERY_CONFIGURATION = pytest.mark.parametrize("settings", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+EVERY_CONFIGURATION = pytest.mark.parametrize(
+    "settings", CONFIGURATIONS.values(), ids=CONFIGURATIONS
+)
 
 
 class AffineProblem:
@@ -148,7 +150,9 @@ def test_an_optimizer_that_loads_the_state_takes_the_same_steps(settings):
         if optimizer.last_step.preconditioner == "none":
             # "auto" without factors looks for them anew after loading, and then counts from there.
             for state in states:
-                state["state"][0] = {k: v for k, v in state["state"][0].items() if k not in ("products", "draws")}
+                state["state"][0] = {
+                    k: v for k, v in state["state"][0].items() if k not in ("products", "draws")
+                }
         assert_same_state(*states)
 
 
@@ -172,7 +176,9 @@ def test_a_copy_has_all_public_attributes():
     optimizer = NaturalCG(problem.parameters, generator=torch.Generator())
     take_steps(problem, optimizer, 1)
     clone = copy.deepcopy(optimizer)
-    own, copied = ({name for name in vars(o) if not name.startswith("_")} for o in (optimizer, clone))
+    own, copied = (
+        {name for name in vars(o) if not name.startswith("_")} for o in (optimizer, clone)
+    )
     assert copied == {"defaults", "param_groups", "state"}
     assert own - copied == {"last_step", "generator", "process_group"}
     assert [getattr(clone, name) for name in own - copied] == [None] * 3
@@ -192,7 +198,9 @@ def test_every_parameter_has_state_after_a_step(settings):
     assert not optimizer.state
     take_steps(problem, optimizer, 1)
     for p in problem.parameters:
-        tensors = [value for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)
+        ]
         assert any(value.any() for value in tensors)
 
 
@@ -233,7 +241,9 @@ def test_arguments_that_lbfgs_refuses(description):
 
 def test_complex_parameters_are_refused_and_their_real_parts_are_not():
     z = nn.Parameter(torch.tensor([1.5 + 1j, 1.5 - 1j]))
-    with pytest.raises(TypeError, match=r"complex parameters are not supported.*complex64.*real parts"):
+    with pytest.raises(
+        TypeError, match=r"complex parameters are not supported.*complex64.*real parts"
+    ):
         NaturalCG([z]).step(lambda: rosenbrock(z).abs())
     parts = nn.Parameter(torch.view_as_real(torch.tensor([1.5 + 1j, 1.5 - 1j])).clone())
     optimizer = NaturalCG([parts])

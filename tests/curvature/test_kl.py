@@ -36,7 +36,9 @@ def test_kl_is_measured_from_the_old_to_the_new_prediction(name):
         prediction = family.predict(model(x))
         return negative_log_likelihood(prediction, data), prediction
 
-    optimizer = NaturalCG(model.parameters(), max_kl=FAR, trust_region="boundary", damping=0.1, max_backtracks=0)
+    optimizer = NaturalCG(
+        model.parameters(), max_kl=FAR, trust_region="boundary", damping=0.1, max_backtracks=0
+    )
     optimizer.step(closure)
     report = optimizer.last_step
     assert report.accepted
@@ -66,11 +68,15 @@ WITHOUT_KL = {
 }
 
 
-@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: [d], lambda d: {"a": d}, lambda d: D.Independent(d, 0)])
+@pytest.mark.parametrize(
+    "wrap", [lambda d: d, lambda d: [d], lambda d: {"a": d}, lambda d: D.Independent(d, 0)]
+)
 @pytest.mark.parametrize("name", WITHOUT_KL)
 def test_without_a_kl_the_message_names_form_c(name, wrap):
     model, x = make_model("linear", 2)
-    with pytest.raises(NotImplementedError, match=rf"({name}|Independent).*\(loss, kl\).*closure form \(c\)"):
+    with pytest.raises(
+        NotImplementedError, match=rf"({name}|Independent).*\(loss, kl\).*closure form \(c\)"
+    ):
         linearize(lambda: (model(x).sum(), wrap(WITHOUT_KL[name](model(x)))), model.parameters())
 
 
@@ -81,7 +87,9 @@ def test_gauss_newton_needs_no_kl(name):
     def loss(z):
         return F.mse_loss(z, torch.ones_like(z))
 
-    point = linearize(lambda: (loss(model(x)), WITHOUT_KL[name](model(x))), model.parameters(), curvature="ggn")
+    point = linearize(
+        lambda: (loss(model(x)), WITHOUT_KL[name](model(x))), model.parameters(), curvature="ggn"
+    )
     v = torch.randn(8, dtype=torch.float64)
     dense = dense_gauss_newton(flat_function(model, x), flatten(model.parameters()), loss)
     assert_near(point.curvature(v), dense @ v)
@@ -90,7 +98,9 @@ def test_gauss_newton_needs_no_kl(name):
 @pytest.mark.parametrize("metric", ["nats", [1.0], {"a": None}, 0.5])
 def test_other_metrics_are_refused(metric):
     model, x = make_model("linear", 2)
-    with pytest.raises(TypeError, match=r"must be a torch.distributions.Distribution, a list, tuple or dict"):
+    with pytest.raises(
+        TypeError, match=r"must be a torch.distributions.Distribution, a list, tuple or dict"
+    ):
         linearize(lambda: (model(x).sum(), metric), model.parameters())
 
 
@@ -101,7 +111,9 @@ def detached_head(z):
 @pytest.mark.parametrize("predict", [lambda z: D.Categorical(logits=z.detach()), detached_head])
 def test_detached_distributions_are_refused(predict):
     model, x = make_model("linear", 2)
-    with pytest.raises(ValueError, match=r"parameters of the returned \w+ are detached from the graph"):
+    with pytest.raises(
+        ValueError, match=r"parameters of the returned \w+ are detached from the graph"
+    ):
         linearize(lambda: (model(x).sum(), predict(model(x))), model.parameters())
 
 
@@ -116,7 +128,9 @@ def test_a_kl_must_be_a_scalar_zero_with_a_graph():
             linearize(lambda: (model(x).sum(), metric()), model.parameters())  # noqa: B023
 
 
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [D.ComposeTransform([t])], lambda t: [t.inv]])
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: [D.ComposeTransform([t])], lambda t: [t.inv]]
+)
 def test_learned_transforms_are_refused_however_deep(wrap):
     loc = torch.nn.Parameter(torch.zeros(2))
     wrapped = wrap(D.AffineTransform(loc, 1.0))
@@ -141,7 +155,9 @@ def test_the_kl_of_confident_predictions_is_that_of_float64(make):
     expected = D.kl_divergence(make(z), make(other)).mean()
     single = distributions.mean_kl(make(z.float()), make(other.float()))
     assert single.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
-    assert distributions.mean_kl(make(z), make(other)).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert distributions.mean_kl(make(z), make(other)).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
 
 
 def test_what_is_masked_in_both_has_no_part_in_the_kl():

@@ -50,7 +50,9 @@ def test_fisher_product_is_the_hessian_of_the_kl(name, model_kind):
     family = FAMILIES[name]
     model, closure, output, theta = fisher_problem(family, model_kind)
     point = linearize(closure, model.parameters())
-    assert_near(point.gradient, flatten(torch.autograd.grad(closure()[0], list(model.parameters()))))
+    assert_near(
+        point.gradient, flatten(torch.autograd.grad(closure()[0], list(model.parameters())))
+    )
     torch.testing.assert_close(point.loss, closure()[0].detach(), rtol=1e-12, atol=0)
     assert_products(point, dense_fisher(output, theta, family.predict))
 
@@ -82,7 +84,9 @@ def test_masked_actions_have_no_curvature():
         return -policy.log_prob(action).mean(), policy
 
     def dense_kl(t):
-        old, new = (z.masked_fill(~allowed, -1e9).log_softmax(-1) for z in (output(theta), output(t)))
+        old, new = (
+            z.masked_fill(~allowed, -1e9).log_softmax(-1) for z in (output(theta), output(t))
+        )
         return (old.exp() * (old - new)).sum(-1).mean()
 
     output, theta = flat_function(model, x), flatten(model.parameters())
@@ -121,7 +125,9 @@ LOSSES = {
     "cross_entropy_weighted": lambda z: F.cross_entropy(z, labels, weight=weight),
     "cross_entropy_ignoring": lambda z: F.cross_entropy(z, labels, ignore_index=2),
     "cross_entropy_soft": lambda z: F.cross_entropy(z, shares),
-    "cross_entropy_per_sample": lambda z: (F.cross_entropy(z, labels, reduction="none") * near[:, 2] ** 2).sum(),
+    "cross_entropy_per_sample": lambda z: (
+        F.cross_entropy(z, labels, reduction="none") * near[:, 2] ** 2
+    ).sum(),
     "cross_entropy_module": lambda z: nn.CrossEntropyLoss(weight, label_smoothing=0.1)(z, labels),
     "mse": lambda z: F.mse_loss(z, near),
     "mse_sum": lambda z: F.mse_loss(z, near, reduction="sum"),
@@ -132,9 +138,13 @@ LOSSES = {
     "mse_root": lambda z: F.mse_loss(z, near).sqrt(),
     "bce": lambda z: F.binary_cross_entropy_with_logits(z, shares),
     "bce_sum": lambda z: F.binary_cross_entropy_with_logits(z, shares, reduction="sum"),
-    "bce_weighted": lambda z: F.binary_cross_entropy_with_logits(z, shares, weight, pos_weight=1 / weight),
+    "bce_weighted": lambda z: F.binary_cross_entropy_with_logits(
+        z, shares, weight, pos_weight=1 / weight
+    ),
     "bce_module": lambda z: nn.BCEWithLogitsLoss(weight, pos_weight=1 / weight)(z, shares),
-    "several": lambda z: F.cross_entropy(z, labels) + 0.3 * F.mse_loss(z[:, :2], near[:, 1:]) - z.new_ones(()),
+    "several": lambda z: (
+        F.cross_entropy(z, labels) + 0.3 * F.mse_loss(z[:, :2], near[:, 1:]) - z.new_ones(())
+    ),
     "product": lambda z: F.cross_entropy(z, labels) * F.mse_loss(z, near),
 }
 
@@ -205,7 +215,9 @@ def test_product_of_a_returned_kl(model_kind):
 
     output, theta = flat_function(model, x), flatten(model.parameters())
     point = linearize(closure, model.parameters())
-    assert_near(point.gradient, flatten(torch.autograd.grad(closure()[0], list(model.parameters()))))
+    assert_near(
+        point.gradient, flatten(torch.autograd.grad(closure()[0], list(model.parameters())))
+    )
     assert_products(point, dense_fisher(output, theta, predict))
 
 
@@ -233,7 +245,10 @@ def test_closure_that_calls_backward_and_returns_a_number(backward):
     output, theta = flat_function(model, x), flatten(model.parameters())
     point = linearize(closure, model.parameters())
     assert all(p.grad is None for p in model.parameters())
-    assert_near(point.gradient, flatten(torch.autograd.grad(LOSSES["several"](model(x)), list(model.parameters()))))
+    assert_near(
+        point.gradient,
+        flatten(torch.autograd.grad(LOSSES["several"](model(x)), list(model.parameters()))),
+    )
     assert_products(point, dense_gauss_newton(output, theta, LOSSES["several"]))
 
 
@@ -248,7 +263,9 @@ def test_several_backward_calls_add_up():
 
     output, theta = flat_function(model, x), flatten(model.parameters())
     point = linearize(closure, model.parameters())
-    torch.testing.assert_close(point.loss, LOSSES["several"](model(x)).detach() + 1, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        point.loss, LOSSES["several"](model(x)).detach() + 1, rtol=1e-12, atol=0
+    )
     assert_products(point, dense_gauss_newton(output, theta, LOSSES["several"]))
 
 
@@ -264,7 +281,9 @@ def test_order_of_the_parameters_is_that_of_the_list_without_frozen_ones():
     assert_near(point.gradient, flatten(torch.autograd.grad(closure(), [last, first])))
     output, theta = flat_function(model, x), flatten(model.parameters())
     names = [name for name, p in model.named_parameters() for _ in range(p.numel())]
-    index = [i for wanted in ("2.weight", "0.weight") for i, name in enumerate(names) if name == wanted]
+    index = [
+        i for wanted in ("2.weight", "0.weight") for i, name in enumerate(names) if name == wanted
+    ]
     assert_products(point, dense_gauss_newton(output, theta, LOSSES["mse"])[index][:, index])
 
 
@@ -277,7 +296,8 @@ def test_parameters_without_effect_have_no_gradient_and_no_curvature():
     v = torch.randn_like(point.gradient)
     assert not point.curvature(v)[:2].any()
     assert_near(
-        point.curvature(v)[2:], linearize(lambda: F.mse_loss(model(x), near), model.parameters()).curvature(v[2:])
+        point.curvature(v)[2:],
+        linearize(lambda: F.mse_loss(model(x), near), model.parameters()).curvature(v[2:]),
     )
 
 
@@ -292,7 +312,9 @@ def test_symmetric_and_positive_semidefinite(form):
         return F.cross_entropy(model(x), labels), metric
 
     point = linearize(closure, model.parameters())
-    F_dense = torch.stack([point.curvature(e) for e in torch.eye(len(point.gradient), dtype=torch.float64)])
+    F_dense = torch.stack(
+        [point.curvature(e) for e in torch.eye(len(point.gradient), dtype=torch.float64)]
+    )
     torch.testing.assert_close(F_dense, F_dense.T, rtol=1e-10, atol=1e-14)
     assert torch.linalg.eigvalsh(F_dense).min() > -1e-14
     assert torch.linalg.eigvalsh(F_dense).max() > 1e-3

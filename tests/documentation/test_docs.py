@@ -16,14 +16,18 @@ from ngd_optim import NaturalCG, StepReport
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PACKAGES = ("ngd_optim", "ngd_lightning", "ngd_rl")
-PUBLIC = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
+PUBLIC = [
+    f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__
+]
 
 
 hooks = load_script(ROOT / "docs" / "hooks.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_blocks_of_a_page_run_one_after_another(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_code_blocks_of_a_page_run_one_after_another(
+    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
@@ -40,7 +44,10 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         for picture in re.findall(r'<img[^>]* src="?([^" >]+)', html):
             assert (tmp_path / picture).is_file()
     examples = (tmp_path / "examples.html").read_text()
-    assert all(f'id="{path.stem}"' in examples or f"id={path.stem}" in examples for path in ROOT.glob("examples/*.py"))
+    assert all(
+        f'id="{path.stem}"' in examples or f"id={path.stem}" in examples
+        for path in ROOT.glob("examples/*.py")
+    )
 
 
 def test_the_pictures_can_be_drawn_again(tmp_path: Path):
@@ -50,12 +57,18 @@ def test_the_pictures_can_be_drawn_again(tmp_path: Path):
 
 
 def test_every_option_and_every_field_of_a_report_is_explained():
-    options = {name: p.default for name, p in inspect.signature(NaturalCG).parameters.items() if name != "params"}
+    options = {
+        name: p.default
+        for name, p in inspect.signature(NaturalCG).parameters.items()
+        if name != "params"
+    }
     cells = re.findall(r"^\| (`.+?) \| (.+?) \|", hooks.readme_section("Options"), re.MULTILINE)
     explained = {
         name: default
         for names, defaults in cells
-        for name, default in zip(re.findall(r"`(\w+)`", names), re.split(", ", defaults.replace("`", "")), strict=True)
+        for name, default in zip(
+            re.findall(r"`(\w+)`", names), re.split(", ", defaults.replace("`", "")), strict=True
+        )
     }
     assert {name: ast.literal_eval(default) for name, default in explained.items()} == options
     page = (ROOT / "docs" / "settings.md").read_text()
@@ -69,7 +82,9 @@ def test_the_api_page_has_every_public_name():
 
 
 @pytest.mark.parametrize("path", PUBLIC)
-def test_a_public_name_has_a_docstring_with_an_example_that_runs(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_a_public_name_has_a_docstring_with_an_example_that_runs(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     package, _, name = path.partition(".")
     public = getattr(importlib.import_module(package), name)

@@ -21,7 +21,9 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def rows(printed: str, method: str) -> list[list[str]]:
     """The cells of the method's rows in the tables; progress bars left out."""
-    lines = [line for line in printed.splitlines() if line.strip().startswith(method) and "━" not in line]
+    lines = [
+        line for line in printed.splitlines() if line.strip().startswith(method) and "━" not in line
+    ]
     return [re.split(r"\s{2,}", line.strip()) for line in lines]
 
 
@@ -34,21 +36,29 @@ def test_compares_all_methods_on_both_tasks(
     assert str(picture) in printed
     for method in ("Adam, lr", "L-BFGS", "NaturalCG"):
         classifier, autoencoder = rows(printed, method)
-        for label, loss, _accuracy, seconds, steps, gradients, products in (classifier, autoencoder):
+        for label, loss, _accuracy, seconds, steps, gradients, products in (
+            classifier,
+            autoencoder,
+        ):
             assert math.isfinite(float(loss))
             assert float(seconds) > 0
             assert 0 < int(steps) <= int(gradients)
             assert (int(products) > 0) == label.startswith("NaturalCG")
         assert re.fullmatch(r"\d+\.\d% \d+\.\d%", classifier[2])
         assert autoencoder[2] == "-"
-    assert float(classifier[1]) < math.log(10)  # better than a guess, after however few steps of NaturalCG
+    assert float(classifier[1]) < math.log(
+        10
+    )  # better than a guess, after however few steps of NaturalCG
     assert float(autoencoder[1]) < 64 * math.log(2)
     height, width = imread(picture).shape[:2]
     assert width > height > 600
 
 
 def test_mnist_is_read_from_torchvisions_files(
-    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("torchvision")
     images, labels = write_mnist(tmp_path / "data")
@@ -84,9 +94,13 @@ def test_counts_what_lbfgs_evaluates(quickstart: ModuleType) -> None:
     assert sum(step.steps for step in steps) == optimizer.state[parameter]["n_iter"]
 
 
-def test_adam_gets_the_best_of_its_rates(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adam_gets_the_best_of_its_rates(
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(
-        quickstart.METHODS, "Adam", (torch.optim.Adam, quickstart.adam_step, [{"lr": 1e-9}, {"lr": 1e-2}, {"lr": 1e-8}])
+        quickstart.METHODS,
+        "Adam",
+        (torch.optim.Adam, quickstart.adam_step, [{"lr": 1e-9}, {"lr": 1e-2}, {"lr": 1e-8}]),
     )
     task = quickstart.make_tasks(*quickstart.load_images("digits"), seed=0)["classifier"]
     history = quickstart.run_best(task, "Adam", 0.2, quickstart.Progress(disable=True))
@@ -97,7 +111,9 @@ def test_adam_gets_the_best_of_its_rates(quickstart: ModuleType, monkeypatch: py
 def test_every_run_starts_from_the_same_weights(quickstart: ModuleType) -> None:
     task = quickstart.make_tasks(*quickstart.load_images("digits"), seed=3)["autoencoder"]
     losses = {
-        quickstart.run(task, method, settings[0], 1e-9, quickstart.Progress(disable=True)).steps[0].loss
+        quickstart.run(task, method, settings[0], 1e-9, quickstart.Progress(disable=True))
+        .steps[0]
+        .loss
         for method, (_, _, settings) in quickstart.METHODS.items()
     }
     assert losses == {task.loss(task.model).item()}
@@ -121,7 +137,10 @@ def test_solved_runs_end_early(quickstart: ModuleType) -> None:
         (["--seconds", "soon"], "--seconds: invalid float value: 'soon'"),
         (["--seed", "1.5"], "--seed: invalid int value: '1.5'"),
         (["--data", "cifar"], "--data: invalid choice: 'cifar'"),
-        (["--output", "nowhere/curves.png"], "--output must be a .png file in a folder that exists"),
+        (
+            ["--output", "nowhere/curves.png"],
+            "--output must be a .png file in a folder that exists",
+        ),
         (["--output", "curves.pdf"], "--output must be a .png file in a folder that exists"),
     ],
 )

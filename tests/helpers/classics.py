@@ -37,7 +37,9 @@ def cubic_over_cubic(b: Tensor, x: Tensor) -> Tensor:
 
 
 def two_peaks(b: Tensor, x: Tensor) -> Tensor:
-    peaks = b[2] * torch.exp(-(((x - b[3]) / b[4]) ** 2)) + b[5] * torch.exp(-(((x - b[6]) / b[7]) ** 2))
+    peaks = b[2] * torch.exp(-(((x - b[3]) / b[4]) ** 2)) + b[5] * torch.exp(
+        -(((x - b[6]) / b[7]) ** 2)
+    )
     return b[0] * torch.exp(-b[1] * x) + peaks
 
 
@@ -113,7 +115,9 @@ def numbers(text: str) -> Tensor:
 _KOWALIK_Y = numbers("0.1957 0.1947 0.1735 0.1600 0.0844 0.0627 0.0456 0.0342 0.0323 0.0235 0.0246")
 _KOWALIK_U = numbers("4 2 1 0.5 0.25 0.167 0.125 0.1 0.0833 0.0714 0.0625")
 _BARD_Y = numbers("0.14 0.18 0.22 0.25 0.29 0.32 0.35 0.39 0.37 0.58 0.73 0.96 1.34 2.10 4.39")
-_MEYER_Y = numbers("34780 28610 23650 19630 16370 13720 11540 9744 8261 7030 6005 5147 4427 3820 3307 2872")
+_MEYER_Y = numbers(
+    "34780 28610 23650 19630 16370 13720 11540 9744 8261 7030 6005 5147 4427 3820 3307 2872"
+)
 _OSBORNE1_Y = numbers("""
     0.844 0.908 0.932 0.936 0.925 0.908 0.881 0.850 0.818 0.784 0.751 0.718 0.685 0.658 0.628 0.603 0.580
     0.558 0.538 0.522 0.506 0.490 0.478 0.467 0.457 0.448 0.438 0.431 0.424 0.420 0.414 0.411 0.406
@@ -132,7 +136,12 @@ def wood(x: Tensor) -> Tensor:
 
 
 def powell_singular(x: Tensor) -> Tensor:
-    parts = [x[0] + 10 * x[1], 5**0.5 * (x[2] - x[3]), (x[1] - 2 * x[2]) ** 2, 10**0.5 * (x[0] - x[3]) ** 2]
+    parts = [
+        x[0] + 10 * x[1],
+        5**0.5 * (x[2] - x[3]),
+        (x[1] - 2 * x[2]) ** 2,
+        10**0.5 * (x[0] - x[3]) ** 2,
+    ]
     return torch.stack(parts)
 
 
@@ -164,11 +173,15 @@ def osborne_2(x: Tensor) -> Tensor:
 
 
 MGH = {
-    "Rosenbrock": Classic(lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]), [[-1.2, 1.0]], 0.0, [1.0, 1.0]),
+    "Rosenbrock": Classic(
+        lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]), [[-1.2, 1.0]], 0.0, [1.0, 1.0]
+    ),
     "Powell singular": Classic(powell_singular, [[3.0, -1.0, 0.0, 1.0]], 0.0),
     "Wood": Classic(wood, [[-3.0, -1.0, -3.0, -1.0]], 0.0, [1.0] * 4),
     "Beale": Classic(
-        lambda x: torch.stack([c - x[0] * (1 - x[1] ** k) for k, c in ((1, 1.5), (2, 2.25), (3, 2.625))]),
+        lambda x: torch.stack(
+            [c - x[0] * (1 - x[1] ** k) for k, c in ((1, 1.5), (2, 2.25), (3, 2.625))]
+        ),
         [[1.0, 1.0]],
         0.0,
         [3.0, 0.5],
@@ -177,10 +190,15 @@ MGH = {
     "Bard": Classic(bard, [[1.0, 1.0, 1.0]], 8.21487e-3),
     "Kowalik-Osborne": Classic(kowalik_osborne, [[0.25, 0.39, 0.415, 0.39]], 3.07505e-4),
     "Meyer": Classic(
-        lambda x: x[0] * torch.exp(x[1] / (50 + 5 * torch.arange(16, dtype=torch.float64) + x[2])) - _MEYER_Y,
+        lambda x: (
+            x[0] * torch.exp(x[1] / (50 + 5 * torch.arange(16, dtype=torch.float64) + x[2]))
+            - _MEYER_Y
+        ),
         [[0.02, 4000.0, 250.0]],
         87.9458,
     ),
     "Osborne 1": Classic(osborne_1, [[0.5, 1.5, -1.0, 0.01, 0.02]], 5.46489e-5),
-    "Osborne 2": Classic(osborne_2, [[1.3, 0.65, 0.65, 0.7, 0.6, 3.0, 5.0, 7.0, 2.0, 4.5, 5.5]], 4.01377e-2),
+    "Osborne 2": Classic(
+        osborne_2, [[1.3, 0.65, 0.65, 0.7, 0.6, 3.0, 5.0, 7.0, 2.0, 4.5, 5.5]], 4.01377e-2
+    ),
 }

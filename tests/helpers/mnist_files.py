@@ -11,8 +11,15 @@ def write_mnist(root: Path, n: int = 50) -> tuple[np.ndarray, np.ndarray]:
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)
-    images, labels = random.integers(0, 256, (n, 28, 28), np.uint8), random.integers(0, 10, n, np.uint8)
+    images, labels = (
+        random.integers(0, 256, (n, 28, 28), np.uint8),
+        random.integers(0, 10, n, np.uint8),
+    )
     for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *images.shape) + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, *labels.shape) + labels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 0x803, *images.shape) + images.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, *labels.shape) + labels.tobytes()
+        )
     return images, labels

@@ -32,7 +32,9 @@ class Square(torch.autograd.Function):
 class Apply(nn.Module):
     """Modules and a function that uses them."""
 
-    def __init__(self, function: Callable[..., Tensor], **modules: nn.Module | nn.Parameter) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], **modules: nn.Module | nn.Parameter
+    ) -> None:
         super().__init__()
         for name, module in modules.items():
             setattr(self, name, module)
@@ -64,7 +66,9 @@ def physics_by_func(m: nn.Module, x: Tensor) -> Tensor:
 
 def recurrent(kind: type[nn.RNNBase]) -> Callable[[], nn.Module]:
     return lambda: Apply(
-        lambda m, x: m.head(m.core(x)[0][:, -1]), core=kind(FEATURES, 4, batch_first=True), head=nn.Linear(4, CLASSES)
+        lambda m, x: m.head(m.core(x)[0][:, -1]),
+        core=kind(FEATURES, 4, batch_first=True),
+        head=nn.Linear(4, CLASSES),
     )
 
 
@@ -88,7 +92,9 @@ def lora() -> nn.Module:
 
 
 def tied() -> nn.Module:
-    model = Apply(lambda m, x: m.head(m.second(m.first(x).tanh()).tanh()), first=nn.Linear(FEATURES, FEATURES))
+    model = Apply(
+        lambda m, x: m.head(m.second(m.first(x).tanh()).tanh()), first=nn.Linear(FEATURES, FEATURES)
+    )
     model.second = nn.Linear(FEATURES, FEATURES)
     model.second.weight = model.first.weight
     model.head = nn.Linear(FEATURES, CLASSES)
@@ -123,28 +129,43 @@ CASES = {
     "mlp": Case("Linear layers, activations", mlp),
     "conv": Case(
         "Convolutions, pooling",
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, CLASSES)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, CLASSES)
+        ),
         image,
     ),
     "norms": Case(
         "LayerNorm, GroupNorm",
-        lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Linear(8, CLASSES)),
+        lambda: nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Linear(8, CLASSES)
+        ),
     ),
     "dropout": Case(
-        "Dropout", lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, CLASSES))
+        "Dropout",
+        lambda: nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, CLASSES)
+        ),
     ),
     "batch_norm": Case(
         "BatchNorm in train mode",
-        lambda: nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)),
+        lambda: nn.Sequential(
+            nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)
+        ),
         backend="double-backward",
     ),
     "batch_norm_eval": Case(
         "BatchNorm in eval mode",
-        lambda: nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5).eval(), nn.Tanh(), nn.Linear(5, CLASSES)),
+        lambda: nn.Sequential(
+            nn.Linear(FEATURES, 5), nn.BatchNorm1d(5).eval(), nn.Tanh(), nn.Linear(5, CLASSES)
+        ),
     ),
     "embedding": Case(
         "Embedding",
-        lambda: Apply(lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(7, 4), head=nn.Linear(4, CLASSES)),
+        lambda: Apply(
+            lambda m, x: m.head(m.table(x).mean(1)),
+            table=nn.Embedding(7, 4),
+            head=nn.Linear(4, CLASSES),
+        ),
         tokens,
     ),
     "sdpa": Case(
@@ -179,7 +200,9 @@ CASES = {
     "parametrised": Case(
         "Parametrisations (orthogonal)",
         lambda: nn.Sequential(
-            parametrizations.orthogonal(nn.Linear(FEATURES, FEATURES)), nn.Tanh(), nn.Linear(FEATURES, CLASSES)
+            parametrizations.orthogonal(nn.Linear(FEATURES, FEATURES)),
+            nn.Tanh(),
+            nn.Linear(FEATURES, CLASSES),
         ),
     ),
     "weight_norm": Case(
@@ -198,12 +221,15 @@ CASES = {
         backend="double-backward",
     ),
     "checkpoint": Case(
-        "Non-reentrant checkpointing", lambda: Apply(lambda m, x: checkpoint(m.net, x, use_reentrant=False), net=mlp())
+        "Non-reentrant checkpointing",
+        lambda: Apply(lambda m, x: checkpoint(m.net, x, use_reentrant=False), net=mlp()),
     ),
     "checkpoint_transformer": Case(
         "Non-reentrant checkpointing of a TransformerEncoderLayer",
         lambda: Apply(
-            lambda m, x: m.head(checkpoint(m.layer, x.unflatten(0, (2, -1)), use_reentrant=False).flatten(0, 1)),
+            lambda m, x: m.head(
+                checkpoint(m.layer, x.unflatten(0, (2, -1)), use_reentrant=False).flatten(0, 1)
+            ),
             layer=nn.TransformerEncoderLayer(FEATURES, 2, 8, batch_first=True),
             head=nn.Linear(FEATURES, CLASSES),
         ),
@@ -211,13 +237,20 @@ CASES = {
     "compiled": Case("torch.compile", lambda: torch.compile(mlp(), backend="eager")),
     "scripted": Case("TorchScript", lambda: torch.jit.script(mlp()), backend="double-backward"),
     "autograd_inside": Case(
-        "torch.autograd.grad inside the closure", lambda: Apply(physics, net=mlp()), backend="double-backward"
+        "torch.autograd.grad inside the closure",
+        lambda: Apply(physics, net=mlp()),
+        backend="double-backward",
     ),
-    "func_inside": Case("torch.func derivatives inside the closure", lambda: Apply(physics_by_func, net=mlp())),
+    "func_inside": Case(
+        "torch.func derivatives inside the closure", lambda: Apply(physics_by_func, net=mlp())
+    ),
 }
 
 LOSSES = {
-    "cross_entropy": (lambda z, y: F.cross_entropy(z, y), lambda: torch.randint(0, CLASSES, (BATCH,))),
+    "cross_entropy": (
+        lambda z, y: F.cross_entropy(z, y),
+        lambda: torch.randint(0, CLASSES, (BATCH,)),
+    ),
     "mse_loss": (lambda z, y: F.mse_loss(z, y), lambda: torch.randn(BATCH, CLASSES)),
 }
 

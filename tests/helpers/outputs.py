@@ -4,7 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.problems import BATCH, FAMILIES, dense_fisher, dense_gauss_newton, flat_function, flatten, make_model
+from helpers.problems import (
+    BATCH,
+    FAMILIES,
+    dense_fisher,
+    dense_gauss_newton,
+    flat_function,
+    flatten,
+    make_model,
+)
 from ngd_optim import least_squares
 
 FORMS = ["least_squares", "cross_entropy", "class_weights", "mse", "normal"]
@@ -35,14 +43,20 @@ class Problem:
             self.curvature = dense_fisher(self.output, self.theta, family.predict)
         else:
             losses = {
-                "least_squares": lambda z: least_squares(z[:, :2] - y[:, :2], z[:, 2].sin(), weights=(2.0, 0.3)),
+                "least_squares": lambda z: least_squares(
+                    z[:, :2] - y[:, :2], z[:, 2].sin(), weights=(2.0, 0.3)
+                ),
                 "cross_entropy": lambda z: F.cross_entropy(z, labels),
                 "class_weights": lambda z: F.cross_entropy(z, labels, y[0].abs()),
                 "mse": lambda z: F.mse_loss(z, y),
             }
             self.loss = losses[form]
             self.closure = lambda: self.loss(self.model(x))
-            inner = (lambda z: torch.cat([z[:, :2], z[:, 2:].sin()], 1)) if form == "least_squares" else (lambda z: z)
+            inner = (
+                (lambda z: torch.cat([z[:, :2], z[:, 2:].sin()], 1))
+                if form == "least_squares"
+                else (lambda z: z)
+            )
             outer = (
                 self.loss
                 if form != "least_squares"

@@ -75,7 +75,10 @@ def make_model(kind: str, outputs: int) -> tuple[nn.Module, Tensor]:
     if kind == "conv":
         model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, outputs))
         return model.double(), torch.randn(BATCH, 1, 3, 3, dtype=torch.float64)
-    layers = {"linear": [nn.Linear(3, outputs)], "mlp": [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)]}
+    layers = {
+        "linear": [nn.Linear(3, outputs)],
+        "mlp": [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)],
+    }
     return nn.Sequential(*layers[kind]).double(), torch.randn(BATCH, 3, dtype=torch.float64)
 
 
@@ -95,7 +98,11 @@ def heads(prediction: Any) -> list[Any]:
     """The distributions in a prediction."""
     if isinstance(prediction, dict):
         prediction = list(prediction.values())
-    return [head for part in prediction for head in heads(part)] if isinstance(prediction, list) else [prediction]
+    return (
+        [head for part in prediction for head in heads(part)]
+        if isinstance(prediction, list)
+        else [prediction]
+    )
 
 
 def mean_kl(old: Any, new: Any) -> Tensor:
@@ -108,13 +115,17 @@ def negative_log_likelihood(prediction: Any, data: list[Tensor]) -> Tensor:
     return -sum(head.log_prob(y).mean() for head, y in zip(heads(prediction), data, strict=True))
 
 
-def dense_fisher(output: Callable[[Tensor], Tensor], theta: Tensor, predict: Callable[[Tensor], Any]) -> Tensor:
+def dense_fisher(
+    output: Callable[[Tensor], Tensor], theta: Tensor, predict: Callable[[Tensor], Any]
+) -> Tensor:
     """The Hessian of the mean KL(old ‖ new) in the new parameters, at the old ones."""
     old = predict(output(theta).detach())
     return hessian(lambda t: mean_kl(old, predict(output(t))))(theta)
 
 
-def dense_gauss_newton(output: Callable[[Tensor], Tensor], theta: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+def dense_gauss_newton(
+    output: Callable[[Tensor], Tensor], theta: Tensor, loss: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Jᵀ H J."""
     z = output(theta)
     J = jacrev(output)(theta).reshape(z.numel(), -1)
@@ -123,7 +134,9 @@ def dense_gauss_newton(output: Callable[[Tensor], Tensor], theta: Tensor, loss: 
 
 def jacobian_by_rows(z: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Row by row in plain autograd, which differentiates what torch.func cannot."""
-    gradients = [grad(entry, params, retain_graph=True, materialize_grads=True) for entry in z.flatten()]
+    gradients = [
+        grad(entry, params, retain_graph=True, materialize_grads=True) for entry in z.flatten()
+    ]
     return torch.stack([flatten(gradient) for gradient in gradients])
 
 
@@ -171,7 +184,10 @@ def positive_pairs(z: Tensor) -> Tensor:
 
 def multivariate_normal(z: Tensor) -> MultivariateNormal:
     loc, below, diagonal = z[:, :2], z[:, 2], positive(z[:, 3:])
-    rows = [torch.stack([diagonal[:, 0], torch.zeros_like(below)], -1), torch.stack([below, diagonal[:, 1]], -1)]
+    rows = [
+        torch.stack([diagonal[:, 0], torch.zeros_like(below)], -1),
+        torch.stack([below, diagonal[:, 1]], -1),
+    ]
     return MultivariateNormal(loc, scale_tril=torch.stack(rows, -2), validate_args=False)
 
 
@@ -195,7 +211,9 @@ def of_dirichlet(concentration: Tensor) -> Tensor:
 
 def of_gamma(row: Tensor) -> Tensor:
     shape, rate = row
-    return torch.stack([torch.polygamma(1, shape), -1 / rate, -1 / rate, shape / rate**2]).view(2, 2)
+    return torch.stack([torch.polygamma(1, shape), -1 / rate, -1 / rate, shape / rate**2]).view(
+        2, 2
+    )
 
 
 of_bernoulli = diagonal(lambda logit: [logit.sigmoid() * (-logit).sigmoid()])
@@ -208,28 +226,48 @@ def column(z: Tensor) -> Tensor:
     return z.reshape(-1, 1)
 
 
-_Bernoulli, _Beta, _Binomial, _Categorical = map(nothing_checked, (Bernoulli, Beta, Binomial, Categorical))
-_Cauchy, _ContinuousBernoulli, _Dirichlet = map(nothing_checked, (Cauchy, ContinuousBernoulli, Dirichlet))
-_Exponential, _Gamma, _Geometric, _Gumbel = map(nothing_checked, (Exponential, Gamma, Geometric, Gumbel))
-_HalfNormal, _Independent, _Laplace, _LogNormal = map(nothing_checked, (HalfNormal, Independent, Laplace, LogNormal))
+_Bernoulli, _Beta, _Binomial, _Categorical = map(
+    nothing_checked, (Bernoulli, Beta, Binomial, Categorical)
+)
+_Cauchy, _ContinuousBernoulli, _Dirichlet = map(
+    nothing_checked, (Cauchy, ContinuousBernoulli, Dirichlet)
+)
+_Exponential, _Gamma, _Geometric, _Gumbel = map(
+    nothing_checked, (Exponential, Gamma, Geometric, Gumbel)
+)
+_HalfNormal, _Independent, _Laplace, _LogNormal = map(
+    nothing_checked, (HalfNormal, Independent, Laplace, LogNormal)
+)
 _LowRank, _Normal = map(nothing_checked, (LowRankMultivariateNormal, Normal))
-_OneHotCategorical, _Poisson, _Transformed = map(nothing_checked, (OneHotCategorical, Poisson, TransformedDistribution))
+_OneHotCategorical, _Poisson, _Transformed = map(
+    nothing_checked, (OneHotCategorical, Poisson, TransformedDistribution)
+)
 
 FAMILIES = {
     "categorical_logits": Family(3, lambda z: _Categorical(logits=z), lambda z: z, of_categorical),
-    "categorical_probs": Family(3, lambda z: _Categorical(probs=z.softmax(-1)), lambda z: z, of_categorical),
-    "one_hot_categorical": Family(3, lambda z: _OneHotCategorical(logits=z), lambda z: z, of_categorical),
+    "categorical_probs": Family(
+        3, lambda z: _Categorical(probs=z.softmax(-1)), lambda z: z, of_categorical
+    ),
+    "one_hot_categorical": Family(
+        3, lambda z: _OneHotCategorical(logits=z), lambda z: z, of_categorical
+    ),
     "bernoulli": Family(2, lambda z: _Bernoulli(logits=z), column, of_bernoulli),
     "bernoulli_probs": Family(2, lambda z: _Bernoulli(probs=z.sigmoid()), column, of_bernoulli),
-    "binomial": Family(2, lambda z: _Binomial(4, logits=z), column, lambda row: 4 * of_bernoulli(row)),
+    "binomial": Family(
+        2, lambda z: _Binomial(4, logits=z), column, lambda row: 4 * of_bernoulli(row)
+    ),
     "normal": Family(4, lambda z: _Normal(*halves(z)), pairs, of_normal),
-    "normal_fixed_scale": Family(2, lambda z: _Normal(z, 0.7), column, diagonal(lambda loc: [loc * 0 + 0.7**-2])),
+    "normal_fixed_scale": Family(
+        2, lambda z: _Normal(z, 0.7), column, diagonal(lambda loc: [loc * 0 + 0.7**-2])
+    ),
     "independent_normal": Family(
         4, lambda z: _Independent(_Normal(*halves(z)), 1), pairs, lambda row: 2 * of_normal(row)
     ),
     "multivariate_normal": Family(5, multivariate_normal),
     "low_rank_normal": Family(6, lambda z: _LowRank(z[:, :2], z[:, 2:4, None], positive(z[:, 4:]))),
-    "poisson": Family(2, lambda z: _Poisson(z.exp()), column, diagonal(lambda log_rate: [log_rate.exp()])),
+    "poisson": Family(
+        2, lambda z: _Poisson(z.exp()), column, diagonal(lambda log_rate: [log_rate.exp()])
+    ),
     "gamma": Family(4, lambda z: _Gamma(*positive(z).chunk(2, -1)), positive_pairs, of_gamma),
     "beta": Family(4, lambda z: _Beta(*positive(z).chunk(2, -1)), positive_pairs, of_dirichlet),
     "dirichlet": Family(3, lambda z: _Dirichlet(positive(z)), positive, of_dirichlet),
@@ -243,19 +281,36 @@ FAMILIES = {
         pairs,
         lambda row: 2 * of_laplace(row),
     ),
-    "log_laplace": Family(4, lambda z: _Transformed(_Laplace(*halves(z)), [ExpTransform()]), pairs, of_laplace),
-    "exponential": Family(2, lambda z: _Exponential(z.exp()), column, diagonal(lambda z: [torch.ones_like(z)])),
-    "geometric": Family(2, lambda z: _Geometric(logits=z), column, diagonal(lambda logit: [(-logit).sigmoid()])),
+    "log_laplace": Family(
+        4, lambda z: _Transformed(_Laplace(*halves(z)), [ExpTransform()]), pairs, of_laplace
+    ),
+    "exponential": Family(
+        2, lambda z: _Exponential(z.exp()), column, diagonal(lambda z: [torch.ones_like(z)])
+    ),
+    "geometric": Family(
+        2, lambda z: _Geometric(logits=z), column, diagonal(lambda logit: [(-logit).sigmoid()])
+    ),
     "log_normal": Family(4, lambda z: _LogNormal(*halves(z)), pairs, of_normal),
-    "half_normal": Family(2, lambda z: _HalfNormal(z.exp()), column, diagonal(lambda z: [2 * torch.ones_like(z)])),
+    "half_normal": Family(
+        2, lambda z: _HalfNormal(z.exp()), column, diagonal(lambda z: [2 * torch.ones_like(z)])
+    ),
     "cauchy": Family(4, lambda z: _Cauchy(*halves(z)), pairs, of_cauchy),
     "gumbel": Family(4, lambda z: _Gumbel(*halves(z))),
     "continuous_bernoulli": Family(2, lambda z: _ContinuousBernoulli(logits=z)),
     "tanh_normal": Family(
-        4, lambda z: _Transformed(_Independent(_Normal(*halves(z)), 1), [AffineTransform(0.1, 0.5), TanhTransform()])
+        4,
+        lambda z: _Transformed(
+            _Independent(_Normal(*halves(z)), 1), [AffineTransform(0.1, 0.5), TanhTransform()]
+        ),
     ),
     "list": Family(7, lambda z: [_Categorical(logits=z[:, :3]), _Normal(*halves(z[:, 3:]))]),
-    "dict": Family(5, lambda z: {"a": _Bernoulli(logits=z[:, :1]), "b": [_Gamma(*positive(z[:, 1:]).chunk(2, -1))]}),
+    "dict": Family(
+        5,
+        lambda z: {
+            "a": _Bernoulli(logits=z[:, :1]),
+            "b": [_Gamma(*positive(z[:, 1:]).chunk(2, -1))],
+        },
+    ),
 }
 
 

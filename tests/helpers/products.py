@@ -19,4 +19,6 @@ def product_by(
     """The Gauss-Newton product of a closure, with nothing checked."""
     graph = Graph(ReplayedClosure(closure, params), "ggn")
     parameters = FlatParameters([{"params": params}])
-    return ClosureProduct(graph, parameters, Checked((way,)), ALONE, lambda ways: None, keep_graph=keep_graph)
+    return ClosureProduct(
+        graph, parameters, Checked((way,)), ALONE, lambda ways: None, keep_graph=keep_graph
+    )

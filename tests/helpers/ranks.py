@@ -26,7 +26,9 @@ def on_two_ranks(function: Callable[[int], Any], folder: Path) -> None:
             raise TimeoutError(f"the ranks did not end within {TIMEOUT} s")
 
 
-def results_of(name: str, run: Callable[[Path], None], factory: pytest.TempPathFactory) -> list[Any]:
+def results_of(
+    name: str, run: Callable[[Path], None], factory: pytest.TempPathFactory
+) -> list[Any]:
     """What ``run(folder)`` saved as ``0.pt`` and ``1.pt``; among the workers of pytest-xdist, one runs it for all."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name

@@ -25,7 +25,9 @@ class Task:
 
 
 def have_equal_parameters(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    return all(
+        torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
+    )
 
 
 def train(task, optimizer, steps):

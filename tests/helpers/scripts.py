@@ -42,7 +42,9 @@ def load_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look it up
     try:
         spec.loader.exec_module(module)
     finally:

@@ -26,7 +26,9 @@ def load_optimizer_table() -> dict[str, Any]:
     The modules that the table imports need 2.5 seconds and a package of their own, freeze ``torch.backends`` and load
     another profile of hypothesis. So stubs stand in for them.
     """
-    names = [f"{_INTERNAL}.common_{part}" for part in ("device_type", "methods_invocations", "utils")]
+    names = [
+        f"{_INTERNAL}.common_{part}" for part in ("device_type", "methods_invocations", "utils")
+    ]
     with patch.dict(sys.modules, {name: _Stub(name) for name in names}):
         table = importlib.import_module(f"{_INTERNAL}.common_optimizers")
     return {info.name: info for info in table.optim_db}

@@ -35,7 +35,10 @@ from torchmetrics.regression import MeanSquaredError
 from ngd_optim import NaturalCG, StepReport
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*logging interval", "ignore:.*torch.jit.script", "ignore:.*treespec"
+    "ignore:.*does not have many workers",
+    "ignore:.*logging interval",
+    "ignore:.*torch.jit.script",
+    "ignore:.*treespec",
 )
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -102,13 +105,18 @@ class Reports(L.Callback):
 
 
 def fit(
-    module: L.LightningModule, *callbacks: L.Callback, loader_: DataLoader | None = None, **options: Any
+    module: L.LightningModule,
+    *callbacks: L.Callback,
+    loader_: DataLoader | None = None,
+    **options: Any,
 ) -> tuple[L.Trainer, list[StepReport]]:
     noted = Reports()
     settings: dict[str, Any] = {
         **QUIET,
         "max_epochs": 2,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_checkpointing": any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        ),
         **options,
     }
     val_loader = settings.pop("val_loader", None)
@@ -123,7 +131,10 @@ def vector(module: nn.Module) -> Tensor:
 
 
 def plain_training(
-    module: Classifier, make_closure: Callable[[Tensor, Tensor], Callable[[], Any]], epochs: int = 2, **options: Any
+    module: Classifier,
+    make_closure: Callable[[Tensor, Tensor], Callable[[], Any]],
+    epochs: int = 2,
+    **options: Any,
 ) -> list[StepReport]:
     """The same steps without Lightning."""
     optimizer = NaturalCG(module.parameters(), **options)
@@ -147,7 +158,9 @@ def same_steps(a: list[StepReport], b: list[StepReport]) -> bool:
 
 def test_lightning_finds_the_package_by_itself() -> None:
     (entry,) = entry_points(group="lightning.pytorch.callbacks_factory", name="ngd_optim")
-    assert entry.value == "ngd_lightning:callbacks", "install the package again: its entry point is missing"
+    assert entry.value == "ngd_lightning:callbacks", (
+        "install the package again: its entry point is missing"
+    )
 
 
 def test_a_module_of_the_documentation_trains_after_changing_one_line() -> None:
@@ -194,7 +207,9 @@ def test_a_distribution_makes_a_natural_gradient_step() -> None:
     assert all(0 < report.kl <= 0.01 for report in reports)
 
 
-def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(tmp_path: Path) -> None:
+def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(
+    tmp_path: Path,
+) -> None:
     class Counting(Classifier):
         runs = 0
 
@@ -212,7 +227,13 @@ def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(tmp
             self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
             self.log_dict(self.scores(logits, y))
             self.error.update(logits, F.one_hot(y, 4).float())
-            self.log("correct", (logits.argmax(1) == y).sum().float(), reduce_fx="sum", on_step=False, on_epoch=True)
+            self.log(
+                "correct",
+                (logits.argmax(1) == y).sum().float(),
+                reduce_fx="sum",
+                on_step=False,
+                on_epoch=True,
+            )
             return super().training_step(batch, batch_idx)
 
         def on_train_epoch_end(self) -> None:
@@ -226,7 +247,9 @@ def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(tmp
     assert module.seen == (48 * 4, 3, 3)
     last_epoch = [report.loss for report in reports[3:]]
     assert trainer.callback_metrics["train_loss_epoch"] == pytest.approx(sum(last_epoch) / 3)
-    assert trainer.callback_metrics["correct"] == pytest.approx(48 * float(trainer.callback_metrics["accuracy"]))
+    assert trainer.callback_metrics["correct"] == pytest.approx(
+        48 * float(trainer.callback_metrics["accuracy"])
+    )
     rows = list(csv.DictReader((Path(trainer.logger.log_dir) / "metrics.csv").open()))
     logged = [float(row["train_loss_step"]) for row in rows if row.get("train_loss_step")]
     assert logged == pytest.approx([report.loss for report in reports], rel=1e-6)
@@ -258,12 +281,19 @@ def test_hooks_and_global_step_happen_once_per_step_and_see_the_gradient() -> No
 
         def on_before_optimizer_step(self, optimizer) -> None:
             assert torch.equal(self.at, vector(self))
-            x, y = dataset()[16 * (self.trainer.global_step % 3) : 16 * (self.trainer.global_step % 3) + 16]
+            x, y = dataset()[
+                16 * (self.trainer.global_step % 3) : 16 * (self.trainer.global_step % 3) + 16
+            ]
             expected = torch.autograd.grad(F.cross_entropy(self.net(x), y), list(self.parameters()))
             for p, gradient in zip(self.parameters(), expected, strict=True):
                 assert p.grad is not None
                 self.worst = max(self.worst, float((p.grad - gradient).abs().max()))
-            self.log("grad_norm", torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm())
+            self.log(
+                "grad_norm",
+                torch.stack(
+                    [p.grad.norm() for p in self.parameters() if p.grad is not None]
+                ).norm(),
+            )
 
     module, hooks = Looking(), Hooks()
     trainer, reports = fit(module, hooks)
@@ -278,7 +308,9 @@ def test_buffers_and_random_numbers_move_once_per_step() -> None:
     class WithBatchNorm(Classifier):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Dropout(0.2), nn.Linear(12, 4))
+            self.net = nn.Sequential(
+                nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Dropout(0.2), nn.Linear(12, 4)
+            )
 
     module = WithBatchNorm()
     _, reports = fit(module)
@@ -293,7 +325,10 @@ def test_learning_rate_schedulers_work() -> None:
         def configure_optimizers(self):
             optimizer = NaturalCG(self.parameters(), lr=1.0)
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            }
 
         def on_before_optimizer_step(self, optimizer) -> None:
             self.rates = [*getattr(self, "rates", []), optimizer.param_groups[0]["lr"]]
@@ -305,7 +340,10 @@ def test_learning_rate_schedulers_work() -> None:
 
 def test_validation_early_stopping_and_overfit_batches() -> None:
     trainer, reports = fit(
-        Classifier(), EarlyStopping("val_loss", min_delta=0.01, patience=2), val_loader=loader(48), max_epochs=200
+        Classifier(),
+        EarlyStopping("val_loss", min_delta=0.01, patience=2),
+        val_loader=loader(48),
+        max_epochs=200,
     )
     assert trainer.current_epoch < 199
     assert len(reports) == trainer.global_step == 3 * trainer.current_epoch
@@ -324,11 +362,15 @@ def test_precision(precision: Any) -> None:
 
     module = Typed()
     _, reports = fit(module, precision=precision, max_epochs=4)
-    assert module.dtypes == ({torch.bfloat16, torch.float32} if precision == "bf16-mixed" else {torch.float64})
+    assert module.dtypes == (
+        {torch.bfloat16, torch.float32} if precision == "bf16-mixed" else {torch.float64}
+    )
     assert reports[-1].new_loss < reports[0].loss
     if precision == "64-true":
         plain = Classifier().double()
-        expected = plain_training(plain, lambda x, y: lambda: F.cross_entropy(plain.net(x.double()), y), epochs=4)
+        expected = plain_training(
+            plain, lambda x, y: lambda: F.cross_entropy(plain.net(x.double()), y), epochs=4
+        )
         assert same_steps(reports, expected)
 
 
@@ -385,7 +427,9 @@ def test_options_that_cannot_work_are_no_concern_of_other_optimizers() -> None:
 
 def test_gradients_changed_in_a_hook_are_refused() -> None:
     class Clipping(Classifier):
-        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        def configure_gradient_clipping(
+            self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+        ):
             nn.utils.clip_grad_norm_(self.parameters(), 1e-3)
 
     module = Clipping()
@@ -471,7 +515,9 @@ def test_two_optimizers_under_manual_optimization() -> None:
     assert module.evaluations > 6
     assert hooks.calls == {"before_backward": 3, "after_backward": 3, "optimizer_step": 6}
     for i, name in enumerate(["first", "second"]):
-        assert trainer.callback_metrics[name] == pytest.approx(sum(row[i].loss for row in expected) / 3)
+        assert trainer.callback_metrics[name] == pytest.approx(
+            sum(row[i].loss for row in expected) / 3
+        )
 
 
 def test_manual_optimization_needs_a_closure() -> None:
@@ -501,14 +547,18 @@ def test_several_batches_in_one_step_under_manual_optimization() -> None:
     module, plain = Accumulating(), Classifier()
     manual_fit(module)
     x, y = dataset().tensors
-    NaturalCG(plain.parameters(), preconditioner=None).step(lambda: F.cross_entropy(plain.net(x), y))
+    NaturalCG(plain.parameters(), preconditioner=None).step(
+        lambda: F.cross_entropy(plain.net(x), y)
+    )
     torch.testing.assert_close(vector(module), vector(plain), rtol=0, atol=1e-4)
 
 
 # The callback
 
 
-def test_a_picture_without_matplotlib_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_without_matplotlib_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("ngd_lightning.callback.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         NaturalCGCallback(picture="run.png")
@@ -529,13 +579,19 @@ def test_the_callback_logs_every_field_and_draws_the_run(tmp_path: Path) -> None
             assert [float(value) for value in values] == pytest.approx(
                 [float(e) for e in expected], rel=1e-5, nan_ok=True
             )
-    shown = {name.removeprefix("ngd/") for name in trainer.progress_bar_metrics if name.startswith("ngd/")}
+    shown = {
+        name.removeprefix("ngd/")
+        for name in trainer.progress_bar_metrics
+        if name.startswith("ngd/")
+    }
     assert shown == {"kl", "cg_iters", "damping", "reduction_ratio", "accepted"}
     assert (tmp_path / "pictures" / "run.png").read_bytes().startswith(b"\x89PNG")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(trainer.loggers[1].log_dir).Reload()
-    assert [event.value for event in events.Scalars("ngd/kl")] == pytest.approx([r.kl for r in reports], rel=1e-5)
+    assert [event.value for event in events.Scalars("ngd/kl")] == pytest.approx(
+        [r.kl for r in reports], rel=1e-5
+    )
     assert events.Tags()["images"] == ["ngd"]
     assert "ngd/reason/text_summary" in events.Tags()["tensors"]
 
@@ -630,7 +686,9 @@ def test_the_plugin_resumes(tmp_path: Path) -> None:
 
 
 def test_the_plugin_checks_its_arguments() -> None:
-    with pytest.raises(ValueError, match="precision must be '32-true', 'bf16-mixed' or '64-true', got '16-mixed'"):
+    with pytest.raises(
+        ValueError, match="precision must be '32-true', 'bf16-mixed' or '64-true', got '16-mixed'"
+    ):
         NaturalCGPlugin("16-mixed")
     with pytest.raises(TypeError, match="NaturalCG has no option nesterov"):
         NaturalCGPlugin(nesterov=True)
@@ -669,7 +727,9 @@ def test_hooks_and_refusals_outlive_a_resume(tmp_path: Path, plugin: bool) -> No
     checkpoint = ModelCheckpoint(tmp_path, filename="half")
     fit(module_class(), checkpoint, max_epochs=1, **options())
     hooks = Hooks()
-    trainer, _ = fit(module_class(), hooks, max_epochs=3, ckpt_path=checkpoint.best_model_path, **options())
+    trainer, _ = fit(
+        module_class(), hooks, max_epochs=3, ckpt_path=checkpoint.best_model_path, **options()
+    )
     assert trainer.global_step == 9
     assert set(hooks.calls.values()) == {6}
 
@@ -746,7 +806,11 @@ def test_the_twin_package_is_refused() -> None:
     def fit_twin(optimizer_class: Any) -> None:
         module: Any = Twin()
         module.optimizer_class = optimizer_class
-        options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options: Any = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        }
         pytorch_lightning.Trainer(max_epochs=1, accelerator="cpu", **options).fit(module, loader())
 
     with pytest.raises(TypeError, match=r"import lightning\.pytorch as pl"):

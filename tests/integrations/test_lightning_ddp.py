@@ -83,7 +83,9 @@ class TwoPlayers(L.LightningModule):
         second.step(closure=lambda: F.mse_loss(self.second(x), self.first(x).detach()))
 
     def configure_optimizers(self):
-        return NaturalCG(self.first.parameters(), **SOLVED), NaturalCG(self.second.parameters(), **SOLVED)
+        return NaturalCG(self.first.parameters(), **SOLVED), NaturalCG(
+            self.second.parameters(), **SOLVED
+        )
 
 
 class Noting(L.Callback):
@@ -96,7 +98,9 @@ class Noting(L.Callback):
         self.logged.append(float(trainer.callback_metrics["train_loss"]))
 
 
-def fit(module: L.LightningModule, loader: DataLoader, *callbacks: L.Callback, **options: Any) -> Result:
+def fit(
+    module: L.LightningModule, loader: DataLoader, *callbacks: L.Callback, **options: Any
+) -> Result:
     noted = Noting()
     trainer = L.Trainer(**QUIET, max_epochs=2, callbacks=[noted, *callbacks], **options)
     trainer.fit(module, loader)
@@ -134,12 +138,20 @@ def main(folder: Path) -> None:
     ddp = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     results = {
         "64-true": fit(Classifier(), parts(rank), precision="64-true", **ddp),
-        "32-true": fit(Classifier(), parts(rank), NaturalCGCallback(picture=folder / "run.png"), **ddp),
+        "32-true": fit(
+            Classifier(), parts(rank), NaturalCGCallback(picture=folder / "run.png"), **ddp
+        ),
         "manual": fit(TwoPlayers(), parts(rank), precision="64-true", **ddp),
-        "plugin": fit(WithAdam(), parts(rank), plugins=[NaturalCGPlugin("64-true", **SOLVED)], **ddp),
+        "plugin": fit(
+            WithAdam(), parts(rank), plugins=[NaturalCGPlugin("64-true", **SOLVED)], **ddp
+        ),
         "batch norm": fit(WithBatchNorm(), parts(rank), **ddp),
         "nan": fit(Classifier(), DataLoader(Spoilt(*dataset().tensors), batch_size=16), **ddp),
-        "sampler": fit(Classifier(), DataLoader(dataset(), batch_size=8), **{**ddp, "use_distributed_sampler": True}),
+        "sampler": fit(
+            Classifier(),
+            DataLoader(dataset(), batch_size=8),
+            **{**ddp, "use_distributed_sampler": True},
+        ),
     }
     torch.save(results, folder / f"{rank}.pt")
 
@@ -151,7 +163,9 @@ def run_this_file(folder: Path) -> None:
     output = folder / "output.txt"
     with output.open("w") as file:
         command = [sys.executable, __file__, str(folder)]
-        run = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        run = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
         try:
             run.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -202,7 +216,9 @@ def test_the_steps_are_those_of_one_process_on_the_joined_batch(
     assert extra["hooks"] == expected_extra["hooks"]
     assert extra["logged"] == pytest.approx(expected_extra["logged"], rel=max(1e-6, tolerance))
     if extra["grad"] is not None:  # the hook saw the global gradient
-        torch.testing.assert_close(extra["grad"], expected_extra["grad"], rtol=0, atol=10 * tolerance)
+        torch.testing.assert_close(
+            extra["grad"], expected_extra["grad"], rtol=0, atol=10 * tolerance
+        )
 
 
 def test_buffers_follow_rank_0_and_move_once_per_step(ranks: Any) -> None:

@@ -16,7 +16,11 @@ from gymnasium import spaces
 from helpers.scripts import EXAMPLES
 from ngd_rl import NPG, TRPO, RecurrentTRPO
 from sb3_contrib.trpo.policies import MlpPolicy
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnRewardThreshold
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    EvalCallback,
+    StopTrainingOnRewardThreshold,
+)
 from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -50,7 +54,13 @@ class Toy(gym.Env):
 
     def step(self, action):
         distance = np.abs(np.asarray(action, dtype=float) - 1.0).mean()
-        return self._observe(), self._reward * (1.0 - distance), bool(self.np_random.random() < 1 / 8), False, {}
+        return (
+            self._observe(),
+            self._reward * (1.0 - distance),
+            bool(self.np_random.random() < 1 / 8),
+            False,
+            {},
+        )
 
 
 class Recall(gym.Env):
@@ -78,7 +88,12 @@ def toy(*args, n_envs=2, **kwargs):
 
 
 def build(algorithm=TRPO, policy="MlpPolicy", env=None, **kwargs):
-    settings = {"n_steps": 64, "batch_size": kwargs.get("n_steps", 64), "n_critic_updates": 2, "seed": 0}
+    settings = {
+        "n_steps": 64,
+        "batch_size": kwargs.get("n_steps", 64),
+        "n_critic_updates": 2,
+        "seed": 0,
+    }
     if algorithm is RecurrentTRPO:
         kwargs["policy_kwargs"] = {"lstm_hidden_size": 16, **kwargs.get("policy_kwargs", {})}
     return algorithm(policy, toy() if env is None else env, device="cpu", **{**settings, **kwargs})
@@ -126,7 +141,9 @@ def kl_from_here(model):
     def recurrent_distribution():
         with torch.no_grad():
             return copy.copy(
-                model.policy.get_distribution(data.observations, data.lstm_states.pi, data.episode_starts)[0]
+                model.policy.get_distribution(
+                    data.observations, data.lstm_states.pi, data.episode_starts
+                )[0]
             )
 
     if isinstance(model, RecurrentTRPO):
@@ -145,7 +162,9 @@ def test_the_constructor_is_sb3_contribs():
     ours, reference = TRPO("MlpPolicy", "CartPole-v1"), sb3_contrib.TRPO("MlpPolicy", "CartPole-v1")
     for name in theirs.keys() - {"self", "policy", "env", "_init_setup_model", "policy_kwargs"}:
         assert getattr(ours, name, None) == getattr(reference, name, None), name
-    everything = {name: p.default for name, p in theirs.items() if p.default is not inspect.Parameter.empty}
+    everything = {
+        name: p.default for name, p in theirs.items() if p.default is not inspect.Parameter.empty
+    }
     assert isinstance(TRPO("MlpPolicy", "CartPole-v1", **everything), sb3_contrib.TRPO)
 
 
@@ -188,14 +207,18 @@ def test_one_update_is_sb3_contribs(env, dims, settings):
     ratio = (step.norm() / their_step.norm()).item()
     assert min(abs(ratio / 0.8**more - 1) for more in (-1, 0, 1)) <= 2e-3
     # At equal lengths, KL is quadratic and the surrogate linear in the step.
-    assert report.kl == pytest.approx(dims * their_log["train/kl_divergence_loss"] * ratio**2, rel=0.15)
+    assert report.kl == pytest.approx(
+        dims * their_log["train/kl_divergence_loss"] * ratio**2, rel=0.15
+    )
     gain, their_gain = (log["train/policy_objective"] + report.loss for log in (our_log, their_log))
     assert gain == pytest.approx(their_gain * ratio, rel=0.15)
     if "sub_sampling_factor" not in settings:
         assert report.kl == pytest.approx(kl(), rel=1e-3)
     for name, value in before.items():  # the critic has learnt the same
         if name not in actor_names(ours):
-            torch.testing.assert_close(values_of(ours)[name], values_of(theirs)[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                values_of(ours)[name], values_of(theirs)[name], rtol=1e-4, atol=1e-5
+            )
             assert not torch.equal(values_of(ours)[name], value)
 
 
@@ -210,7 +233,9 @@ def test_one_update_is_sb3_contribs(env, dims, settings):
         (RecurrentTRPO, "MultiInputLstmPolicy", DICT),
     ],
 )
-@pytest.mark.parametrize("actions", [BOX, spaces.Discrete(4), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)])
+@pytest.mark.parametrize(
+    "actions", [BOX, spaces.Discrete(4), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)]
+)
 def test_policies_and_spaces(algorithm, policy, observations, actions):
     small = {"features_extractor_kwargs": {"features_dim": 8}} if observations is IMAGE else {}
     kwargs = {"policy_kwargs": small, "n_steps": 16, "curvature_fraction": 0.5}
@@ -238,12 +263,18 @@ def test_policies_and_spaces(algorithm, policy, observations, actions):
 def test_separate_features_extractors():
     kwargs = {"share_features_extractor": False, "features_extractor_kwargs": {"features_dim": 8}}
     model = build(policy="CnnPolicy", env=toy(IMAGE), n_steps=8, policy_kwargs=kwargs)
-    assert {name.split(".")[0] for name in actor_names(model)} == {"log_std", "features_extractor", "action_net"}
+    assert {name.split(".")[0] for name in actor_names(model)} == {
+        "log_std",
+        "features_extractor",
+        "action_net",
+    }
 
 
 @pytest.mark.parametrize("algorithm", [TRPO, RecurrentTRPO])
 @pytest.mark.parametrize(
-    "settings", [{}, {"adapt_damping": True, "warm_start": 0.9, "cg_tol": 1e-2, "use_sde": True}], ids=str
+    "settings",
+    [{}, {"adapt_damping": True, "warm_start": 0.9, "cg_tol": 1e-2, "use_sde": True}],
+    ids=str,
 )
 def test_kl_stays_below_target(algorithm, settings):
     policy = "MlpLstmPolicy" if algorithm is RecurrentTRPO else "MlpPolicy"
@@ -261,21 +292,29 @@ def test_kl_stays_below_target(algorithm, settings):
     assert (report.damping != model.cg_damping) == bool(settings)
 
 
-@pytest.mark.parametrize("policy_kwargs", [{}, {"shared_lstm": True, "enable_critic_lstm": False}], ids=str)
+@pytest.mark.parametrize(
+    "policy_kwargs", [{}, {"shared_lstm": True, "enable_critic_lstm": False}], ids=str
+)
 def test_recurrent_policy_repeats_its_rollout(policy_kwargs):
     """The states in which sequences start, and the padding, are right: the ratio of probabilities starts at one."""
-    model = build(RecurrentTRPO, "MlpLstmPolicy", policy_kwargs={"n_lstm_layers": 2, **policy_kwargs})
+    model = build(
+        RecurrentTRPO, "MlpLstmPolicy", policy_kwargs={"n_lstm_layers": 2, **policy_kwargs}
+    )
     collect(model)
     collect(model)
     data = next(model.rollout_buffer.get())
     assert not (data.mask > 0).all()
     inputs, actions, old_log_prob, _ = model._samples(data, every=1.0)
     with torch.no_grad():
-        torch.testing.assert_close(model._distribution(*inputs).log_prob(actions), old_log_prob, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model._distribution(*inputs).log_prob(actions), old_log_prob, rtol=1e-4, atol=1e-4
+        )
     values = torch.from_numpy(model.rollout_buffer.values.flatten())
     returns = torch.from_numpy(model.rollout_buffer.returns.flatten())
     model.batch_size = len(values)
-    torch.testing.assert_close(next(model._value_losses()), (values - returns).square().mean(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        next(model._value_losses()), (values - returns).square().mean(), rtol=1e-3, atol=0
+    )
 
 
 def test_normalised_environment_callbacks_and_tensorboard(tmp_path):
@@ -289,17 +328,24 @@ def test_normalised_environment_callbacks_and_tensorboard(tmp_path):
             return True
 
     count = Count()
-    evaluation = EvalCallback(VecNormalize(make_vec_env(Toy)), eval_freq=64, n_eval_episodes=2, verbose=0)
+    evaluation = EvalCallback(
+        VecNormalize(make_vec_env(Toy)), eval_freq=64, n_eval_episodes=2, verbose=0
+    )
     model = build(env=VecNormalize(toy()), tensorboard_log=str(tmp_path))
     model.learn(64 * 2 * 3, callback=[count, evaluation])
     assert count.rollouts == 3
     assert math.isfinite(evaluation.last_mean_reward)
     events = EventAccumulator(str(tmp_path / "TRPO_1")).Reload()
-    tags = {*events.Tags()["scalars"], *(tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"])}
+    tags = {
+        *events.Tags()["scalars"],
+        *(tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]),
+    }
     assert {f"train/{field.name}" for field in fields(StepReport)} <= tags
     theirs = build(sb3_contrib.TRPO)
     collect(theirs)
-    assert {name for name in train(theirs) if name.startswith("train/")} - {"train/n_updates"} <= tags
+    assert {name for name in train(theirs) if name.startswith("train/")} - {
+        "train/n_updates"
+    } <= tags
 
 
 @pytest.mark.parametrize("algorithm", [TRPO, RecurrentTRPO])
@@ -310,7 +356,9 @@ def test_saved_and_loaded_model_continues_exactly(algorithm, tmp_path):
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", env=toy(), device="cpu")
     assert loaded.warm_start == 0.9
-    damping, loaded_damping = (m.policy_optimizer.param_groups[0]["damping"] for m in (model, loaded))
+    damping, loaded_damping = (
+        m.policy_optimizer.param_groups[0]["damping"] for m in (model, loaded)
+    )
     assert damping == loaded_damping != model.cg_damping
     model.set_env(toy())
     for either in (model, loaded):
@@ -372,11 +420,18 @@ def test_curvature_fraction_forms_products_on_a_part():
         before = values_of(model)
         seen = []
         forward = model.policy.get_distribution
-        model.policy.get_distribution = lambda x, forward=forward, seen=seen: (seen.append(len(x)), forward(x))[1]
+        model.policy.get_distribution = lambda x, forward=forward, seen=seen: (
+            seen.append(len(x)),
+            forward(x),
+        )[1]
         train(model)
         assert set(seen) == {1024, int(1024 * fraction)}
         assert model.policy_optimizer.last_step.kl <= model.target_kl
-        steps.append(torch.cat([(values_of(model)[name] - before[name]).flatten() for name in actor_names(model)]))
+        steps.append(
+            torch.cat(
+                [(values_of(model)[name] - before[name]).flatten() for name in actor_names(model)]
+            )
+        )
     cosine = torch.dot(*steps) / (steps[0].norm() * steps[1].norm())
     assert 0.9 < cosine < 0.9999
 
@@ -390,13 +445,19 @@ def test_the_default_tolerance_is_tight_enough(env):
         collect(model)
         before = values_of(model)
         train(model)
-        steps.append(torch.cat([(values_of(model)[name] - before[name]).flatten() for name in actor_names(model)]))
+        steps.append(
+            torch.cat(
+                [(values_of(model)[name] - before[name]).flatten() for name in actor_names(model)]
+            )
+        )
         reports.append(model.policy_optimizer.last_step)
     early, converged = reports
     assert early.cg_stop == converged.cg_stop == "tolerance"
     assert early.cg_iters <= 0.8 * converged.cg_iters
     assert torch.dot(*steps) >= (1 - 1e-5) * steps[0].norm() * steps[1].norm()
-    assert early.loss - early.new_loss == pytest.approx(converged.loss - converged.new_loss, rel=1e-3)
+    assert early.loss - early.new_loss == pytest.approx(
+        converged.loss - converged.new_loss, rel=1e-3
+    )
 
 
 def test_stress():
@@ -407,7 +468,15 @@ def test_stress():
     constant = build(env=toy(observation=np.full(5, 0.5, np.float32)))
     curvature_of_two_samples = build(curvature_fraction=2 / 128)
     rich, richer = build(env=toy(reward=1e8)), build(env=toy(reward=1e25))
-    for model in (cloned, nothing_to_learn, one_step, constant, curvature_of_two_samples, rich, richer):
+    for model in (
+        cloned,
+        nothing_to_learn,
+        one_step,
+        constant,
+        curvature_of_two_samples,
+        rich,
+        richer,
+    ):
         for _ in range(3):
             collect(model)
             if model is nothing_to_learn:
@@ -416,7 +485,10 @@ def test_stress():
             train(model)
             assert is_finite(model)
             assert model.policy_optimizer.last_step.kl <= model.target_kl
-    assert all(torch.equal(values_of(nothing_to_learn)[name], before[name]) for name in actor_names(nothing_to_learn))
+    assert all(
+        torch.equal(values_of(nothing_to_learn)[name], before[name])
+        for name in actor_names(nothing_to_learn)
+    )
 
 
 @pytest.mark.parametrize(
@@ -429,8 +501,14 @@ def test_stress():
         ({"cg_max_steps": 0}, "cg_max_steps must be at least 1"),
         ({"cg_tol": -1.0}, "cg_tol must be"),
         ({"warm_start": 2.0}, "warm_start must be"),
-        ({"line_search_max_iter": 1}, "line_search_max_iter must be 0 .no line search. or at least 2, got 1"),
-        ({"line_search_shrinking_factor": 1.0}, "line_search_shrinking_factor must be between 0 and 1"),
+        (
+            {"line_search_max_iter": 1},
+            "line_search_max_iter must be 0 .no line search. or at least 2, got 1",
+        ),
+        (
+            {"line_search_shrinking_factor": 1.0},
+            "line_search_shrinking_factor must be between 0 and 1",
+        ),
         ({"sub_sampling_factor": 0}, "sub_sampling_factor must be at least 1"),
         ({"sub_sampling_factor": 100}, "leave two of the n_steps . n_envs = 128 samples"),
         ({"curvature_fraction": 0.0}, "curvature_fraction must be above 0"),
@@ -449,7 +527,9 @@ def test_bad_spaces_and_rollouts():
         build(n_steps=1, env=toy(n_envs=1))
     with pytest.raises(AssertionError, match="only supports"):
         build(env=Toy(action_space=spaces.Tuple([BOX])))
-    with pytest.raises(ValueError, match="policy must be a RecurrentActorCriticPolicy, got ActorCriticPolicy"):
+    with pytest.raises(
+        ValueError, match="policy must be a RecurrentActorCriticPolicy, got ActorCriticPolicy"
+    ):
         build(RecurrentTRPO, MlpPolicy)
 
 
@@ -457,10 +537,16 @@ def test_bad_spaces_and_rollouts():
 @pytest.mark.parametrize("what", ["observation", "reward"])
 def test_an_environment_that_returns_nan(what, validate, monkeypatch):
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", validate)
-    broken = toy(observation=np.full(5, np.nan, np.float32)) if what == "observation" else toy(reward=math.nan)
+    broken = (
+        toy(observation=np.full(5, np.nan, np.float32))
+        if what == "observation"
+        else toy(reward=math.nan)
+    )
     model = build(env=broken)
     before = values_of(model)
-    with pytest.raises(ValueError, match=f"the environment returned a value that is not finite as {what}"):
+    with pytest.raises(
+        ValueError, match=f"the environment returned a value that is not finite as {what}"
+    ):
         model.learn(128)
     assert all(torch.equal(p, before[name]) for name, p in model.policy.named_parameters())
 
@@ -493,7 +579,11 @@ def test_cartpole_is_solved(seed):
     """
     solved = StopTrainingOnRewardThreshold(475)
     evaluation = EvalCallback(
-        make_vec_env("CartPole-v1", seed=100 + seed), solved, n_eval_episodes=20, eval_freq=2048, verbose=0
+        make_vec_env("CartPole-v1", seed=100 + seed),
+        solved,
+        n_eval_episodes=20,
+        eval_freq=2048,
+        verbose=0,
     )
     TRPO(
         "MlpPolicy",

@@ -40,14 +40,20 @@ def assert_scalars(result, A, b):
     assert result.x_dot_b == pytest.approx((x @ b).item(), rel=tolerance, abs=tolerance * size)
     assert result.x_dot_r == pytest.approx((x @ (b - A @ x)).item(), abs=tolerance * size)
     assert result.x_dot_ax == pytest.approx((x @ A @ x).item(), rel=tolerance, abs=tolerance * size)
-    assert result.residual == pytest.approx(((b - A @ x).norm() / b.norm()).item(), rel=tolerance, abs=tolerance)
+    assert result.residual == pytest.approx(
+        ((b - A @ x).norm() / b.norm()).item(), rel=tolerance, abs=tolerance
+    )
 
 
 @pytest.mark.parametrize("start", ["zero", "near"])
 @pytest.mark.parametrize(("n", "condition"), [(1, 1), (5, 10), (30, 30), (200, 30)])
 def test_same_iterates_as_scipy(n, condition, start):
     A, b = spd(n, condition)
-    x0 = None if start == "zero" else torch.linalg.solve(A, b) * 0.9 + 0.01 * torch.randn(n, dtype=b.dtype)
+    x0 = (
+        None
+        if start == "zero"
+        else torch.linalg.solve(A, b) * 0.9 + 0.01 * torch.randn(n, dtype=b.dtype)
+    )
     theirs = []
     scipy.sparse.linalg.cg(
         A.numpy(),
@@ -111,8 +117,15 @@ def test_properties(n, condition, seed, scale, dtype):
 
 
 @reproducible
-@given(n=st.integers(2, 12), condition=st.floats(1, 30), seed=st.integers(0, 2**20), cut=st.integers(1, 12))
-def test_every_iterate_is_a_descent_and_minimises_the_model_on_the_krylov_space(n, condition, seed, cut):
+@given(
+    n=st.integers(2, 12),
+    condition=st.floats(1, 30),
+    seed=st.integers(0, 2**20),
+    cut=st.integers(1, 12),
+)
+def test_every_iterate_is_a_descent_and_minimises_the_model_on_the_krylov_space(
+    n, condition, seed, cut
+):
     A, b = spd(n, condition, seed)
     result = conjugate_gradient(A.mv, b, tol=1e-4, max_iters=min(cut, n))
     x = result.solution
@@ -141,14 +154,23 @@ def worth_no_more(values, fraction):
 
 @pytest.mark.parametrize(("fraction", "window"), [(1.5, 3), (1.0, 6), (0.9, 7)])
 def test_progress_rule(fraction, window):
-    A, b = torch.logspace(0, 5, 300, dtype=torch.float64).diag(), torch.ones(300, dtype=torch.float64)
-    values = [model_value(A, b, conjugate_gradient(A.mv, b, tol=0.0, max_iters=i).solution) for i in range(250)]
+    A, b = (
+        torch.logspace(0, 5, 300, dtype=torch.float64).diag(),
+        torch.ones(300, dtype=torch.float64),
+    )
+    values = [
+        model_value(A, b, conjugate_gradient(A.mv, b, tol=0.0, max_iters=i).solution)
+        for i in range(250)
+    ]
     expected = worth_no_more(values, fraction)
     result = conjugate_gradient(A.mv, b, tol=0.0, progress_tol=fraction, max_iters=1000)
     assert (result.stop, result.iterations) == ("progress", expected)
     assert max(3, expected // 10) == window
     assert_scalars(result, A, b)
-    assert conjugate_gradient(A.mv, b, tol=0.0, progress_tol=0.0, max_iters=expected + 1).stop == "max_iters"
+    assert (
+        conjugate_gradient(A.mv, b, tol=0.0, progress_tol=0.0, max_iters=expected + 1).stop
+        == "max_iters"
+    )
 
 
 def test_good_start_is_used():
@@ -195,7 +217,10 @@ def test_zero_start_costs_nothing():
 
 
 def test_start_is_rewarded_in_the_progress_rule():
-    A, b = torch.logspace(0, 5, 300, dtype=torch.float64).diag(), torch.ones(300, dtype=torch.float64)
+    A, b = (
+        torch.logspace(0, 5, 300, dtype=torch.float64).diag(),
+        torch.ones(300, dtype=torch.float64),
+    )
     x0 = conjugate_gradient(A.mv, b, tol=0.0, max_iters=150).solution
     result = conjugate_gradient(A.mv, b, x0=x0, tol=0.0, progress_tol=0.5, max_iters=1000)
     assert (result.stop, result.iterations) == ("progress", 3)
@@ -203,7 +228,10 @@ def test_start_is_rewarded_in_the_progress_rule():
 
 @pytest.mark.parametrize("eigenvalue", [-1.0, 0.0])
 def test_negative_curvature_at_once_gives_the_right_hand_side(eigenvalue):
-    A, b = torch.tensor([[eigenvalue, 0], [0, 2]], dtype=torch.float64), torch.tensor([3.0, 0], dtype=torch.float64)
+    A, b = (
+        torch.tensor([[eigenvalue, 0], [0, 2]], dtype=torch.float64),
+        torch.tensor([3.0, 0], dtype=torch.float64),
+    )
     result = conjugate_gradient(A.mv, b)
     assert (result.stop, result.iterations) == ("negative_curvature", 1)
     assert torch.equal(result.solution, b)
@@ -284,7 +312,12 @@ def test_zero_right_hand_side(x0):
 def test_no_iterations():
     A, b = spd(8, 100)
     result = conjugate_gradient(A.mv, b, max_iters=0)
-    assert (result.stop, result.iterations, result.products, result.residual) == ("max_iters", 0, 0, 1.0)
+    assert (result.stop, result.iterations, result.products, result.residual) == (
+        "max_iters",
+        0,
+        0,
+        1.0,
+    )
     assert not result.solution.any()
 
 
@@ -345,7 +378,9 @@ def test_same_preconditioned_iterates_as_scipy(name, start):
         A.numpy(),
         b.numpy(),
         x0=None if x0 is None else x0.numpy(),
-        M=scipy.sparse.linalg.LinearOperator(A.shape, lambda r: M(torch.from_numpy(r)).numpy(), dtype=np.float64),
+        M=scipy.sparse.linalg.LinearOperator(
+            A.shape, lambda r: M(torch.from_numpy(r)).numpy(), dtype=np.float64
+        ),
         rtol=1e-3,
         callback=lambda x: theirs.append(x.copy()),
     )
@@ -365,18 +400,27 @@ def test_the_preconditioner_changes_the_speed_and_not_the_solution(name):
     assert result.stop == "tolerance"
     assert_near(result.solution, torch.linalg.solve(A, b), 1e-9)
     plain = conjugate_gradient(A.mv, b, tol=1e-12).iterations
-    assert result.iterations <= {"exact": 1, "constant": plain, "itself": plain, "near": plain // 2}.get(
-        name, 3 * plain
-    )
+    assert result.iterations <= {
+        "exact": 1,
+        "constant": plain,
+        "itself": plain,
+        "near": plain // 2,
+    }.get(name, 3 * plain)
 
 
 def test_the_progress_rule_sees_the_model_of_a_preconditioned_solve():
     """Its value comes from rᵀM⁻¹r, not from rᵀr."""
-    A, b = torch.logspace(0, 5, 300, dtype=torch.float64).diag(), torch.ones(300, dtype=torch.float64)
+    A, b = (
+        torch.logspace(0, 5, 300, dtype=torch.float64).diag(),
+        torch.ones(300, dtype=torch.float64),
+    )
     M = lambda r: r / A.diag().sqrt()  # noqa: E731
     settings = {"tol": 0.0, "preconditioner": M}
     result = conjugate_gradient(A.mv, b, progress_tol=0.5, max_iters=300, **settings)
-    values = [model_value(A, b, conjugate_gradient(A.mv, b, max_iters=i, **settings).solution) for i in range(100)]
+    values = [
+        model_value(A, b, conjugate_gradient(A.mv, b, max_iters=i, **settings).solution)
+        for i in range(100)
+    ]
     assert (result.stop, result.iterations) == ("progress", worth_no_more(values, 0.5))
 
 
@@ -403,7 +447,9 @@ def test_a_preconditioner_that_is_not_positive_definite_is_refused(sign, startin
         calls.append(1)
         return r if len(calls) <= starting else sign * r
 
-    with pytest.raises(ValueError, match=r"the preconditioner must be positive definite, .* rᵀM⁻¹r = -?\d"):
+    with pytest.raises(
+        ValueError, match=r"the preconditioner must be positive definite, .* rᵀM⁻¹r = -?\d"
+    ):
         conjugate_gradient(A.mv, b, tol=1e-12, preconditioner=preconditioner)
     assert len(calls) == starting + 1
 
@@ -418,7 +464,9 @@ def test_a_preconditioner_that_is_not_finite_gives_the_last_iterate():
 
     result = conjugate_gradient(A.mv, b, tol=1e-12, preconditioner=preconditioner)
     assert (result.stop, result.iterations) == ("not_finite", 3)
-    assert torch.equal(result.solution, conjugate_gradient(A.mv, b, tol=1e-12, max_iters=3).solution)
+    assert torch.equal(
+        result.solution, conjugate_gradient(A.mv, b, tol=1e-12, max_iters=3).solution
+    )
 
 
 def test_preconditioned_negative_curvature():
@@ -427,7 +475,9 @@ def test_preconditioned_negative_curvature():
     indefinite = A - 1.5 * torch.eye(12, dtype=A.dtype)
     result = conjugate_gradient(indefinite.mv, b, tol=1e-12, preconditioner=M)
     assert result.stop == "negative_curvature"
-    before = conjugate_gradient(indefinite.mv, b, tol=1e-12, max_iters=result.iterations - 1, preconditioner=M)
+    before = conjugate_gradient(
+        indefinite.mv, b, tol=1e-12, max_iters=result.iterations - 1, preconditioner=M
+    )
     assert torch.equal(result.solution, before.solution)
     first = conjugate_gradient((-A).mv, b, preconditioner=M)
     assert (first.stop, first.iterations) == ("negative_curvature", 1)
@@ -455,8 +505,16 @@ ENDINGS = {
     "tolerance": (lambda: WELL.mul, ONES, {}),
     "tolerance at once": (lambda: ILL.mul, 0 * ONES, {}),
     "tolerance at a look": (lambda: EIGHT.mul, ONES[:40], {"tol": 1e-9}),
-    "tolerance at the last iteration": (lambda: EIGHT.mul, ONES[:40], {"tol": 1e-9, "max_iters": 8}),
-    "tolerance, preconditioned": (lambda: ILL.mul, ONES, {"preconditioner": lambda r: r / (1 + ILL)}),
+    "tolerance at the last iteration": (
+        lambda: EIGHT.mul,
+        ONES[:40],
+        {"tol": 1e-9, "max_iters": 8},
+    ),
+    "tolerance, preconditioned": (
+        lambda: ILL.mul,
+        ONES,
+        {"preconditioner": lambda r: r / (1 + ILL)},
+    ),
     "tolerance, from a start": (lambda: WELL.mul, ONES, {"x0": 0.5 * ONES / WELL.sqrt()}),
     "progress": (lambda: ILL.mul, ONES, {"tol": 0.0, "progress_tol": 1.0}),
     "max_iters": (lambda: ILL.mul, ONES, {"tol": 0.0, "max_iters": 13}),
@@ -480,19 +538,25 @@ class TestAccelerator:
         device = conjugate_gradient(matvec(), b, **settings)
         assert host.stop == name.split(" at ")[0].split(",")[0]
         assert (device.stop, device.iterations) == (host.stop, host.iterations)
-        assert (host.iterations == 0) == (name.endswith("at once") and host.stop != "negative_curvature")
+        assert (host.iterations == 0) == (
+            name.endswith("at once") and host.stop != "negative_curvature"
+        )
         if host.solution.any():
             assert_near(device.solution, host.solution, 1e-12)
         else:
             assert not device.solution.any()
         for scalar in ("residual", "x_dot_b", "x_dot_r"):
-            assert getattr(device, scalar) == pytest.approx(getattr(host, scalar), rel=1e-9, abs=1e-12, nan_ok=True)
+            assert getattr(device, scalar) == pytest.approx(
+                getattr(host, scalar), rel=1e-9, abs=1e-12, nan_ok=True
+            )
         until_seen = -(-host.iterations // 8) * 8
         formed = min(until_seen, settings.get("max_iters", 250)) + ("x0" in settings)
         assert (host.products, device.products) == (host.iterations + ("x0" in settings), formed)
 
     def test_every_iterate(self, monkeypatch):
-        host = [conjugate_gradient(ILL.mul, ONES, tol=0.0, max_iters=i).solution for i in range(1, 30)]
+        host = [
+            conjugate_gradient(ILL.mul, ONES, tol=0.0, max_iters=i).solution for i in range(1, 30)
+        ]
         monkeypatch.setattr(cg, "choose_scalars", lambda device: OnDevice)
         for i, x in enumerate(host, start=1):
             assert_near(conjugate_gradient(ILL.mul, ONES, tol=0.0, max_iters=i).solution, x, 1e-12)
@@ -525,6 +589,13 @@ class TestAccelerator:
             return ILL * v
 
         with Reads():
-            conjugate_gradient(matvec, ONES, tol=0.0, progress_tol=1e-9, max_iters=40, preconditioner=preconditioner)
+            conjugate_gradient(
+                matvec,
+                ONES,
+                tol=0.0,
+                progress_tol=1e-9,
+                max_iters=40,
+                preconditioner=preconditioner,
+            )
         loop = events[events.index("product") : len(events) - events[::-1].index("product")]
         assert loop == (["product"] * 8 + ["read"]) * 4 + ["product"] * 8

@@ -77,12 +77,15 @@ def test_checkpointed_layers_in_a_row_have_as_many_products_as_one_asks_for(back
 
 
 @pytest.mark.parametrize(
-    ("backend", "reduction"), [("torch.func", "sum"), ("double-backward", "sum"), ("double-backward", "mean")]
+    ("backend", "reduction"),
+    [("torch.func", "sum"), ("double-backward", "sum"), ("double-backward", "mean")],
 )
 def test_the_hessian_of_a_squared_error(backend, reduction):
     """torch 2.13 ends the process where forward mode through this sum's gradient is recorded."""
     w, x, y = nn.Parameter(real(3)), real(5, 3), real(5)
-    point = linearize(lambda: F.mse_loss(x @ w, y, reduction=reduction), [w], curvature="hessian", backend=backend)
+    point = linearize(
+        lambda: F.mse_loss(x @ w, y, reduction=reduction), [w], curvature="hessian", backend=backend
+    )
     matrix = 2 * x.T @ x / (5 if reduction == "mean" else 1)
     assert (point.kind, point.backend) == ("hessian", backend)
     for _ in range(2):
@@ -93,14 +96,20 @@ def test_the_hessian_of_a_squared_error(backend, reduction):
 def test_what_is_asked_for_after_products_is_the_same():
     """The graph is gone by then, and is made anew."""
     model, x, y = nn.Linear(4, 1).double(), real(9, 4), real(9, 1)
-    first, later = (linearize(lambda: F.mse_loss(model(x), y), model.parameters()) for _ in range(2))
+    first, later = (
+        linearize(lambda: F.mse_loss(model(x), y), model.parameters()) for _ in range(2)
+    )
     root, diagonal = first._point.square_root(), first.diagonal()
     v = torch.randn_like(later.gradient)
     image = later.curvature(v)
     assert_near(root.rows.T @ (root.rows @ v), image, 1e-12)
     assert torch.equal(later._point.square_root().rows, root.rows)
     assert torch.equal(later.diagonal(), diagonal)
-    assert_near(diagonal, torch.stack([later.curvature(e)[i] for i, e in enumerate(torch.eye(5).double())]), 1e-12)
+    assert_near(
+        diagonal,
+        torch.stack([later.curvature(e)[i] for i, e in enumerate(torch.eye(5).double())]),
+        1e-12,
+    )
     assert torch.equal(later.curvature(v), image)
 
 
@@ -116,7 +125,11 @@ def test_a_backend_is_a_setting_of_the_optimizer_and_is_saved():
         twin = copy.deepcopy(model)
         optimizer = NaturalCG(twin.parameters(), backend=backend)
         optimizer.step(lambda twin=twin: F.cross_entropy(twin(x), y))
-        assert optimizer.last_step.backend == optimizer.state_dict()["param_groups"][0]["backend"] == backend
+        assert (
+            optimizer.last_step.backend
+            == optimizer.state_dict()["param_groups"][0]["backend"]
+            == backend
+        )
         steps[backend] = nn.utils.parameters_to_vector(twin.parameters())
     assert_near(steps["torch.func"], steps["double-backward"], 1e-4)
     for make in (NaturalCG, lambda params, backend: linearize(lambda: 0, params, backend=backend)):

@@ -20,7 +20,9 @@ def make_model(*extra):
 
 def data():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(12, 5, generator=generator).double(), torch.randint(0, 3, (12,), generator=generator)
+    return torch.randn(12, 5, generator=generator).double(), torch.randint(
+        0, 3, (12,), generator=generator
+    )
 
 
 def cross_entropy(model, x, y):
@@ -41,7 +43,9 @@ def policy_gradient(model, x, y):
 def test_micro_batches_make_the_step_of_the_whole_batch(form):
     x, y = data()
     whole, parts = make_model(), make_model()
-    one, many = (NaturalCG(model.parameters(), damping=0.1, preconditioner=None) for model in (whole, parts))
+    one, many = (
+        NaturalCG(model.parameters(), damping=0.1, preconditioner=None) for model in (whole, parts)
+    )
     for _ in range(3):
         one.step(form(whole, x, y))
         many.step([form(parts, x[i : i + 3], y[i : i + 3]) for i in range(0, 12, 3)])
@@ -86,7 +90,9 @@ def test_micro_batches_hold_one_graph_at_a_time():
 
     def form_a_product():
         runs = [ReplayedClosure(function, params) for function in closures]
-        point = linearize_mean(FlatParameters([{"params": params}]), "ggn", "double-backward", learnt, ALONE, runs)
+        point = linearize_mean(
+            FlatParameters([{"params": params}]), "ggn", "double-backward", learnt, ALONE, runs
+        )
         point.product(point.gradient)
 
     form_a_product()
@@ -105,7 +111,9 @@ def test_buffers_and_random_numbers_move_as_in_one_pass():
             reference(x[i : i + 4])
     expected = torch.rand(3)
     torch.manual_seed(5)
-    NaturalCG(model.parameters()).step([cross_entropy(model, x[i : i + 4], y[i : i + 4]) for i in range(0, 12, 4)])
+    NaturalCG(model.parameters()).step(
+        [cross_entropy(model, x[i : i + 4], y[i : i + 4]) for i in range(0, 12, 4)]
+    )
     assert torch.equal(torch.rand(3), expected)
     for mine, plain in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(mine, plain)
@@ -137,7 +145,9 @@ class TestCurvatureClosure:
         model = make_model()
         params = list(model.parameters())
         theta = torch.cat([p.detach().flatten() for p in params])
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), params)])
+        gradient = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), params)]
+        )
         jacobian = torch.stack(
             [
                 torch.cat([g.flatten() for g in torch.autograd.grad(z, params, retain_graph=True)])
@@ -147,9 +157,15 @@ class TestCurvatureClosure:
         z = model(x[:4]).detach()
         hessian = torch.func.hessian(lambda u: F.cross_entropy(u.view_as(z), y[:4]))(z.flatten())
         matrix = jacobian.T @ hessian @ jacobian
-        optimizer = NaturalCG(params, max_kl=None, damping=0.1, max_backtracks=0, cg_tol=1e-14, cg_progress_tol=0)
-        loss = optimizer.step(cross_entropy(model, x, y), curvature_closure=cross_entropy(model, x[:4], y[:4]))
-        expected = theta - torch.linalg.solve(matrix + 0.1 * torch.eye(len(theta), dtype=torch.float64), gradient)
+        optimizer = NaturalCG(
+            params, max_kl=None, damping=0.1, max_backtracks=0, cg_tol=1e-14, cg_progress_tol=0
+        )
+        loss = optimizer.step(
+            cross_entropy(model, x, y), curvature_closure=cross_entropy(model, x[:4], y[:4])
+        )
+        expected = theta - torch.linalg.solve(
+            matrix + 0.1 * torch.eye(len(theta), dtype=torch.float64), gradient
+        )
         moved = torch.cat([p.detach().flatten() for p in params])
         assert (moved - expected).norm() <= 1e-10 * (expected - theta).norm()
         assert optimizer.last_step.new_loss == pytest.approx(F.cross_entropy(model(x), y).item())
@@ -160,7 +176,9 @@ class TestCurvatureClosure:
         model = make_model()
         before = Categorical(logits=model(x).detach())
         optimizer = NaturalCG(model.parameters())
-        optimizer.step(policy_gradient(model, x, y), curvature_closure=policy_gradient(model, x[:4], y[:4]))
+        optimizer.step(
+            policy_gradient(model, x, y), curvature_closure=policy_gradient(model, x[:4], y[:4])
+        )
         after = Categorical(logits=model(x).detach())
         measured = torch.distributions.kl_divergence(before, after).mean().item()
         assert optimizer.last_step.kl == pytest.approx(measured)

@@ -67,7 +67,9 @@ class Case:
 
 
 def of_module(
-    module: Callable[[], nn.Module], shape: tuple[int, ...], call: Callable[[Any, Tensor], Tensor] = lambda m, x: m(x)
+    module: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    call: Callable[[Any, Tensor], Tensor] = lambda m, x: m(x),
 ) -> Callable[[], tuple[Callable[[], Tensor], dict[str, Tensor]]]:
     def make() -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
         model, x = module().double(), real(*shape)
@@ -111,7 +113,8 @@ def by_bfloat16(model: nn.Module, x: Tensor) -> Tensor:
 
 LINEAR = {
     f"Linear, {x.replace('N', str(N))}{', no bias' * (not bias)}": Case(
-        of_module(linear(bias), shape), {"weight": Found("bias" if bias else None, lengths=(length,))}
+        of_module(linear(bias), shape),
+        {"weight": Found("bias" if bias else None, lengths=(length,))},
     )
     for x, shape, length in [
         ("vector", (IN,), 1),
@@ -122,18 +125,29 @@ LINEAR = {
     for bias in (True, False)
 }
 MATRIX_PRODUCTS = {
-    "Linear, strided matrix": Case(of_module(linear(), (IN, N), lambda m, x: m(x.T)), {"weight": Found("bias")}),
+    "Linear, strided matrix": Case(
+        of_module(linear(), (IN, N), lambda m, x: m(x.T)), {"weight": Found("bias")}
+    ),
     # Here torch adds the bias by an operation of its own.
     "Linear, strided 3-D": Case(
-        of_module(linear(), (IN, N, 2), lambda m, x: m(x.permute(2, 1, 0))), {"weight": Found(lengths=(2 * N,))}
+        of_module(linear(), (IN, N, 2), lambda m, x: m(x.permute(2, 1, 0))),
+        {"weight": Found(lengths=(2 * N,))},
     ),
-    "x @ W + b": Case(of_tensors(lambda W, b: real(N, IN) @ W + b, W=(IN, OUT), b=(OUT,)), {"W": Found(flipped=True)}),
+    "x @ W + b": Case(
+        of_tensors(lambda W, b: real(N, IN) @ W + b, W=(IN, OUT), b=(OUT,)),
+        {"W": Found(flipped=True)},
+    ),
     "3-D x @ W": Case(
-        of_tensors(lambda W: real(2, N, IN) @ W, W=(IN, OUT)), {"W": Found(flipped=True, lengths=(2 * N,))}
+        of_tensors(lambda W: real(2, N, IN) @ W, W=(IN, OUT)),
+        {"W": Found(flipped=True, lengths=(2 * N,))},
     ),
-    "vector @ W": Case(of_tensors(lambda W: real(IN) @ W, W=(IN, OUT)), {"W": Found(flipped=True, lengths=(1,))}),
+    "vector @ W": Case(
+        of_tensors(lambda W: real(IN) @ W, W=(IN, OUT)), {"W": Found(flipped=True, lengths=(1,))}
+    ),
     **{
-        f"x @ W{name}": Case(of_tensors(lambda W, f=transpose: real(N, IN) @ f(W), W=(OUT, IN)), {"W": Found()})
+        f"x @ W{name}": Case(
+            of_tensors(lambda W, f=transpose: real(N, IN) @ f(W), W=(OUT, IN)), {"W": Found()}
+        )
         for name, transpose in {
             ".T": lambda W: W.T,
             ".t()": torch.t,
@@ -143,15 +157,18 @@ MATRIX_PRODUCTS = {
         }.items()
     },
     "x @ W.permute(0, 1)": Case(
-        of_tensors(lambda W: real(N, IN) @ W.permute(-2, -1).T.T, W=(IN, OUT)), {"W": Found(flipped=True)}
+        of_tensors(lambda W: real(N, IN) @ W.permute(-2, -1).T.T, W=(IN, OUT)),
+        {"W": Found(flipped=True)},
     ),
     "W @ x": Case(of_tensors(lambda W: W @ real(IN, N), W=(OUT, IN)), {"W": Found()}),
     "W.T @ x": Case(of_tensors(lambda W: W.T @ real(IN, N), W=(IN, OUT)), {"W": Found()}),
     "addmm": Case(
-        of_tensors(lambda W, b: torch.addmm(b, real(N, IN), W), W=(IN, OUT), b=(OUT,)), {"W": Found("b", flipped=True)}
+        of_tensors(lambda W, b: torch.addmm(b, real(N, IN), W), W=(IN, OUT), b=(OUT,)),
+        {"W": Found("b", flipped=True)},
     ),
     "addmm, bias for each row": Case(
-        of_tensors(lambda W, b: torch.addmm(b, real(N, IN), W), W=(IN, OUT), b=(N, OUT)), {"W": Found(flipped=True)}
+        of_tensors(lambda W, b: torch.addmm(b, real(N, IN), W), W=(IN, OUT), b=(N, OUT)),
+        {"W": Found(flipped=True)},
     ),
     "addmm, scaled": Case(
         of_tensors(lambda W, b: torch.addmm(b, real(N, IN), W, alpha=2), W=(IN, OUT), b=(OUT,)),
@@ -164,32 +181,45 @@ MATRIX_PRODUCTS = {
     "scaled weight": Case(of_tensors(lambda W: real(N, IN) @ (2 * W), W=(IN, OUT))),
     "tied, once transposed": Case(
         of_tensors(
-            lambda W, b, c: F.linear(F.linear(real(N, IN), W, b).tanh(), W.t(), c), W=(OUT, IN), b=(OUT,), c=(IN,)
+            lambda W, b, c: F.linear(F.linear(real(N, IN), W, b).tanh(), W.t(), c),
+            W=(OUT, IN),
+            b=(OUT,),
+            c=(IN,),
         ),
         {"W": Found("c", flipped=True, lengths=(N, N))},
     ),
     "square, both orientations": Case(
-        of_tensors(lambda W, b: torch.addmm(b, F.linear(real(N, IN), W, b).tanh(), W), W=(IN, IN), b=(IN,)),
+        of_tensors(
+            lambda W, b: torch.addmm(b, F.linear(real(N, IN), W, b).tanh(), W), W=(IN, IN), b=(IN,)
+        ),
         {"W": Found("b", flipped=True, lengths=(N, N))},
         partly=("b",),
     ),
     "one bias for two weights": Case(
         of_tensors(
-            lambda W, V, b: F.linear(real(N, IN), W, b) * F.linear(real(N, 2), V, b), W=(OUT, IN), V=(OUT, 2), b=(OUT,)
+            lambda W, V, b: F.linear(real(N, IN), W, b) * F.linear(real(N, 2), V, b),
+            W=(OUT, IN),
+            V=(OUT, 2),
+            b=(OUT,),
         ),
         {"W": Found(), "V": Found("b")},
         partly=("b",),
     ),
     "double weight": Case(
-        of_tensors(lambda W: real(N, IN).float() @ W.float(), W=(IN, OUT)), {"W": Found(flipped=True)}
+        of_tensors(lambda W: real(N, IN).float() @ W.float(), W=(IN, OUT)),
+        {"W": Found(flipped=True)},
     ),
     "sparse input": Case(
-        of_tensors(lambda W: real(N, IN).relu().to_sparse() @ W, W=(IN, OUT)), {"W": Found(flipped=True)}
+        of_tensors(lambda W: real(N, IN).relu().to_sparse() @ W, W=(IN, OUT)),
+        {"W": Found(flipped=True)},
     ),
     "compressed input": Case(
-        of_tensors(lambda W: real(N, IN).relu().to_sparse_csr() @ W, W=(IN, OUT)), {"W": Found(flipped=True)}
+        of_tensors(lambda W: real(N, IN).relu().to_sparse_csr() @ W, W=(IN, OUT)),
+        {"W": Found(flipped=True)},
     ),
-    "complex": Case(of_tensors(lambda W: (real(N, IN) * (1 + 2j) @ W.to(torch.complex128)).abs(), W=(IN, OUT))),
+    "complex": Case(
+        of_tensors(lambda W: (real(N, IN) * (1 + 2j) @ W.to(torch.complex128)).abs(), W=(IN, OUT))
+    ),
     "head of an embedding": Case(
         of_tensors(lambda W: F.embedding(torch.tensor([0, 2, 2]), W).tanh() @ W.T, W=(OUT, IN)),
         {"W": Found(lengths=(3,))},
@@ -197,14 +227,20 @@ MATRIX_PRODUCTS = {
     ),
 }
 CONVOLUTIONS = {
-    "Conv1d": Case(of_module(lambda: nn.Conv1d(2, 4, 3), (N, 2, 7)), {"weight": Found("bias", lengths=(5 * N,))}),
+    "Conv1d": Case(
+        of_module(lambda: nn.Conv1d(2, 4, 3), (N, 2, 7)),
+        {"weight": Found("bias", lengths=(5 * N,))},
+    ),
     "Conv2d, same": Case(
         of_module(lambda: nn.Conv2d(2, 3, (3, 2), padding="same"), (N, 2, 4, 5)),
         {"weight": Found("bias", lengths=(20 * N,))},
     ),
     "Conv2d, strides, dilation, padding": Case(
         of_module(
-            lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 3), bias=False), (N, 2, 5, 4)
+            lambda: nn.Conv2d(
+                2, 3, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 3), bias=False
+            ),
+            (N, 2, 5, 4),
         ),
         {"weight": Found(lengths=(3 * 8 * N,))},
     ),
@@ -216,7 +252,11 @@ CONVOLUTIONS = {
         of_module(lambda: nn.Conv2d(2, 3, 3), (2, 4, 5)), {"weight": Found("bias", lengths=(6,))}
     ),
     "Conv2d, channels last": Case(
-        of_module(lambda: nn.Conv2d(2, 3, 3), (N, 2, 4, 4), lambda m, x: m(x.to(memory_format=torch.channels_last))),
+        of_module(
+            lambda: nn.Conv2d(2, 3, 3),
+            (N, 2, 4, 4),
+            lambda m, x: m(x.to(memory_format=torch.channels_last)),
+        ),
         {"weight": Found("bias", lengths=(4 * N,))},
     ),
     "Conv3d, groups": Case(
@@ -228,11 +268,15 @@ CONVOLUTIONS = {
         {"weight": Found("bias", groups=3, lengths=(16 * N,))},
     ),
     "shared between groups": Case(
-        of_tensors(lambda W: F.conv1d(real(N, 2, 5), W) + F.conv1d(real(N, 4, 5), W, groups=2), W=(4, 2, 3)),
+        of_tensors(
+            lambda W: F.conv1d(real(N, 2, 5), W) + F.conv1d(real(N, 4, 5), W, groups=2), W=(4, 2, 3)
+        ),
         {"W": Found(groups=2, lengths=(3 * N,))},
         partly=("W",),
     ),
-    "transposed weight": Case(of_tensors(lambda W: F.conv1d(real(N, 2, 5), W.transpose(0, 1)), W=(2, 4, 3))),
+    "transposed weight": Case(
+        of_tensors(lambda W: F.conv1d(real(N, 2, 5), W.transpose(0, 1)), W=(2, 4, 3))
+    ),
     "ConvTranspose2d": Case(of_module(lambda: nn.ConvTranspose2d(2, 3, 3), (N, 2, 4, 4))),
 }
 GATES = {"weight_ih": Found("bias_ih"), "weight_hh": Found("bias_hh")}
@@ -268,12 +312,20 @@ MODELS = {
     ),
     "LSTM": Case(of_module(lambda: nn.LSTM(IN, 2), (STEPS, N, IN), recurrent), GATES_IN_TIME),
     "GRU": Case(of_module(lambda: nn.GRU(IN, 2), (STEPS, N, IN), recurrent), GATES_IN_TIME),
-    "LSTMCell": Case(of_module(lambda: nn.LSTMCell(IN, 2), (N, IN), lambda m, x: m(x, (x[:, 1:], x[:, :2]))[0]), GATES),
-    "GRUCell": Case(of_module(lambda: nn.GRUCell(IN, 2), (N, IN), lambda m, x: m(x, x[:, :2])), GATES),
+    "LSTMCell": Case(
+        of_module(lambda: nn.LSTMCell(IN, 2), (N, IN), lambda m, x: m(x, (x[:, 1:], x[:, :2]))[0]),
+        GATES,
+    ),
+    "GRUCell": Case(
+        of_module(lambda: nn.GRUCell(IN, 2), (N, IN), lambda m, x: m(x, x[:, :2])), GATES
+    ),
     # The derivatives use the weights again, without their biases.
     "derivative of a network": Case(
         of_module(small_mlp, (N, IN), physics),
-        {"0.weight": Found("0.bias", lengths=(N,) * 3), "2.weight": Found("2.bias", lengths=(N,) * 4)},
+        {
+            "0.weight": Found("0.bias", lengths=(N,) * 3),
+            "2.weight": Found("2.bias", lengths=(N,) * 4),
+        },
     ),
     "derivative by torch.func": Case(
         of_module(small_mlp, (N, IN), physics_by_func),
@@ -284,10 +336,16 @@ MODELS = {
         of_module(small_mlp, (N, IN), lambda m, x: checkpoint(m, x, use_reentrant=False)),
         {"0.weight": Found("0.bias"), "2.weight": Found("2.bias")},
     ),
-    "weight_norm": Case(of_module(lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), (N, IN))),
-    "spectral_norm": Case(of_module(lambda: parametrizations.spectral_norm(nn.Linear(IN, OUT)), (N, IN))),
+    "weight_norm": Case(
+        of_module(lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), (N, IN))
+    ),
+    "spectral_norm": Case(
+        of_module(lambda: parametrizations.spectral_norm(nn.Linear(IN, OUT)), (N, IN))
+    ),
     "LayerNorm": Case(of_module(lambda: nn.LayerNorm(IN), (N, IN))),
-    "Embedding": Case(of_module(lambda: nn.Embedding(4, IN), (1,), lambda m, _: m(torch.tensor([0, 3, 3])))),
+    "Embedding": Case(
+        of_module(lambda: nn.Embedding(4, IN), (1,), lambda m, _: m(torch.tensor([0, 3, 3])))
+    ),
     "Bilinear": Case(of_module(lambda: nn.Bilinear(IN, IN, 2), (N, IN), lambda m, x: m(x, x))),
 }
 CASES = {**LINEAR, **MATRIX_PRODUCTS, **CONVOLUTIONS, **MODELS}
@@ -306,7 +364,9 @@ def test_uses_are_found_and_their_rows_make_the_gradient(name):
     for use in uses:
         layer = use.layer
         bias = None if layer.bias is None else names[layer.bias]
-        found.setdefault((names[layer.weight], bias, layer.flipped, layer.groups), []).append(use.length)
+        found.setdefault((names[layer.weight], bias, layer.flipped, layer.groups), []).append(
+            use.length
+        )
     expected = {(w, f.bias, f.flipped, f.groups): list(f.lengths) for w, f in case.found.items()}
     assert found == expected
 
@@ -314,7 +374,9 @@ def test_uses_are_found_and_their_rows_make_the_gradient(name):
     gradients = torch.autograd.grad(output, params, u, retain_graph=True, materialize_grads=True)
     sums: dict[str, Tensor] = {}
     for use in uses:
-        (at_node,) = torch.autograd.grad(output, torch.autograd.graph.GradientEdge(use.node, 0), u, retain_graph=True)
+        (at_node,) = torch.autograd.grad(
+            output, torch.autograd.graph.GradientEdge(use.node, 0), u, retain_graph=True
+        )
         left, right = use.rows(at_node)
         assert left.shape[:2] == right.shape[:2] == (use.layer.groups, use.length)
         parts = {use.layer.weight: left.mT @ right}
@@ -325,7 +387,9 @@ def test_uses_are_found_and_their_rows_make_the_gradient(name):
     assert {f.bias for f in case.found.values()} - {None} <= sums.keys()
     for i, summed in sums.items():
         if i not in case.partly:
-            assert_near(summed, gradients[names.index(i)], 1e-6 if name == "double weight" else 1e-12)
+            assert_near(
+                summed, gradients[names.index(i)], 1e-6 if name == "double weight" else 1e-12
+            )
 
 
 @pytest.mark.parametrize("make", [small_mlp, lambda: nn.Conv2d(1, 2, 2)], ids=["mlp", "conv"])
@@ -351,34 +415,54 @@ def test_a_frozen_or_foreign_weight_is_no_layer():
 # What the factors are
 
 
-def factors(closure: Callable[[], Any], params: Iterable[Tensor], seed: int = 0) -> KroneckerFactors:
+def factors(
+    closure: Callable[[], Any], params: Iterable[Tensor], seed: int = 0
+) -> KroneckerFactors:
     parameters = FlatParameters([{"params": list(params)}])
     metric = output_metric_of(closure, parameters.tensors)
-    return estimate_factors(uses_of(metric.outputs, parameters.tensors), metric, parameters, seeded(seed))
+    return estimate_factors(
+        uses_of(metric.outputs, parameters.tensors), metric, parameters, seeded(seed)
+    )
 
 
-def pair(closure: Callable[[], Any], params: Iterable[Tensor], index: int = 0) -> tuple[Tensor, Tensor]:
+def pair(
+    closure: Callable[[], Any], params: Iterable[Tensor], index: int = 0
+) -> tuple[Tensor, Tensor]:
     values = factors(closure, params).values
     return unpack_factor(values[index, "left"]), unpack_factor(values[index, "right"])
 
 
-def dense(factors: KroneckerFactors, params: list[Tensor], shift: list[float] | None = None) -> Tensor:
+def dense(
+    factors: KroneckerFactors, params: list[Tensor], shift: list[float] | None = None
+) -> Tensor:
     """The matrix that factors stand for: damped, block by block, by the formulas of Martens & Grosse, section 6.3."""
     sizes = [p.numel() for p in params]
-    places = [part.view(p.shape) for part, p in zip(torch.arange(sum(sizes)).split(sizes), params, strict=True)]
+    places = [
+        part.view(p.shape)
+        for part, p in zip(torch.arange(sum(sizes)).split(sizes), params, strict=True)
+    ]
     matrix = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
 
     def matrices(side: Tensor) -> list[Tensor]:
-        return [(factor.diag() if factor.ndim == 1 else factor).double() for factor in unpack_factor(side)]
+        return [
+            (factor.diag() if factor.ndim == 1 else factor).double()
+            for factor in unpack_factor(side)
+        ]
 
     for layer in factors.layers:
-        joined = layer.join(places[layer.weight], None if layer.bias is None else places[layer.bias])
+        joined = layer.join(
+            places[layer.weight], None if layer.bias is None else places[layer.bias]
+        )
         lefts, rights = factors.values[layer.weight, "left"], factors.values[layer.weight, "right"]
         for where, left, right in zip(joined, matrices(lefts), matrices(rights), strict=True):
             if shift is not None:
                 pi = math.sqrt((right.trace() / len(right)) / (left.trace() / len(left)))
-                left = left + shift[layer.weight] ** 0.5 / pi * torch.eye(len(left), dtype=torch.float64)
-                right = right + shift[layer.weight] ** 0.5 * pi * torch.eye(len(right), dtype=torch.float64)
+                left = left + shift[layer.weight] ** 0.5 / pi * torch.eye(
+                    len(left), dtype=torch.float64
+                )
+                right = right + shift[layer.weight] ** 0.5 * pi * torch.eye(
+                    len(right), dtype=torch.float64
+                )
             matrix[where.flatten()[:, None], where.flatten()] = torch.kron(left, right)
     for (i, name), value in factors.values.items():
         if name == "diagonal":
@@ -395,7 +479,9 @@ def gauss_newton(metric: OutputMetric, params: list[Tensor]) -> Tensor:
         units[i] = 1
         unit = [
             u.view(z.shape)
-            for u, z in zip(units.split([z.numel() for z in metric.outputs]), metric.outputs, strict=True)
+            for u, z in zip(
+                units.split([z.numel() for z in metric.outputs]), metric.outputs, strict=True
+            )
         ]
         images = [
             torch.autograd.grad(metric.outputs, params, u, retain_graph=True)
@@ -413,8 +499,16 @@ EXACT = {
     "F.linear": (lambda x, W, b: F.linear(x, W, b), (2, IN), (2,)),
     "x @ W": (lambda x, W, b: torch.addmm(b, x, W), (IN, 2), (2,)),
     "W @ x": (lambda x, W, b: (W @ x.T).T + 0 * b, (2, IN), (2,)),
-    "convolution": (lambda x, W, b: F.conv2d(x.view(4, IN, 1, 1), W, b).flatten(1), (2, IN, 1, 1), (2,)),
-    "groups": (lambda x, W, b: F.conv1d(x.repeat(1, 2).view(4, 6, 1), W, b, groups=2).flatten(1), (2, IN, 1), (2,)),
+    "convolution": (
+        lambda x, W, b: F.conv2d(x.view(4, IN, 1, 1), W, b).flatten(1),
+        (2, IN, 1, 1),
+        (2,),
+    ),
+    "groups": (
+        lambda x, W, b: F.conv1d(x.repeat(1, 2).view(4, 6, 1), W, b, groups=2).flatten(1),
+        (2, IN, 1),
+        (2,),
+    ),
 }
 
 
@@ -470,11 +564,17 @@ def test_groups_are_separate_layers():
     x, y = images()
     W, b = weight(6, 2, 3, 2), weight(6)
     joined = pair(lambda: F.mse_loss(F.conv2d(x, W, b, groups=2, **OPTIONS), y), [W, b])
-    halves = [[nn.Parameter(t.detach()[part]) for t in (W, b)] for part in (slice(0, 3), slice(3, 6))]
+    halves = [
+        [nn.Parameter(t.detach()[part]) for t in (W, b)] for part in (slice(0, 3), slice(3, 6))
+    ]
 
     def apart() -> Tensor:
         return torch.cat(
-            [F.conv2d(part, *half, **OPTIONS) for part, half in zip(x.chunk(2, 1), halves, strict=True)], 1
+            [
+                F.conv2d(part, *half, **OPTIONS)
+                for part, half in zip(x.chunk(2, 1), halves, strict=True)
+            ],
+            1,
         )
 
     params = [p for half in halves for p in half]
@@ -498,11 +598,19 @@ def test_several_uses_have_the_sum_of_their_traces():
     """And of two equal uses each factor is that of one, times √2."""
     W, b, x, y = weight(IN, IN), weight(IN), real(N, IN), real(N, IN)
     uses_once = pair(lambda: F.mse_loss(F.linear(x, W, b), y), [W, b])
-    twice = pair(lambda: F.mse_loss(F.linear(x, W, b), y) + F.mse_loss(F.linear(x, W, b), y), [W, b])
+    twice = pair(
+        lambda: F.mse_loss(F.linear(x, W, b), y) + F.mse_loss(F.linear(x, W, b), y), [W, b]
+    )
     assert_near(twice[1], math.sqrt(2) * uses_once[1], 1e-12)
-    assert_near(twice[0].diagonal(dim1=1, dim2=2), math.sqrt(2) * uses_once[0].diagonal(dim1=1, dim2=2), 1e-12)
+    assert_near(
+        twice[0].diagonal(dim1=1, dim2=2),
+        math.sqrt(2) * uses_once[0].diagonal(dim1=1, dim2=2),
+        1e-12,
+    )
 
-    metric = output_metric_of(lambda: F.mse_loss(F.linear(F.linear(x, W, b).tanh(), W.T), y), [W, b])
+    metric = output_metric_of(
+        lambda: F.mse_loss(F.linear(F.linear(x, W, b).tanh(), W.T), y), [W, b]
+    )
     parameters = FlatParameters([{"params": [W, b]}])
     uses = uses_of(metric.outputs, [W, b])
     values = estimate_factors(uses, metric, parameters, seeded()).values
@@ -514,7 +622,9 @@ def test_several_uses_have_the_sum_of_their_traces():
         left, right = use.rows(at_node)
         ones = use.length * use.adds_bias
         total += left.square().sum() * (right.square().sum() + ones) / use.length
-    traces = [unpack_factor(values[0, name]).diagonal(dim1=1, dim2=2).sum() for name in ("left", "right")]
+    traces = [
+        unpack_factor(values[0, name]).diagonal(dim1=1, dim2=2).sum() for name in ("left", "right")
+    ]
     assert_near(traces[0] * traces[1], total, 1e-12)
 
 
@@ -525,7 +635,13 @@ def test_what_is_in_no_layer_has_the_square_of_one_gradient():
     metric = output_metric_of(lambda: F.cross_entropy(model(index), y), params)
     values = factors(lambda: F.cross_entropy(model(index), y), params).values
     gradients = torch.autograd.grad(metric.outputs, params[:3], kronecker.draw(metric, seeded()))
-    assert values.keys() == {(0, "diagonal"), (1, "diagonal"), (2, "diagonal"), (3, "left"), (3, "right")}
+    assert values.keys() == {
+        (0, "diagonal"),
+        (1, "diagonal"),
+        (2, "diagonal"),
+        (3, "left"),
+        (3, "right"),
+    }
     for i, gradient in enumerate(gradients):
         assert_near(values[i, "diagonal"], gradient.square(), 1e-12)
     assert not values[0, "diagonal"][1].any()
@@ -622,12 +738,17 @@ def test_the_mean_of_several_closures():
 
 def test_both_factors_of_a_square_weight_take_as_much_memory_as_the_weight():
     model, x = nn.Linear(20, 20, bias=False).double(), real(N, 20)
-    values = factors(lambda: F.mse_loss(model(x), torch.zeros(N, 20).double()), model.parameters()).values
+    values = factors(
+        lambda: F.mse_loss(model(x), torch.zeros(N, 20).double()), model.parameters()
+    ).values
     assert sum(value.numel() for value in values.values()) == 20 * 21
 
 
 def test_values_fit_their_own_layers_only():
-    model, x = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 2)).double(), real(N, 4, 3)
+    model, x = (
+        nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 2)).double(),
+        real(N, 4, 3),
+    )
     params = list(model.parameters())
     found = factors(lambda: F.mse_loss(model(x), torch.zeros(N, 2).double()), params)
     assert fits(found.values, found.layers, params)
@@ -635,14 +756,20 @@ def test_values_fit_their_own_layers_only():
     assert not fits(without, found.layers, params)
     assert not fits(found.values, found.layers, [*params, weight(2)])
     for change in ({"bias": None}, {"flipped": True}, {"groups": 1}):
-        layers = [layer._replace(**change) if layer.groups == 2 else layer for layer in found.layers]
+        layers = [
+            layer._replace(**change) if layer.groups == 2 else layer for layer in found.layers
+        ]
         assert not fits(found.values, layers, params)
 
 
 WORTHWHILE = {
     "mlp": (small_mlp, (40, IN), True),
     "one sample": (lambda: nn.Linear(40, 40), (1, 40), False),
-    "mostly a table": (lambda: nn.Sequential(nn.Embedding(100, IN), nn.Linear(IN, OUT)), None, False),
+    "mostly a table": (
+        lambda: nn.Sequential(nn.Embedding(100, IN), nn.Linear(IN, OUT)),
+        None,
+        False,
+    ),
     "half a table": (lambda: nn.Sequential(nn.Embedding(4, IN), nn.Linear(IN, OUT)), None, True),
     "no layer": (lambda: nn.LayerNorm(IN), (N, IN), False),
     "conv, few images": (lambda: nn.Conv2d(8, 8, 3), (2, 8, 8, 8), True),
@@ -666,9 +793,13 @@ def spd(groups: int, side: int, rank: int | None = None) -> Tensor:
     return rows.mT @ rows
 
 
-def random_factors(layers: tuple[Layer, ...], params: list[Tensor], rank: int | None = None) -> KroneckerFactors:
+def random_factors(
+    layers: tuple[Layer, ...], params: list[Tensor], rank: int | None = None
+) -> KroneckerFactors:
     inside = {i for layer in layers for i in (layer.weight, layer.bias)}
-    values = {(i, "diagonal"): real(*p.shape).square() for i, p in enumerate(params) if i not in inside}
+    values = {
+        (i, "diagonal"): real(*p.shape).square() for i, p in enumerate(params) if i not in inside
+    }
     for layer in layers:
         groups, rows, columns = layer.shape(params)
         values[layer.weight, "left"] = pack_factor(spd(groups, rows, rank))
@@ -731,13 +862,22 @@ SINGULAR = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(SINGULAR, SINGULAR)))
 def test_singular_factors_have_a_positive_definite_inverse(left, right, dtype, shift):
-    params: list[Tensor] = [nn.Parameter(torch.zeros(9, 7, dtype=dtype)), nn.Parameter(torch.zeros(3, dtype=dtype))]
-    sides = {(0, "left"): pack_factor(SINGULAR[left](9)), (0, "right"): pack_factor(SINGULAR[right](7))}
+    params: list[Tensor] = [
+        nn.Parameter(torch.zeros(9, 7, dtype=dtype)),
+        nn.Parameter(torch.zeros(3, dtype=dtype)),
+    ]
+    sides = {
+        (0, "left"): pack_factor(SINGULAR[left](9)),
+        (0, "right"): pack_factor(SINGULAR[right](7)),
+    }
     values = sides | {(1, "diagonal"): torch.zeros(3)}
     found = KroneckerFactors(
-        (Layer(0, None, flipped=False, groups=1),), {key: value.to(dtype) for key, value in values.items()}
+        (Layer(0, None, flipped=False, groups=1),),
+        {key: value.to(dtype) for key, value in values.items()},
     )
-    solve = build_kronecker_preconditioner(found, FlatParameters([{"params": params}]), [shift, shift])
+    solve = build_kronecker_preconditioner(
+        found, FlatParameters([{"params": params}]), [shift, shift]
+    )
     r = torch.randn(20, 66, dtype=dtype)
     z = torch.stack([solve(row) for row in r])
     assert z.isfinite().all()

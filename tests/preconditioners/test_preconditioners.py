@@ -23,11 +23,19 @@ from ngd_optim.preconditioners.kronecker import unpack_factor
 N, IN, HIDDEN, OUT = 24, 5, 6, 3
 DTYPE = torch.float64
 
-SOLVED = {"cg_tol": 1e-12, "cg_progress_tol": 0.0, "max_cg_iters": 2_000, "damping": 0.1, "adapt_damping": False}
+SOLVED = {
+    "cg_tol": 1e-12,
+    "cg_progress_tol": 0.0,
+    "max_cg_iters": 2_000,
+    "damping": 0.1,
+    "adapt_damping": False,
+}
 
 
 def normed_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, OUT))
+    return nn.Sequential(
+        nn.Linear(IN, HIDDEN), nn.Tanh(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, OUT)
+    )
 
 
 def conv() -> nn.Module:
@@ -58,7 +66,10 @@ class Task:
     """A model, its data and the closures that a step is taken with; the same for each one that is made alike."""
 
     def __init__(
-        self, make: Callable[[], nn.Module] = normed_mlp, kind: str = "ggn", dtype: torch.dtype = DTYPE
+        self,
+        make: Callable[[], nn.Module] = normed_mlp,
+        kind: str = "ggn",
+        dtype: torch.dtype = DTYPE,
     ) -> None:
         torch.manual_seed(1)
         self.model = make().to(dtype)
@@ -71,10 +82,14 @@ class Task:
                 z = self.model(x[part])
                 if kind == "fisher":
                     distribution = Categorical(logits=z)
-                    return -(distribution.log_prob(action[part]).exp() * noise[part, 0]).mean(), distribution
+                    return -(
+                        distribution.log_prob(action[part]).exp() * noise[part, 0]
+                    ).mean(), distribution
                 if kind == "two heads":
                     distribution = Normal(z, self.scale.exp())
-                    return -(distribution.log_prob(noise[part]) * noise[part, :1]).mean(), [distribution]
+                    return -(distribution.log_prob(noise[part]) * noise[part, :1]).mean(), [
+                        distribution
+                    ]
                 if kind == "least squares":
                     return F.mse_loss(self.scale.exp() * z, noise[part])
                 if kind == "hessian":
@@ -84,7 +99,10 @@ class Task:
             return closure
 
         self.whole, self.parts = on(slice(0, N)), [on(slice(0, N // 3)), on(slice(N // 3, N))]
-        self.params = [*self.model.parameters(), *([self.scale] if kind in ("two heads", "least squares") else [])]
+        self.params = [
+            *self.model.parameters(),
+            *([self.scale] if kind in ("two heads", "least squares") else []),
+        ]
 
     @property
     def theta(self) -> Tensor:
@@ -112,7 +130,9 @@ def by_groups(task: Task) -> list[dict[str, Any]]:
     return [{"params": [first], "damping": 0.1, "lr": 0.5}, {"params": rest, "weight_decay": 0.02}]
 
 
-PROBLEMS: dict[str, tuple[Callable[[], Task], Callable[[Task], Any], Callable[[NaturalCG, Task], Any]]] = {
+PROBLEMS: dict[
+    str, tuple[Callable[[], Task], Callable[[Task], Any], Callable[[NaturalCG, Task], Any]]
+] = {
     **{
         name: (make, lambda task: task.params, lambda optimizer, task: optimizer.step(task.whole))
         for name, make in {
@@ -129,7 +149,11 @@ PROBLEMS: dict[str, tuple[Callable[[], Task], Callable[[Task], Any], Callable[[N
         lambda task: task.params,
         lambda optimizer, task: optimizer.step(task.whole, curvature_closure=task.parts[1]),
     ),
-    "several closures": (Task, lambda task: task.params, lambda optimizer, task: optimizer.step(task.parts)),
+    "several closures": (
+        Task,
+        lambda task: task.params,
+        lambda optimizer, task: optimizer.step(task.parts),
+    ),
 }
 
 
@@ -189,7 +213,9 @@ ODD: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "non-reentrant checkpoint": lambda m, x: checkpoint(m, x, use_reentrant=False),
     "a custom function": lambda m, x: m[3](Product.apply(x, m[0].weight).tanh()),
     "hooks on parameters": with_linear_hooks,
-    "a weight used elsewhere": lambda m, x: m(x) + m[3].weight.sum(1) * F.linear(x, m[0].weight.flip(0)).mean(),
+    "a weight used elsewhere": lambda m, x: (
+        m(x) + m[3].weight.sum(1) * F.linear(x, m[0].weight.flip(0)).mean()
+    ),
     "a cut in the graph": lambda m, x: m[3](m[0](x).detach().tanh()) + m[0].bias.sum(),
     "a part without rows": lambda m, x: torch.cat([m(x), m[3](m[0](x[:0]))]),
     "one sample counts": lambda m, x: torch.cat([m(x[:1]), m(x[1:]).detach()]),
@@ -220,7 +246,9 @@ def test_scales_of_float32_raise_nothing(of, scale):
     x = torch.randn(N, IN) * (scale if of == "inputs" else 1.0)
     optimizer, start = NaturalCG(task.params, preconditioner="kfac"), task.theta
     for _ in range(3):
-        optimizer.step(lambda: F.cross_entropy(task.model(x), labels()) * (scale if of == "loss" else 1.0))
+        optimizer.step(
+            lambda: F.cross_entropy(task.model(x), labels()) * (scale if of == "loss" else 1.0)
+        )
         assert task.theta.isfinite().all()
     assert of == "loss" or not torch.equal(task.theta, start)
 
@@ -306,7 +334,10 @@ def test_factors_that_a_save_has_rounded_still_serve():
     resumed = NaturalCG(task.params, **settings)
     resumed.load_state_dict(optimizer.state_dict())
     factors = [
-        unpack_factor(entry[name]) for entry in resumed.state.values() for name in ("left", "right") if name in entry
+        unpack_factor(entry[name])
+        for entry in resumed.state.values()
+        for name in ("left", "right")
+        if name in entry
     ]
     assert min(torch.linalg.eigvalsh(factor.double()).min() for factor in factors) < 0
     resumed.step(task.whole)
@@ -373,7 +404,9 @@ def freeze(*names: str) -> Callable[[Task, NaturalCG], None]:
 
 
 def add(*names: str) -> Callable[[Task, NaturalCG], None]:
-    return lambda task, optimizer: optimizer.add_param_group({"params": [task.model.get_parameter(n) for n in names]})
+    return lambda task, optimizer: optimizer.add_param_group(
+        {"params": [task.model.get_parameter(n) for n in names]}
+    )
 
 
 WEIGHTS = ("0.weight", "3.weight")
@@ -383,12 +416,18 @@ CHANGES: dict[str, tuple[tuple[str, ...] | None, list[Callable[[Task, NaturalCG]
     "a weight is frozen": (None, [freeze("0.weight")]),
     "a weight is frozen for a step": (None, [freeze("3.weight"), freeze()]),
     "the first layer is frozen": (None, [freeze("0.weight", "0.bias")]),
-    "all but the last layer are frozen": (None, [freeze("0.weight", "0.bias", "2.weight", "2.bias"), freeze()]),
+    "all but the last layer are frozen": (
+        None,
+        [freeze("0.weight", "0.bias", "2.weight", "2.bias"), freeze()],
+    ),
     "biases come": (WEIGHTS, [add("0.bias", "3.bias")]),
     "a norm comes": (WEIGHTS, [add("2.weight", "2.bias")]),
     "weights come": (("0.bias", "2.weight", "2.bias"), [add(*WEIGHTS)]),
     "a layer comes": (("0.weight", "0.bias"), [add("3.weight", "3.bias")]),
-    "groups are sorted otherwise": (None, [lambda task, optimizer: optimizer.param_groups[0]["params"].reverse()]),
+    "groups are sorted otherwise": (
+        None,
+        [lambda task, optimizer: optimizer.param_groups[0]["params"].reverse()],
+    ),
 }
 
 
@@ -419,7 +458,10 @@ def test_another_closure_from_one_step_to_the_next(second):
         other = Task(kind=second)
         other.model = task.model
         optimizer = NaturalCG(
-            [*task.params, other.scale], preconditioner=preconditioner, max_kl=None, **{**SOLVED, "damping": 3.0}
+            [*task.params, other.scale],
+            preconditioner=preconditioner,
+            max_kl=None,
+            **{**SOLVED, "damping": 3.0},
         )
         for closure in (task.whole, other.whole, other.whole, task.whole):
             optimizer.step(closure)
@@ -465,11 +507,18 @@ def test_a_nan_in_the_first_step_leaves_no_factors():
 def test_no_damping_at_all():
     """Parameters without any curvature are left where they are, as without a preconditioner."""
     torch.manual_seed(1)
-    table, unused, y = nn.Embedding(50, OUT).double(), nn.Parameter(torch.ones(2).double()), labels()
+    table, unused, y = (
+        nn.Embedding(50, OUT).double(),
+        nn.Parameter(torch.ones(2).double()),
+        labels(),
+    )
     index = torch.arange(N) % 7
     model = nn.Linear(OUT, OUT, bias=False).double()
     optimizer = NaturalCG(
-        [*model.parameters(), *table.parameters(), unused], damping=0.0, adapt_damping=False, preconditioner="kfac"
+        [*model.parameters(), *table.parameters(), unused],
+        damping=0.0,
+        adapt_damping=False,
+        preconditioner="kfac",
     )
     start = table.weight.detach().clone()
     optimizer.step(lambda: F.mse_loss(model(table(index)), F.one_hot(y, OUT).double()))
@@ -486,7 +535,9 @@ def test_no_damping_at_all():
 def test_kfac_refuses_a_hessian():
     task = Task(kind="hessian")
     optimizer, theta = NaturalCG(task.params, preconditioner="kfac"), task.theta
-    with pytest.raises(ValueError, match=r"^preconditioner='kfac' needs a metric .*; use preconditioner='auto'$"):
+    with pytest.raises(
+        ValueError, match=r"^preconditioner='kfac' needs a metric .*; use preconditioner='auto'$"
+    ):
         optimizer.step(task.whole)
     assert torch.equal(task.theta, theta)
     assert not optimizer.state
@@ -513,7 +564,11 @@ def test_auto_chooses_none(case):
     for _ in range(4):
         optimizer.step(closure)
         assert optimizer.last_step.preconditioner == "none"
-    assert not any(name in entry for entry in optimizer.state.values() for name in ("left", "right", "diagonal"))
+    assert not any(
+        name in entry
+        for entry in optimizer.state.values()
+        for name in ("left", "right", "diagonal")
+    )
 
 
 @pytest.mark.parametrize("wrong", ["KFAC", "diag", "none", 1, True, ["kfac"]], ids=repr)
@@ -551,11 +606,23 @@ def failing(r: Tensor) -> Tensor:
             ValueError,
             r"^the preconditioner must return a vector of shape \(\d+,\), got shape \(\d+,\)$",
         ),
-        (lambda r: r[:, None], ValueError, r"must return a vector of shape \(\d+,\), got shape \(\d+, 1\)$"),
+        (
+            lambda r: r[:, None],
+            ValueError,
+            r"must return a vector of shape \(\d+,\), got shape \(\d+, 1\)$",
+        ),
         (lambda r: None, ValueError, r"must return a vector of shape \(\d+,\), got NoneType$"),
-        (lambda r: -r, ValueError, r"^the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = -"),
+        (
+            lambda r: -r,
+            ValueError,
+            r"^the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = -",
+        ),
         (lambda r: 0 * r, ValueError, r"^the preconditioner must be positive definite"),
-        (scaled_in_place, ValueError, r"^the preconditioner must return a new vector, and it changed its argument"),
+        (
+            scaled_in_place,
+            ValueError,
+            r"^the preconditioner must return a new vector, and it changed its argument",
+        ),
         (failing, KeyError, "no such block"),
     ],
     ids=["short", "matrix", "nothing", "negative", "zero", "in place", "raises"],

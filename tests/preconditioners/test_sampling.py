@@ -78,7 +78,9 @@ ROW_WEIGHTS = torch.tensor([[1.0], [0.0], [3.0]])
 
 DIAGONAL = {
     "mse": Case(lambda z: F.mse_loss(z, z.detach() + 1)),
-    "weighted mse": Case(lambda z: (each(z, ROW_WEIGHTS) * F.mse_loss(z, each(z, SHARES), reduction="none")).mean()),
+    "weighted mse": Case(
+        lambda z: (each(z, ROW_WEIGHTS) * F.mse_loss(z, each(z, SHARES), reduction="none")).mean()
+    ),
     "bce_with_logits": Case(
         lambda z: F.binary_cross_entropy_with_logits(
             z, each(z, SHARES), each(z, ROW_WEIGHTS), pos_weight=CLASS_WEIGHTS.to(z)
@@ -95,19 +97,31 @@ SOFTMAX = {
     "cross_entropy": Case(lambda z: F.cross_entropy(z, each(z, LABELS))),
     "class weights": Case(lambda z: F.cross_entropy(z, each(z, LABELS), CLASS_WEIGHTS.to(z))),
     "ignore_index": Case(lambda z: F.cross_entropy(z, each(z, LABELS), ignore_index=0)),
-    "label smoothing": Case(lambda z: F.cross_entropy(z, each(z, LABELS), CLASS_WEIGHTS.to(z), label_smoothing=0.2)),
+    "label smoothing": Case(
+        lambda z: F.cross_entropy(z, each(z, LABELS), CLASS_WEIGHTS.to(z), label_smoothing=0.2)
+    ),
     "soft targets": Case(lambda z: F.cross_entropy(z, each(z, SHARES), reduction="sum")),
     "pixels": Case(lambda z: F.cross_entropy(z, each(z, PIXELS)), (C, D)),
     "pixels of an image": Case(lambda z: F.cross_entropy(z, each(z, PIXELS)[:, None]), (C, 1, D)),
     "Categorical": Case(lambda z: (z.mean(), Categorical(logits=z))),
-    "Categorical, several": Case(lambda z: (z.mean(), Independent(Categorical(logits=z), 1)), (D, C)),
-    "saturated": Case(lambda z: F.cross_entropy(each(z, [[800.0], [1.0], [3.0]]) * z, each(z, LABELS))),
+    "Categorical, several": Case(
+        lambda z: (z.mean(), Independent(Categorical(logits=z), 1)), (D, C)
+    ),
+    "saturated": Case(
+        lambda z: F.cross_entropy(each(z, [[800.0], [1.0], [3.0]]) * z, each(z, LABELS))
+    ),
     "masked": Case(lambda z: (z.mean(), Categorical(logits=z + each(z, [[0, 0, -1e8, 0]] * N)))),
 }
 MIXED = {
-    "softmax and diagonal": Case(lambda z: F.cross_entropy(z, each(z, LABELS)) + 0.1 * F.mse_loss(z, each(z, SHARES))),
+    "softmax and diagonal": Case(
+        lambda z: F.cross_entropy(z, each(z, LABELS)) + 0.1 * F.mse_loss(z, each(z, SHARES))
+    ),
     "two dimensions": Case(
-        lambda z: F.cross_entropy(z.flatten(2), each(z, PIXELS)) + F.huber_loss(z.square(), 0 * z.detach()), (C, D)
+        lambda z: (
+            F.cross_entropy(z.flatten(2), each(z, PIXELS))
+            + F.huber_loss(z.square(), 0 * z.detach())
+        ),
+        (C, D),
     ),
 }
 CASES = {**DIAGONAL, **SOFTMAX, **MIXED}
@@ -185,7 +199,9 @@ def test_of_one_sample_each_draw_is_one_of_the_classes(logits, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["cross_entropy", "label smoothing", "bce_with_logits", "Categorical", "Normal"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "label smoothing", "bce_with_logits", "Categorical", "Normal"]
+)
 def test_coarse_outputs_have_the_draws_of_fine_ones(name, dtype):
     """The same random numbers, so what differs is rounding."""
     z = (3 * torch.randn(100 * N, C)).to(torch.bfloat16)
@@ -198,8 +214,12 @@ def test_coarse_outputs_have_the_draws_of_fine_ones(name, dtype):
     metric, exact = metric_at(z.to(dtype), cast), metric_at(z.double(), closure)
     coarse, fine = draw(metric, seeded()), draw(exact, seeded())
     assert [u.dtype for u in coarse] == [output.dtype for output in metric.outputs]
-    sizes = torch.stack([torch.stack([u.double().norm() for u in draws]) for draws in (coarse, fine)])
-    torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-5 if dtype == torch.float32 else 0.1, atol=0)
+    sizes = torch.stack(
+        [torch.stack([u.double().norm() for u in draws]) for draws in (coarse, fine)]
+    )
+    torch.testing.assert_close(
+        sizes[0], sizes[1], rtol=1e-5 if dtype == torch.float32 else 0.1, atol=0
+    )
     # No sample's weight may be lost in rounding: a draw is never longer than √(2w) for the largest weight w.
     for u, u_fine in zip(coarse, fine, strict=True):
         assert u.double().norm(dim=-1).max() <= 1.2 * u_fine.norm(dim=-1).max()
@@ -207,15 +227,21 @@ def test_coarse_outputs_have_the_draws_of_fine_ones(name, dtype):
 
 def test_a_saturated_softmax_gives_nothing_large():
     """Where ``p`` is 1 up to rounding, the weight of a sample is 0 / 0, and its draw must not be."""
-    logits = torch.tensor([[0, -16.6, -92], [0, -40, -60], [0, -104, -104], [0, -17, -17], [5, 5.1, 4.9]])
-    metric = metric_at(logits.repeat(50, 1), lambda z: F.cross_entropy(z, torch.zeros(250, dtype=torch.long)))
+    logits = torch.tensor(
+        [[0, -16.6, -92], [0, -40, -60], [0, -104, -104], [0, -17, -17], [5, 5.1, 4.9]]
+    )
+    metric = metric_at(
+        logits.repeat(50, 1), lambda z: F.cross_entropy(z, torch.zeros(250, dtype=torch.long))
+    )
     for seed in range(30):
         (u,) = draw(metric, seeded(seed))
         assert u.norm(dim=-1).max() <= math.sqrt(2.01 / 250)
         assert u.view(50, 5, 3)[:, :4].norm(dim=-1).max() <= 1e-3
 
 
-@pytest.mark.parametrize("loss", [F.mse_loss, lambda z, _: F.cross_entropy(z, z[:, 0].long(), reduction="sum")])
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, lambda z, _: F.cross_entropy(z, z[:, 0].long(), reduction="sum")]
+)
 def test_an_empty_batch(loss):
     (u,) = draw(metric_at(torch.zeros(0, C), lambda z: loss(z, torch.zeros(0, C))), seeded())
     assert u.shape == (0, C)

@@ -32,7 +32,9 @@ def test_nystrom_has_the_matrix_itself_where_its_rank_suffices():
     assert sketch.values[5:].abs().max() < 1e-10
     assert_near(sketch.basis @ torch.diag(sketch.values) @ sketch.basis.T, F, 1e-10)
     r = torch.randn(N, dtype=torch.float64)
-    damped = (F + 1e-3 * torch.eye(N, dtype=torch.float64)) / 1e-3  # up to a factor, which changes nothing
+    damped = (
+        F + 1e-3 * torch.eye(N, dtype=torch.float64)
+    ) / 1e-3  # up to a factor, which changes nothing
     assert_near(Nystrom().solve(sketch, shift_of(1e-3))(r), torch.linalg.solve(damped, r), 1e-6)
 
 
@@ -64,7 +66,9 @@ def test_diagonal_is_exact_for_a_diagonal_matrix_and_close_for_others():
 
 
 def test_a_negative_diagonal_makes_no_negative_preconditioner():
-    sketch = Sketch(torch.linspace(-1, 1, N, dtype=torch.float64).unsqueeze(1), shift_of(0.0)[:0], 0)
+    sketch = Sketch(
+        torch.linspace(-1, 1, N, dtype=torch.float64).unsqueeze(1), shift_of(0.0)[:0], 0
+    )
     assert (Diagonal().solve(sketch, shift_of(0.0))(shift_of(1.0)) > 0).all()
 
 
@@ -108,7 +112,9 @@ def test_fewer_iterations_to_the_same_step(preconditioner, scaled, saved):
     assert saved * report.cg_iters <= plain.cg_iters
     assert_near(found, wanted, 1e-3)
     assert report.preconditioner == preconditioner.name
-    assert (report.n_product > report.cg_iters) is isinstance(preconditioner, Nystrom)  # the diagonal is exact here
+    assert (report.n_product > report.cg_iters) is isinstance(
+        preconditioner, Nystrom
+    )  # the diagonal is exact here
     assert plain.n_product == plain.cg_iters
 
 
@@ -136,13 +142,17 @@ def test_the_diagonal_is_exact_where_it_takes_one_pull_back():
     few = torch.randn(4, N, dtype=torch.float64)
     wide = nn.Linear(N, 3).double()
     labels = torch.tensor([0, 1, 2, 0])
-    found, wanted = diagonals(lambda: nn.functional.cross_entropy(wide(few), labels), list(wide.parameters()))
+    found, wanted = diagonals(
+        lambda: nn.functional.cross_entropy(wide(few), labels), list(wide.parameters())
+    )
     assert_near(found, wanted, 1e-12)
 
 
 def test_the_diagonal_is_estimated_where_it_takes_more(monkeypatch):
     model, closure = with_two_outputs()
-    assert linearize(closure, model.parameters())._point.compute_cheap_diagonal() is None  # several outputs of a sample
+    assert (
+        linearize(closure, model.parameters())._point.compute_cheap_diagonal() is None
+    )  # several outputs of a sample
     model, closure = ill_conditioned(True)
 
     def penalised():
@@ -150,16 +160,25 @@ def test_the_diagonal_is_estimated_where_it_takes_more(monkeypatch):
 
     beside = linearize(penalised, model.parameters())  # a Hessian beside the outputs
     assert beside._point.compute_cheap_diagonal() is None
-    assert linearize(lambda: model.weight.pow(4).sum(), model.parameters())._point.compute_cheap_diagonal() is None
+    assert (
+        linearize(
+            lambda: model.weight.pow(4).sum(), model.parameters()
+        )._point.compute_cheap_diagonal()
+        is None
+    )
     norm = nn.Sequential(model, nn.BatchNorm1d(1, dtype=torch.float64))
     x = torch.randn(200, N, dtype=torch.float64)
-    mixed = linearize(lambda: least_squares(norm(x)), norm.parameters())  # samples that share statistics
+    mixed = linearize(
+        lambda: least_squares(norm(x)), norm.parameters()
+    )  # samples that share statistics
     assert mixed._point.compute_cheap_diagonal() is None
     monkeypatch.setattr("ngd_optim.jacobian.jacobian._FEW_BYTES", 200 * (N + 1) * 8 - 1)
     assert linearize(closure, model.parameters())._point.compute_cheap_diagonal() is None  # memory
 
 
-@pytest.mark.parametrize("kind", [Nystrom(rank=5, largest_rank=5, refresh=2), Diagonal(probes=5, refresh=2)])
+@pytest.mark.parametrize(
+    "kind", [Nystrom(rank=5, largest_rank=5, refresh=2), Diagonal(probes=5, refresh=2)]
+)
 def test_sketches_are_kept_renewed_and_saved(kind):
     model, closure = with_two_outputs()
     optimizer = NaturalCG(model.parameters(), preconditioner=kind, solver="cg", warm_start=0.0)
@@ -176,7 +195,9 @@ def test_sketches_are_kept_renewed_and_saved(kind):
         optimizer.step(closure)
         resumed.step(same_closure)
         assert torch.equal(flatten(model.parameters()), flatten(twin.parameters()))
-        assert repr(optimizer.last_step) == repr(resumed.last_step)  # NaN, where a field has no value, equals itself
+        assert repr(optimizer.last_step) == repr(
+            resumed.last_step
+        )  # NaN, where a field has no value, equals itself
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ LINEAR = {
     "in_place_on_own_memory": lambda v: (v * OTHER).add_(v).mul_(2),
     "view_changed_in_place": lambda v: _negated_head(v * 1.0),
     "filled": lambda v: torch.empty_like(v).copy_(v) * 3,
-    "several_results": lambda v: torch.cat([part * (i + 1) for i, part in enumerate(v.split([1, 2, 3]))]),
+    "several_results": lambda v: torch.cat(
+        [part * (i + 1) for i, part in enumerate(v.split([1, 2, 3]))]
+    ),
     "added_zeros": lambda v: (v[:3] + torch.zeros(2, 3, dtype=torch.float64)).flatten() * OTHER,
     "added_zeros_then_product": lambda v: (
         v[:3] + torch.zeros(3, 3, dtype=torch.float64) + v.view(3, 2) @ MATRIX[:2, :3]
@@ -47,28 +49,40 @@ LINEAR = {
     "same_tensor_twice": lambda v: (v + v) * OTHER,
     "result_read_again": lambda v: (lambda a: torch.cat([a, a + v])[3:9])(v * OTHER),
     "dead_code": lambda v: (torch.sin(v).sum(), v * 2)[1],
-    "views_of_views": lambda v: (lambda a: torch.cat([a.t().t().flatten(), a[1:].t()[1:].flatten(), a[1, 1:]]))(
-        (v * OTHER).view(2, 3)
-    )[:6],
-    "view_of_a_copied_slice": lambda v: torch.cat([_filled((v * OTHER)[2:4]).view(2, 1).t().flatten(), v[:4]]),
-    "view_of_a_copied_piece_of_the_vector": lambda v: torch.cat([_filled(v[2:4]).view(2, 1).t().flatten(), v[:4]]),
+    "views_of_views": lambda v: (
+        lambda a: torch.cat([a.t().t().flatten(), a[1:].t()[1:].flatten(), a[1, 1:]])
+    )((v * OTHER).view(2, 3))[:6],
+    "view_of_a_copied_slice": lambda v: torch.cat(
+        [_filled((v * OTHER)[2:4]).view(2, 1).t().flatten(), v[:4]]
+    ),
+    "view_of_a_copied_piece_of_the_vector": lambda v: torch.cat(
+        [_filled(v[2:4]).view(2, 1).t().flatten(), v[:4]]
+    ),
     "overlapping_views": lambda v: (v * OTHER).unfold(0, 3, 1).sum(1).repeat(2)[:6],
-    "reshaped_and_reused": lambda v: (lambda a: (a.view(2, 3).t() * 2).t().reshape(6) + a[:1])(v * OTHER),
+    "reshaped_and_reused": lambda v: (lambda a: (a.view(2, 3).t() * 2).t().reshape(6) + a[:1])(
+        v * OTHER
+    ),
     "added_zeros_of_its_own": lambda v: (v * OTHER + torch.zeros_like(v)) * 2,
     "zeros_that_are_filled": lambda v: (lambda z: v * OTHER + z.add_(v))(torch.zeros_like(v)),
     "writes_that_nobody_reads": lambda v: (lambda a, b: (b.mul_(2), a)[1])(v * OTHER, v + v),
     "a_write_through_a_view": lambda v: (lambda a: (a.view(2, 3)[1].mul_(3), a)[1])(v * OTHER),
-    "a_read_before_a_write": lambda v: (lambda a, b: (b, a.add_(v))[0] + a)(*(lambda a: (a, a * 2))(v * OTHER)),
+    "a_read_before_a_write": lambda v: (lambda a, b: (b, a.add_(v))[0] + a)(
+        *(lambda a: (a, a * 2))(v * OTHER)
+    ),
     "log_softmax_backward": lambda v: torch.ops.aten._log_softmax_backward_data(
         v.view(2, 3), MATRIX[:2, :3].log_softmax(-1), -1, torch.float64
     ).flatten(),
     "squeezed_in_place": lambda v: (v * OTHER).view(1, 6).squeeze_(0) + v,
-    "batched_product": lambda v: (v.view(2, 3, 1) + v.view(2, 3, 1) @ MATRIX[:2, :1].view(2, 1, 1)).flatten(),
+    "batched_product": lambda v: (
+        v.view(2, 3, 1) + v.view(2, 3, 1) @ MATRIX[:2, :1].view(2, 1, 1)
+    ).flatten(),
 }
 
 
 def _filled(t):
-    return torch.ops.aten._new_zeros_with_same_feature_meta(t, torch.empty(2, dtype=t.dtype)).copy_(t)
+    return torch.ops.aten._new_zeros_with_same_feature_meta(t, torch.empty(2, dtype=t.dtype)).copy_(
+        t
+    )
 
 
 def _negated_head(t):
@@ -96,7 +110,12 @@ def test_replay_on_vectors_that_lie_in_other_ways(name):
     function = LINEAR[name]
     _, recording = record(function, vector())
     matrix = torch.randn(3, 12, dtype=torch.float64)
-    for w in [matrix[1, 3:9], matrix[1, ::2], matrix.view(-1)[::6], vector().view(2, 3).t().flatten()]:
+    for w in [
+        matrix[1, 3:9],
+        matrix[1, ::2],
+        matrix.view(-1)[::6],
+        vector().view(2, 3).t().flatten(),
+    ]:
         assert torch.allclose(recording(w), function(w.clone()), rtol=1e-14, atol=1e-14)
 
 
@@ -104,7 +123,12 @@ def test_replay_on_vectors_that_lie_in_other_ways(name):
 def test_replay_on_the_same_vector_with_other_values(name):
     function, w = LINEAR[name], vector()
     _, recording = record(function, w)
-    for change in [lambda: None, lambda: w.mul_(2), lambda: w.copy_(vector()), lambda: setattr(w, "data", vector())]:
+    for change in [
+        lambda: None,
+        lambda: w.mul_(2),
+        lambda: w.copy_(vector()),
+        lambda: setattr(w, "data", vector()),
+    ]:
         change()
         assert torch.allclose(recording(w), function(w.clone()), rtol=1e-14, atol=1e-14)
 
@@ -198,7 +222,11 @@ def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
 
 def test_long_chains_of_small_operations_are_not_recorded(caplog):
     """Autograd's engine is as fast as a replay, and to record one takes long."""
-    model, x, y = nn.GRU(3, 4, batch_first=True).double(), torch.randn(5, 60, 3).double(), torch.randn(5, 4).double()
+    model, x, y = (
+        nn.GRU(3, 4, batch_first=True).double(),
+        torch.randn(5, 60, 3).double(),
+        torch.randn(5, 4).double(),
+    )
 
     def point(steps):
         return linearize(lambda: F.mse_loss(model(x[:, :steps])[1][0], y), model.parameters())
@@ -206,11 +234,15 @@ def test_long_chains_of_small_operations_are_not_recorded(caplog):
     with caplog.at_level("INFO", logger="ngd_optim"):
         short, long = point(5), point(60)
     assert [point._point.product.ways[0].recorded for point in (short, long)] == [True, False]
-    assert [("small operations takes longer" in record.message) for record in caplog.records] == [True]
+    assert [("small operations takes longer" in record.message) for record in caplog.records] == [
+        True
+    ]
     v = torch.randn_like(long.gradient)
     product = long.curvature(v)
     recorded = product_by(
-        Way("torch.func", recorded=True), lambda: F.mse_loss(model(x)[1][0], y), list(model.parameters())
+        Way("torch.func", recorded=True),
+        lambda: F.mse_loss(model(x)[1][0], y),
+        list(model.parameters()),
     )
     assert (product - recorded(v)).norm() <= 1e-10 * product.norm()
 
@@ -262,7 +294,9 @@ def test_memory_is_released():
 
 def test_a_replay_does_what_the_mathematics_asks_for():
     """For each layer two matrix products forward and two back, less two for the input, which has no tangent."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
+    ).double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 2
     point = linearize(lambda: F.cross_entropy(model(x), y), model.parameters())
     v = torch.ones_like(point.gradient)
@@ -299,7 +333,9 @@ class TestOperationCounts:
             calls[0] += 1
             return F.cross_entropy(model(x), y)
 
-        optimizer = NaturalCG(model.parameters(), damping=1e-3, cg_progress_tol=0.0, backend=backend)
+        optimizer = NaturalCG(
+            model.parameters(), damping=1e-3, cg_progress_tol=0.0, backend=backend
+        )
         optimizer.step(closure)
         calls[0] = 0
         return optimizer, closure, calls
@@ -312,7 +348,11 @@ class TestOperationCounts:
             optimizer.step(closure)
             report = optimizer.last_step
             assert report.backend == backend
-            assert report.n_forward == calls[0] == 1 + (backend == "torch.func") + (report.backtracks + 1)
+            assert (
+                report.n_forward
+                == calls[0]
+                == 1 + (backend == "torch.func") + (report.backtracks + 1)
+            )
             assert report.n_product == report.cg_iters + 1
 
     def test_backwards_are_the_gradient_and_the_recording(self, monkeypatch):

@@ -21,7 +21,9 @@ from ngd_optim.solvers.quadratic_model import QuadraticModel
 
 
 def tanh_net(outputs=1):
-    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+    return nn.Sequential(
+        nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, outputs)
+    ).double()
 
 
 def identity(like):
@@ -54,7 +56,9 @@ def test_step_is_that_of_the_dense_matrix_and_of_exact_conjugate_gradients(form,
         predicted = 0.5 * steps[name] @ problem.curvature @ steps[name]
         assert report.kl == pytest.approx(predicted.item(), rel=1e-6) or form == "normal"
     diagonal = problem.curvature.diagonal()
-    damping = 1e-3 * (torch.ones_like(diagonal) if scale == "identity" else diagonal.where(diagonal > 0, 1))
+    damping = 1e-3 * (
+        torch.ones_like(diagonal) if scale == "identity" else diagonal.where(diagonal > 0, 1)
+    )
     system = problem.curvature + (damping + 1e-2).diag()
     truth = -torch.linalg.solve(system, problem.gradient + 1e-2 * problem.theta)
     assert_near(steps[solver], truth, 1e-9)
@@ -75,8 +79,12 @@ def test_gradient_from_elsewhere(solver):
     )
     x = torch.randn(BATCH, 3, dtype=torch.float64)
     labels = torch.arange(BATCH) % 3
-    optimizer.step(problem.closure, curvature_closure=lambda: F.cross_entropy(problem.model(x), labels))
-    curvature = dense_gauss_newton(flat_function(other.model, x), problem.theta, lambda z: F.cross_entropy(z, labels))
+    optimizer.step(
+        problem.closure, curvature_closure=lambda: F.cross_entropy(problem.model(x), labels)
+    )
+    curvature = dense_gauss_newton(
+        flat_function(other.model, x), problem.theta, lambda z: F.cross_entropy(z, labels)
+    )
     truth = -torch.linalg.solve(curvature + 0.1 * identity(curvature), problem.gradient)
     assert_near(flatten(problem.model.parameters()) - problem.theta, truth, 1e-9)
 
@@ -98,18 +106,25 @@ def test_more_damping_needs_no_new_jacobian():
     problem = Problem("least_squares")
     parameters = FlatParameters([{"params": list(problem.model.parameters())}])
     root = linearize(problem.closure, parameters.tensors)._point.square_root()
-    for solver in (LeastSquares(root), SampleSpace(root), Matrix(lambda v: problem.curvature @ v, problem.gradient)):
+    for solver in (
+        LeastSquares(root),
+        SampleSpace(root),
+        Matrix(lambda v: problem.curvature @ v, problem.gradient),
+    ):
         for damping in (1.0, 1e-2, 3.0):
             model = QuadraticModel(problem.gradient, lambda v: problem.curvature @ v, 0.0, damping)
             system = problem.curvature + damping * identity(problem.curvature)
             result = solver.solve(model)
             assert_near(result.solution, -torch.linalg.solve(system, problem.gradient), 1e-10)
             assert result.residual < 1e-10
-            assert result.x_dot_ax == pytest.approx((result.solution @ system @ result.solution).item(), rel=1e-10)
+            assert result.x_dot_ax == pytest.approx(
+                (result.solution @ system @ result.solution).item(), rel=1e-10
+            )
 
 
 @pytest.mark.parametrize(
-    ("outputs", "samples", "chosen"), [(1, 12, "sample"), (1, 80, "dense"), (2, 12, "sample"), (2, 40, "dense")]
+    ("outputs", "samples", "chosen"),
+    [(1, 12, "sample"), (1, 80, "dense"), (2, 12, "sample"), (2, 40, "dense")],
 )
 def test_auto_solves_where_it_is_cheaper(outputs, samples, chosen):
     model = tanh_net(outputs)  # 59 parameters, or 65
@@ -142,7 +157,9 @@ def test_a_rejected_solution_is_solved_again_at_the_same_jacobian():
     assert report.backtracks > 0
     assert report.damping > 1e-6
     assert report.new_loss < before
-    assert report.n_forward == 1 + 2 * (report.backtracks + 1)  # for each solution a look along it and a trial
+    assert report.n_forward == 1 + 2 * (
+        report.backtracks + 1
+    )  # for each solution a look along it and a trial
 
 
 @pytest.mark.parametrize("solver", ["dense", "sample"])
@@ -157,7 +174,12 @@ def test_geodesic_acceleration_is_the_second_order_path(solver):
             return b[0] * (b[1] * x).exp() + b[2] * x - 0.5
 
         optimizer = NaturalCG(
-            [theta], solver=solver, damping=1.0, adapt_damping=False, damping_scale="identity", geodesic=geodesic
+            [theta],
+            solver=solver,
+            damping=1.0,
+            adapt_damping=False,
+            damping_scale="identity",
+            geodesic=geodesic,
         )
         before = theta.detach().clone()
         optimizer.step(lambda theta=theta, residuals=residuals: least_squares(residuals(theta)))
@@ -200,7 +222,9 @@ def test_momentum_that_leads_uphill_is_left_out():
     optimizer = NaturalCG(problem.model.parameters(), solver="dense", momentum=0.99, damping=10.0)
     optimizer.step(problem.closure)
     point = linearize(problem.closure, problem.model.parameters())
-    uphill = FlatParameters(optimizer.param_groups).unflatten(10 * point.gradient / point.gradient.norm())
+    uphill = FlatParameters(optimizer.param_groups).unflatten(
+        10 * point.gradient / point.gradient.norm()
+    )
     for p, wrong in zip(problem.model.parameters(), uphill, strict=True):
         optimizer.state[p]["solution"] = wrong
     optimizer.step(problem.closure)
@@ -223,14 +247,20 @@ def test_indefinite_metric_at_the_outputs():
     x = torch.randn(4, 2, dtype=torch.float64)
 
     def closure():  # weighs one sample's loss negatively
-        return (F.mse_loss(model(x), x[:, :1], reduction="none") * torch.tensor([1.0, -1.0, 1.0])).mean()
+        return (
+            F.mse_loss(model(x), x[:, :1], reduction="none") * torch.tensor([1.0, -1.0, 1.0])
+        ).mean()
 
-    with pytest.warns(UserWarning, match="target size"), pytest.raises(ValueError, match="not positive semidefinite"):
+    with (
+        pytest.warns(UserWarning, match="target size"),
+        pytest.raises(ValueError, match="not positive semidefinite"),
+    ):
         NaturalCG(model.parameters(), solver="sample").step(closure)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("solver", "qr"), ("damping_scale", "trace"), ("momentum", 1.0), ("momentum", -0.1)]
+    ("name", "value"),
+    [("solver", "qr"), ("damping_scale", "trace"), ("momentum", 1.0), ("momentum", -0.1)],
 )
 def test_bad_settings(name, value):
     with pytest.raises(ValueError, match=name):
@@ -240,7 +270,9 @@ def test_bad_settings(name, value):
 def test_scaled_damping_with_cg_needs_the_diagonal():
     x = nn.Parameter(torch.ones(3))
     optimizer = NaturalCG([x], solver="cg", damping_scale="diagonal")
-    with pytest.raises(ValueError, match=r"damping_scale='diagonal' needs one closure.* else use 'identity'"):
+    with pytest.raises(
+        ValueError, match=r"damping_scale='diagonal' needs one closure.* else use 'identity'"
+    ):
         optimizer.step(lambda: x.pow(4).sum())
     assert torch.equal(x, torch.ones(3))
 

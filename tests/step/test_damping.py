@@ -41,7 +41,9 @@ def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
     """At the boundary every other step goes a little over it; the damping must not grow for that."""
     generator = torch.Generator().manual_seed(0)
     policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
-    x, advantages = (torch.randn(*shape, generator=generator).double() for shape in ((64, 4), (64,)))
+    x, advantages = (
+        torch.randn(*shape, generator=generator).double() for shape in ((64, 4), (64,))
+    )
     actions = torch.randint(0, 3, (64,), generator=generator)
     optimizer = NaturalCG(policy.parameters(), max_kl=0.01, trust_region="boundary")
     backtracks, expected = 0, 0.1
@@ -57,7 +59,11 @@ def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
         backtracks += optimizer.last_step.backtracks
         report = optimizer.last_step
         own = damping_factor(report.reduction_ratio, accepted=True, overshot=False)
-        expected *= own if math.isnan(report.new_slope) else new_data_factor(report.new_slope) * max(own, 1.0)
+        expected *= (
+            own
+            if math.isnan(report.new_slope)
+            else new_data_factor(report.new_slope) * max(own, 1.0)
+        )
     assert backtracks > 0
     assert optimizer.param_groups[0]["damping"] == pytest.approx(expected)
 
@@ -156,7 +162,8 @@ def test_each_group_keeps_its_own():
 
 
 @pytest.mark.parametrize(
-    ("slope", "factor"), [(-5.0, 1 / 2), (-2 / 3, 1 / 2), (1 / 3, 1.0), (0.0, 2 ** (-1 / 3)), (4 / 3, 2.0), (9.0, 2.0)]
+    ("slope", "factor"),
+    [(-5.0, 1 / 2), (-2 / 3, 1 / 2), (1 / 3, 1.0), (0.0, 2 ** (-1 / 3)), (4 / 3, 2.0), (9.0, 2.0)],
 )
 def test_the_rule_for_new_data(slope, factor):
     assert new_data_factor(slope) == pytest.approx(factor)
@@ -165,10 +172,14 @@ def test_the_rule_for_new_data(slope, factor):
 def regression(n, generator, noise=1.0):
     """A batch of a linear regression in 20 dimensions whose true weights are 1."""
     x = torch.randn(n, 20, generator=generator, dtype=torch.float64)
-    return x, x.sum(1, keepdim=True) + noise * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    return x, x.sum(1, keepdim=True) + noise * torch.randn(
+        n, 1, generator=generator, dtype=torch.float64
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"lr": 0.5}, {"solver": "dense", "max_kl": 1e-3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"weight_decay": 0.1}, {"lr": 0.5}, {"solver": "dense", "max_kl": 1e-3}]
+)
 def test_new_data_tell_how_steep_they_are_along_the_last_step(settings):
     generator, model = torch.Generator().manual_seed(0), nn.Linear(20, 1).double()
     optimizer = NaturalCG(model.parameters(), **settings)
@@ -186,7 +197,9 @@ def test_new_data_tell_how_steep_they_are_along_the_last_step(settings):
         if before is None:
             assert math.isnan(report.new_slope)
         else:
-            assert report.new_slope == pytest.approx((gradient @ before[1] / abs(before[0] @ before[1])).item())
+            assert report.new_slope == pytest.approx(
+                (gradient @ before[1] / abs(before[0] @ before[1])).item()
+            )
             assert report.damping == pytest.approx(damping * new_data_factor(report.new_slope))
             assert optimizer.param_groups[0]["damping"] >= report.damping
         before = gradient, flatten(model.parameters()) - theta
@@ -229,7 +242,9 @@ def test_no_momentum_after_a_step_that_was_rejected():
     optimizer = NaturalCG([w], momentum=0.9, max_backtracks=2)
     optimizer.step(lambda: F.mse_loss(w, torch.zeros(3, dtype=torch.float64)))
     there = w.detach().clone()
-    optimizer.step(lambda: (w - there).abs().sum() + F.mse_loss(w, there + 1))  # a kink, which no step gets over
+    optimizer.step(
+        lambda: (w - there).abs().sum() + F.mse_loss(w, there + 1)
+    )  # a kink, which no step gets over
     assert not optimizer.last_step.accepted
     optimizer.step(lambda: F.mse_loss(w, there + 1.0))
     assert optimizer.last_step.reduction_ratio == pytest.approx(1.0)
@@ -244,7 +259,9 @@ def test_the_scale_of_the_advantages_changes_no_step_to_the_edge(trust_region):
     for scale in (1.0, 1e-3):
         torch.manual_seed(0)
         policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
-        optimizer = NaturalCG(policy.parameters(), max_kl=0.01, trust_region=trust_region, cg_tol=1e-10)
+        optimizer = NaturalCG(
+            policy.parameters(), max_kl=0.01, trust_region=trust_region, cg_tol=1e-10
+        )
         x = torch.randn(64, 4, dtype=torch.float64)
         for _ in range(12):
             with torch.no_grad():
@@ -254,7 +271,9 @@ def test_the_scale_of_the_advantages_changes_no_step_to_the_edge(trust_region):
 
             def closure(policy=policy, x=x, old=old, actions=actions, advantages=advantages):
                 new = Categorical(logits=policy(x))
-                return -((new.log_prob(actions) - old.log_prob(actions)).exp() * advantages).mean(), new
+                return -(
+                    (new.log_prob(actions) - old.log_prob(actions)).exp() * advantages
+                ).mean(), new
 
             optimizer.step(closure)
             report = optimizer.last_step
@@ -268,7 +287,9 @@ def test_the_scale_of_the_advantages_changes_no_step_to_the_edge(trust_region):
 def test_residuals_that_can_all_vanish_are_not_held_back():
     """Their steps overshoot for the next batch, in directions soon corrected: the damping follows the ratio alone."""
     torch.manual_seed(0)
-    teacher, student = (nn.Sequential(nn.Linear(8, n), nn.Tanh(), nn.Linear(n, 1)).double() for n in (8, 16))
+    teacher, student = (
+        nn.Sequential(nn.Linear(8, n), nn.Tanh(), nn.Linear(n, 1)).double() for n in (8, 16)
+    )
     optimizer, before = NaturalCG(student.parameters()), 0.1
     for _ in range(60):
         x = torch.randn(256, 8, dtype=torch.float64)
@@ -291,7 +312,9 @@ def test_the_slope_is_along_the_step_that_was_taken_however_the_rates_change():
     after = flatten(torch.autograd.grad(F.mse_loss(model(x2), y2), params))
     optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 1.0, 0.0
     optimizer.step(lambda: F.mse_loss(model(x2), y2))
-    assert optimizer.last_step.new_slope == pytest.approx((after @ step / abs(before @ step)).item())
+    assert optimizer.last_step.new_slope == pytest.approx(
+        (after @ step / abs(before @ step)).item()
+    )
 
 
 def test_what_other_parameters_left_tells_nothing():

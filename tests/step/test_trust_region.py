@@ -24,7 +24,9 @@ def test_scale(quadratic, max_kl):
 
 
 @pytest.mark.parametrize("kind", ["clip", "boundary", "damped"])
-@pytest.mark.parametrize(("quadratic", "max_kl"), [(5.0, None), (0.0, 0.1), (-1.0, 0.1), (1e9, None)])
+@pytest.mark.parametrize(
+    ("quadratic", "max_kl"), [(5.0, None), (0.0, 0.1), (-1.0, 0.1), (1e9, None)]
+)
 def test_scale_without_a_region_or_without_curvature(kind, quadratic, max_kl):
     assert trust_region_scale(quadratic, max_kl, kind) == 1.0
 
@@ -70,16 +72,33 @@ def test_accepts_the_first_good_point(objective, kl, changed, fraction):
     assert trial.backtracks == len(tried) - 1
     assert (trial.objective, trial.kl) == (objective(fraction), kl(fraction))
     said = {0: "accepted", 1: "accepted after 1 backtrack"}
-    assert trial.reason == said.get(trial.backtracks, f"accepted after {trial.backtracks} backtracks")
+    assert trial.reason == said.get(
+        trial.backtracks, f"accepted after {trial.backtracks} backtracks"
+    )
 
 
 REJECTED = [
     (lambda f: 1.5, lambda f: None, {}, "its loss 1.5 is above 1"),
     (lambda f: 1.0, lambda f: None, {}, "is above"),
     (lambda f: math.nan, lambda f: None, {}, "its loss is nan"),
-    (lambda f: math.nan, lambda f: None, {"max_backtracks": 0, "requires_decrease": False}, "its loss is nan"),
-    (lambda f: math.inf, lambda f: None, {"max_backtracks": 0, "requires_decrease": False}, "its loss is inf"),
-    (lambda f: 0.5, lambda f: math.nan, {"max_backtracks": 0, "requires_decrease": False}, "its KL is nan"),
+    (
+        lambda f: math.nan,
+        lambda f: None,
+        {"max_backtracks": 0, "requires_decrease": False},
+        "its loss is nan",
+    ),
+    (
+        lambda f: math.inf,
+        lambda f: None,
+        {"max_backtracks": 0, "requires_decrease": False},
+        "its loss is inf",
+    ),
+    (
+        lambda f: 0.5,
+        lambda f: math.nan,
+        {"max_backtracks": 0, "requires_decrease": False},
+        "its KL is nan",
+    ),
     (lambda f: 0.5, lambda f: 0.2, {"max_backtracks": 3}, "its KL 0.2 is above max_kl=0.1"),
 ]
 
@@ -108,7 +127,9 @@ def test_tries_nothing_where_nothing_can_be_gained(objective, slope, reason):
     def evaluate(fraction):
         raise AssertionError("tried a point")
 
-    trial = line_search(evaluate, objective, slope, max_kl=1.0, max_backtracks=3, backtrack_ratio=0.5)
+    trial = line_search(
+        evaluate, objective, slope, max_kl=1.0, max_backtracks=3, backtrack_ratio=0.5
+    )
     assert (trial.accepted, trial.fraction, trial.backtracks, trial.kl) == (False, 0.0, 0, None)
     assert math.isnan(trial.objective)
     assert trial.reason.startswith("rejected: ")

@@ -42,7 +42,9 @@ class Ode:
         w1, b1, w2, b2 = theta.split([5, 5, 5, 1])
         h = torch.tanh(X * w1 + b1)
         interior = (-2 * h * (1 - h**2) * w1**2 + h) @ w2 + b2
-        ends = torch.tanh(torch.tensor([[0.0], [1.0]], dtype=torch.float64) * w1 + b1) @ w2 + b2 - 0.3
+        ends = (
+            torch.tanh(torch.tensor([[0.0], [1.0]], dtype=torch.float64) * w1 + b1) @ w2 + b2 - 0.3
+        )
         return interior, ends
 
 
@@ -50,7 +52,8 @@ class Ode:
 def test_loss_gradient_and_metric_are_those_of_the_residuals(derivative):
     ode = Ode()
     point = linearize(
-        lambda: least_squares(getattr(ode, derivative)(), ode.boundary(), weights=WEIGHTS), ode.model.parameters()
+        lambda: least_squares(getattr(ode, derivative)(), ode.boundary(), weights=WEIGHTS),
+        ode.model.parameters(),
     )
     interior, ends = ode.residuals_at(ode.theta)
     J1, J2 = jacrev(ode.residuals_at)(ode.theta)
@@ -82,10 +85,14 @@ def test_it_is_half_the_mean_squared_error_and_adds_up_with_other_losses():
 def test_a_linear_problem_is_solved_in_one_step():
     model = nn.Linear(3, 1).double()
     x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
-    optimizer = NaturalCG(model.parameters(), damping=0.0, adapt_damping=False, cg_progress_tol=0.0, cg_tol=1e-13)
+    optimizer = NaturalCG(
+        model.parameters(), damping=0.0, adapt_damping=False, cg_progress_tol=0.0, cg_tol=1e-13
+    )
     optimizer.step(lambda: least_squares(model(x) - y))
     design = torch.cat([x, torch.ones_like(y)], 1)
-    assert_near(flatten(model.parameters()), torch.linalg.lstsq(design, y).solution.flatten(), 1e-10)
+    assert_near(
+        flatten(model.parameters()), torch.linalg.lstsq(design, y).solution.flatten(), 1e-10
+    )
 
 
 def test_outside_of_a_closure_it_is_a_plain_function():

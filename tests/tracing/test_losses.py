@@ -26,23 +26,39 @@ REDUCTIONS = ["mean", "sum"]
 # Convex in the output: the matrix is JᵀHJ with the exact H. name: make a function of the output z, shape (N, C)
 CONVEX = {
     "cross_entropy": lambda r: (lambda y: lambda z: F.cross_entropy(z, y, reduction=r))(labels()),
-    "label_smoothing": lambda r: (lambda y: lambda z: F.cross_entropy(z, y, label_smoothing=0.1, reduction=r))(
-        labels()
-    ),
-    "class_weights": lambda r: (lambda y, w: lambda z: F.cross_entropy(z, y, w, reduction=r))(labels(), POSITIVE[0]),
-    "ignore_index": lambda r: (
-        lambda y: lambda z: F.cross_entropy(z, y.index_fill(0, torch.tensor([1]), -100), reduction=r)
+    "label_smoothing": lambda r: (
+        lambda y: lambda z: F.cross_entropy(z, y, label_smoothing=0.1, reduction=r)
     )(labels()),
-    "soft_targets": lambda r: (lambda y: lambda z: F.cross_entropy(z, y, reduction=r))(distribution()),
+    "class_weights": lambda r: (lambda y, w: lambda z: F.cross_entropy(z, y, w, reduction=r))(
+        labels(), POSITIVE[0]
+    ),
+    "ignore_index": lambda r: (
+        lambda y: (
+            lambda z: F.cross_entropy(z, y.index_fill(0, torch.tensor([1]), -100), reduction=r)
+        )
+    )(labels()),
+    "soft_targets": lambda r: (lambda y: lambda z: F.cross_entropy(z, y, reduction=r))(
+        distribution()
+    ),
     "bce_with_logits": lambda r: (
-        lambda y: lambda z: F.binary_cross_entropy_with_logits(z, y, pos_weight=POSITIVE[0], reduction=r)
+        lambda y: (
+            lambda z: F.binary_cross_entropy_with_logits(z, y, pos_weight=POSITIVE[0], reduction=r)
+        )
     )(distribution()),
-    "bce": lambda r: (lambda y: lambda z: F.binary_cross_entropy(z.sigmoid(), y, reduction=r))(distribution()),
+    "bce": lambda r: (lambda y: lambda z: F.binary_cross_entropy(z.sigmoid(), y, reduction=r))(
+        distribution()
+    ),
     "mse": lambda r: (lambda y: lambda z: F.mse_loss(z, y, reduction=r))(real(N, C)),
     "huber": lambda r: (lambda y: lambda z: F.huber_loss(z, y, delta=0.7, reduction=r))(real(N, C)),
-    "smooth_l1": lambda r: (lambda y: lambda z: F.smooth_l1_loss(z, y, beta=0.7, reduction=r))(real(N, C)),
-    "poisson": lambda r: (lambda y: lambda z: F.poisson_nll_loss(z, y, reduction=r))(real(N, C).exp().round()),
-    "soft_margin": lambda r: (lambda y: lambda z: F.soft_margin_loss(z, y, reduction=r))(real(N, C).sign()),
+    "smooth_l1": lambda r: (lambda y: lambda z: F.smooth_l1_loss(z, y, beta=0.7, reduction=r))(
+        real(N, C)
+    ),
+    "poisson": lambda r: (lambda y: lambda z: F.poisson_nll_loss(z, y, reduction=r))(
+        real(N, C).exp().round()
+    ),
+    "soft_margin": lambda r: (lambda y: lambda z: F.soft_margin_loss(z, y, reduction=r))(
+        real(N, C).sign()
+    ),
     "multilabel": lambda r: (lambda y: lambda z: F.multilabel_soft_margin_loss(z, y, reduction=r))(
         real(N, C).sign().clamp(min=0)
     ),
@@ -67,7 +83,9 @@ def flat_form(function, params):
 
 def outputs_of(model, x):
     names = [name for name, _ in model.named_parameters()]
-    return lambda tensors: torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (x,))
+    return lambda tensors: torch.func.functional_call(
+        model, dict(zip(names, tensors, strict=True)), (x,)
+    )
 
 
 def check(closure, params, matrix, rtol=1e-9):
@@ -108,7 +126,10 @@ def test_nll_loss_has_the_matrix_of_cross_entropy(model, reduction, weighted):
             lambda z: F.cross_entropy(z, y, weight, reduction=reduction),
         )
     )
-    for a, b in ((by_nll.gradient, by_cross_entropy.gradient), (by_nll.curvature(v), by_cross_entropy.curvature(v))):
+    for a, b in (
+        (by_nll.gradient, by_cross_entropy.gradient),
+        (by_nll.curvature(v), by_cross_entropy.curvature(v)),
+    ):
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
@@ -120,7 +141,10 @@ def test_kl_div_has_the_matrix_of_cross_entropy_with_soft_targets(model, reducti
     target = y.log() if log_target else y
     v = real(sum(p.numel() for p in params))
     a = linearize(
-        lambda: F.kl_div(model(x).log_softmax(-1), target, reduction=reduction, log_target=log_target).sum(), params
+        lambda: F.kl_div(
+            model(x).log_softmax(-1), target, reduction=reduction, log_target=log_target
+        ).sum(),
+        params,
     )
     b = linearize(lambda: scale * F.cross_entropy(model(x), y, reduction="sum"), params)
     assert (a.gradient - b.gradient).norm() <= 1e-12 * b.gradient.norm()
@@ -147,7 +171,9 @@ def test_gaussian_nll_has_the_fisher_matrix_of_a_normal(reduction, shape):
 
     def normal():
         mean, variance = mean_and_variance(model(x))
-        return gaussian(), torch.distributions.Independent(torch.distributions.Normal(mean, variance.sqrt()), 1)
+        return gaussian(), torch.distributions.Independent(
+            torch.distributions.Normal(mean, variance.sqrt()), 1
+        )
 
     v = real(sum(p.numel() for p in params))
     a, b = linearize(gaussian, params), linearize(normal, params)
@@ -162,7 +188,10 @@ def test_cosine_embedding_is_least_squares_of_unit_vectors(model, reduction):
     jacobian = torch.func.jacrev(lambda t: F.normalize(z_of(t), dim=-1))(flat)
     active = (target > 0) | (F.cosine_similarity(model(x), y) > 0.1)
     matrix = sum(j.T @ j for j, use in zip(jacobian, active, strict=True) if use)
-    closure = lambda: F.cosine_embedding_loss(model(x), y, target, margin=0.1, reduction=reduction).sum()  # noqa: E731
+
+    def closure():
+        return F.cosine_embedding_loss(model(x), y, target, margin=0.1, reduction=reduction).sum()
+
     check(closure, params, matrix / N if reduction == "mean" else matrix)
 
 
@@ -174,7 +203,9 @@ def test_ctc_has_the_fisher_matrix_of_its_frames(reduction):
     lengths = torch.tensor([6, 6, 5, 6, 4])
 
     def closure():
-        return F.ctc_loss(model(x).log_softmax(-1), targets, lengths, target_lengths, reduction=reduction).sum()
+        return F.ctc_loss(
+            model(x).log_softmax(-1), targets, lengths, target_lengths, reduction=reduction
+        ).sum()
 
     flat, z_of = flat_form(outputs_of(model, x), params)
     jacobian, p = torch.func.jacrev(z_of)(flat), model(x).softmax(-1).detach()
@@ -240,7 +271,11 @@ class TestSeveralLosses:
         v = real(sum(p.numel() for p in params))
         plain = linearize(lambda: F.cross_entropy(model(x), y), params)
         penalised = linearize(
-            lambda: F.cross_entropy(model(x), y) + 0.05 * sum(p.square().sum() for p in model.parameters()), params
+            lambda: (
+                F.cross_entropy(model(x), y)
+                + 0.05 * sum(p.square().sum() for p in model.parameters())
+            ),
+            params,
         )
         expected = plain.curvature(v) + 0.1 * v
         assert (penalised.curvature(v) - expected).norm() <= 1e-12 * expected.norm()
@@ -251,7 +286,9 @@ class TestSeveralLosses:
         plain = linearize(lambda: F.cross_entropy(model(x), y), params)
 
         def closure():
-            return F.cross_entropy(model(x), y) + sum((p.square() - 1).square().sum() for p in model.parameters())
+            return F.cross_entropy(model(x), y) + sum(
+                (p.square() - 1).square().sum() for p in model.parameters()
+            )
 
         with caplog.at_level("INFO", logger="ngd_optim"):
             penalised = linearize(closure, params)
@@ -263,5 +300,9 @@ class TestSeveralLosses:
     def test_absolute_penalty_has_no_hessian(self, model):
         x, y, params = real(N, 3), labels(), list(model.parameters())
         optimizer = NaturalCG(params)
-        optimizer.step(lambda: F.cross_entropy(model(x), y) + 1e-3 * sum(p.abs().sum() for p in model.parameters()))
+        optimizer.step(
+            lambda: (
+                F.cross_entropy(model(x), y) + 1e-3 * sum(p.abs().sum() for p in model.parameters())
+            )
+        )
         assert optimizer.last_step.accepted
