@@ -27,7 +27,7 @@ from ngd_optim.names import (
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, build_preconditioner
 from ngd_optim.report import StepReport, build_report
-from ngd_optim.settings import Settings, check_saved, check_settings, to_plain_numbers
+from ngd_optim.settings import SETTINGS, Settings, check_saved, check_settings, to_plain_numbers
 from ngd_optim.solvers import (
     ConjugateGradients,
     Solver,
@@ -175,33 +175,12 @@ class NaturalCG(Optimizer):
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
+        given = locals()
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.generator = generator
         self.process_group = process_group
-        defaults = {
-            "lr": lr,
-            "max_kl": max_kl,
-            "trust_region": trust_region,
-            "damping": damping,
-            "adapt_damping": adapt_damping,
-            "min_damping": min_damping,
-            "max_damping": max_damping,
-            "max_cg_iters": max_cg_iters,
-            "cg_tol": cg_tol,
-            "cg_progress_tol": cg_progress_tol,
-            "warm_start": warm_start,
-            "preconditioner": preconditioner,
-            "max_backtracks": max_backtracks,
-            "backtrack_ratio": backtrack_ratio,
-            "weight_decay": weight_decay,
-            "curvature": curvature,
-            "backend": backend,
-            "solver": solver,
-            "damping_scale": damping_scale,
-            "momentum": momentum,
-            "geodesic": geodesic,
-        }
+        defaults = {name: given[name] for name in SETTINGS}
         check_settings(defaults)
         super().__init__(params, defaults)
         self._complete()

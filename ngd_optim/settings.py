@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -20,60 +20,6 @@ from ngd_optim.names import (
 )
 from ngd_optim.preconditioners import Diagonal, Nystrom, Preconditioner
 
-PER_GROUP = ("lr", "damping", "weight_decay")
-"""Settings that may differ between parameter groups."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of one step. What each means is in the docstring of :class:`~ngd_optim.NaturalCG`.
-
-    ``lr``, ``damping`` and ``weight_decay`` have one number for each parameter group.
-    """
-
-    lr: tuple[float, ...]
-    damping: tuple[float, ...]
-    weight_decay: tuple[float, ...]
-    max_kl: MaxKL
-    trust_region: TrustRegion
-    adapt_damping: bool
-    min_damping: DampingLimit
-    max_damping: DampingLimit
-    max_cg_iters: int
-    cg_tol: float
-    cg_progress_tol: float
-    warm_start: float
-    preconditioner: Preconditioner
-    max_backtracks: int
-    backtrack_ratio: float
-    curvature: Curvature
-    backend: BackendChoice
-    solver: SolverName
-    damping_scale: DampingScale
-    momentum: float
-    geodesic: bool
-
-    @classmethod
-    def of(cls, groups: Sequence[Mapping[str, Any]]) -> "Settings":
-        """Those of some parameter groups.
-
-        Raises:
-            ValueError: the groups disagree on a setting that holds for the whole step.
-        """
-        values: dict[str, Any] = {}
-        for name in _ALLOWED:
-            of_groups = [group[name] for group in groups]
-            if name in PER_GROUP:
-                values[name] = tuple(map(float, of_groups))
-                continue
-            if any(value != of_groups[0] for value in of_groups):
-                raise ValueError(
-                    f"{name} holds for the whole step, so all parameter groups must agree on it, "
-                    f"got {of_groups}; only {', '.join(PER_GROUP)} may differ"
-                )
-            values[name] = of_groups[0]
-        return cls(**values)
-
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
@@ -84,59 +30,105 @@ def _count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _at_least_zero(value: Any) -> bool:
-    return _number(value) and 0 <= value < math.inf
-
-
-def _one_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
-    names = get_args(kind)
-    return lambda value: value in names, f"one of {', '.join(map(repr, names))}"
-
-
 def _preconditioner(value: Any) -> bool:
     is_name = isinstance(value, str) and value in get_args(PreconditionerName)
     is_function = callable(value) and not isinstance(value, type)
     return value is None or is_name or is_function or isinstance(value, Diagonal | Nystrom)
 
 
-_FINITE = (_at_least_zero, "a finite number, at least 0")
-_FLAG = (lambda v: isinstance(v, bool), "True or False")
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": _FINITE,
-    "max_kl": (
-        lambda v: v is None or v == "auto" or (_number(v) and 0 < v < math.inf),
-        "a finite number above 0, None or 'auto'",
-    ),
-    "trust_region": _one_of(TrustRegion),
-    "damping": _FINITE,
-    "adapt_damping": _FLAG,
-    "min_damping": (
-        lambda v: v == "auto" or _at_least_zero(v),
-        "a finite number, at least 0, or 'auto'",
-    ),
-    "max_damping": (
-        lambda v: v == "auto" or (_number(v) and v >= 0),
-        "a number, at least 0, or 'auto'",
-    ),
-    "max_cg_iters": (lambda v: _count(v) and v >= 1, "an integer, at least 1"),
-    "cg_tol": _FINITE,
-    "cg_progress_tol": _FINITE,
-    "warm_start": (lambda v: _number(v) and 0 <= v <= 1, "a number in [0, 1]"),
-    "preconditioner": (
-        _preconditioner,
-        "'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function of a flat vector",
-    ),
-    "max_backtracks": (_count, "an integer, at least 0"),
-    "backtrack_ratio": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
-    "weight_decay": _FINITE,
-    "curvature": _one_of(Curvature),
-    "backend": _one_of(BackendChoice),
-    "solver": _one_of(SolverName),
-    "damping_scale": _one_of(DampingScale),
-    "geodesic": _FLAG,
-    "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+class _Allowed(NamedTuple):
+    """What a setting may be, in words and as a function, and whether groups may differ in it."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    per_group: bool = False
+
+
+def _one_of(kind: Any) -> _Allowed:
+    names = get_args(kind)
+    return _Allowed(f"one of {', '.join(map(repr, names))}", lambda v: v in names)
+
+
+_FINITE = _Allowed("a finite number, at least 0", lambda v: _number(v) and 0 <= v < math.inf)
+_FINITE_OR_AUTO = _Allowed(f"{_FINITE.words}, or 'auto'", lambda v: v == "auto" or _FINITE.holds(v))
+_PER_GROUP = _FINITE._replace(per_group=True)
+_NUMBER_OR_AUTO = _Allowed(
+    "a number, at least 0, or 'auto'", lambda v: v == "auto" or (_number(v) and v >= 0)
+)
+_REGION = _Allowed(
+    "a finite number above 0, None or 'auto'",
+    lambda v: v is None or v == "auto" or (_number(v) and 0 < v < math.inf),
+)
+_UP_TO_1 = _Allowed("a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
+_BELOW_1 = _Allowed("a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
+_BETWEEN_0_AND_1 = _Allowed("a number in (0, 1)", lambda v: _number(v) and 0 < v < 1)
+_COUNT = _Allowed("an integer, at least 0", _count)
+_COUNT_FROM_1 = _Allowed("an integer, at least 1", lambda v: _count(v) and v >= 1)
+_FLAG = _Allowed("True or False", lambda v: isinstance(v, bool))
+_PRECONDITIONER = _Allowed(
+    "'auto', 'kfac', 'diagonal', None, a Diagonal, a Nystrom or a function of a flat vector",
+    _preconditioner,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one step; the docstring of :class:`~ngd_optim.NaturalCG` explains them.
+
+    ``lr``, ``damping`` and ``weight_decay`` have one number for each parameter group.
+    """
+
+    lr: Annotated[tuple[float, ...], _PER_GROUP]
+    max_kl: Annotated[MaxKL, _REGION]
+    trust_region: Annotated[TrustRegion, _one_of(TrustRegion)]
+    damping: Annotated[tuple[float, ...], _PER_GROUP]
+    adapt_damping: Annotated[bool, _FLAG]
+    min_damping: Annotated[DampingLimit, _FINITE_OR_AUTO]
+    max_damping: Annotated[DampingLimit, _NUMBER_OR_AUTO]
+    max_cg_iters: Annotated[int, _COUNT_FROM_1]
+    cg_tol: Annotated[float, _FINITE]
+    cg_progress_tol: Annotated[float, _FINITE]
+    warm_start: Annotated[float, _UP_TO_1]
+    preconditioner: Annotated[Preconditioner, _PRECONDITIONER]
+    max_backtracks: Annotated[int, _COUNT]
+    backtrack_ratio: Annotated[float, _BETWEEN_0_AND_1]
+    weight_decay: Annotated[tuple[float, ...], _PER_GROUP]
+    curvature: Annotated[Curvature, _one_of(Curvature)]
+    backend: Annotated[BackendChoice, _one_of(BackendChoice)]
+    solver: Annotated[SolverName, _one_of(SolverName)]
+    damping_scale: Annotated[DampingScale, _one_of(DampingScale)]
+    geodesic: Annotated[bool, _FLAG]
+    momentum: Annotated[float, _BELOW_1]
+
+    @classmethod
+    def of(cls, groups: Sequence[Mapping[str, Any]]) -> "Settings":
+        """Those of some parameter groups.
+
+        Raises:
+            ValueError: the groups disagree on a setting that holds for the whole step.
+        """
+        values: dict[str, Any] = {}
+        for name, allowed in _ALLOWED.items():
+            of_groups = [group[name] for group in groups]
+            if allowed.per_group:
+                values[name] = tuple(map(float, of_groups))
+                continue
+            if any(value != of_groups[0] for value in of_groups):
+                may_differ = ", ".join(n for n, other in _ALLOWED.items() if other.per_group)
+                raise ValueError(
+                    f"{name} holds for the whole step, so all parameter groups must agree on it, "
+                    f"got {of_groups}; only {may_differ} may differ"
+                )
+            values[name] = of_groups[0]
+        return cls(**values)
+
+
+_ALLOWED: dict[str, _Allowed] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Settings, include_extras=True).items()
 }
-assert _ALLOWED.keys() == {field.name for field in fields(Settings)}
+SETTINGS = tuple(_ALLOWED)
+"""The names of all settings."""
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -145,9 +137,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting is out of range; the message has its value and what is allowed.
     """
-    for name, (is_allowed, allowed) in _ALLOWED.items():
-        if not is_allowed(settings[name]):
-            raise ValueError(f"{name} must be {allowed}, got {settings[name]!r}")
+    for name, allowed in _ALLOWED.items():
+        if not allowed.holds(settings[name]):
+            raise ValueError(f"{name} must be {allowed.words}, got {settings[name]!r}")
     lowest, highest = settings["min_damping"], settings["max_damping"]
     if "auto" not in (lowest, highest) and lowest > highest:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
@@ -160,7 +152,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def to_plain_numbers(group: dict[str, Any]) -> None:
     """Make a parameter group's settings that are numpy's numbers Python's: these can be saved."""
-    for name in _ALLOWED:
+    for name in SETTINGS:
         value = group[name]
         if isinstance(value, Real) and type(value) not in (bool, int, float):
             group[name] = int(value) if isinstance(value, Integral) else float(value)
@@ -179,7 +171,7 @@ def check_saved(
         ValueError: it is another optimizer's, or was saved of parameters of other shapes.
     """
     for group in groups:
-        missing = [name for name in _ALLOWED if name not in group]
+        missing = [name for name in SETTINGS if name not in group]
         if missing:
             raise ValueError(
                 f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
