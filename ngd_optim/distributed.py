@@ -58,6 +58,8 @@ class Ranks:
         try:
             total = work().clone()
         except Exception as error:
+            # NaN on one rank makes all stop; the error itself is raised where the host waits
+            # anyway.
             self._error = self._error or error
             total = torch.full_like(v, torch.nan)
         dist.all_reduce(total, group=self.group)
@@ -92,6 +94,7 @@ class Ranks:
         """Whether every rank gives the same number."""
         if self.group is None:
             return True
+        # All equal: the maximum is the minimum.
         highest, lowest = self._maximum([number, -number])
         return highest == -lowest
 

@@ -44,6 +44,7 @@ class GradientHooks:
         values = parameters.flatten(shown)
         for hook in list(self._hooks.values()):
             hook(optimizer)
+        # A hook may replace `.grad` or write into it; both would be lost without a word.
         same = all(p.grad is old for p, old in zip(parameters.tensors, shown, strict=True))
         if not same or not torch.allclose(
             values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True

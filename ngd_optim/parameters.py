@@ -41,6 +41,7 @@ class FlatParameters:
                     "parts"
                 )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
+        # A flat step would move shared memory twice.
         places = [p.data_ptr() for p in self.tensors if p.numel()]
         if len(set(places)) < len(places) or any(
             0 in p.stride() and p.numel() > 1 for p in self.tensors

@@ -107,6 +107,7 @@ def build_report(
     moved = trial.fraction if trial.accepted else 0.0
     loss = point.loss.item()
     predicted = step.predicted_decrease(trial.fraction)
+    # A ratio of two roundings says nothing.
     telling = abs(predicted) > point.rounding
     return StepReport(
         loss=loss,

@@ -177,6 +177,7 @@ def check_saved(
                 f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
             )
         check_settings(group)
+    # By parameter once the optimizer has mapped them; before that the keys are numbers.
     for p, entry in state.items():
         for saved in (entry[name] for name in ("solution", "largest_curvature") if name in entry):
             if isinstance(p, Tensor) and saved.shape != p.shape:

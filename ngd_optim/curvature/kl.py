@@ -125,6 +125,7 @@ def _kl(old: Distribution, new: Distribution) -> Tensor:
     if isinstance(old, Categorical | OneHotCategorical) and isinstance(
         new, Categorical | OneHotCategorical
     ):
+        # Σ p (log p − log q) from logits, which stay finite where probabilities underflow.
         return _expect(old.probs, old.logits - new.logits).sum(-1)
     if isinstance(old, Bernoulli) and isinstance(new, Bernoulli):
         yes = _expect(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))

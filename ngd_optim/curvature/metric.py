@@ -170,6 +170,8 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         others = [parameters_of(head) for head in distributions_in(other.metric)]
         return [others[i][name] for i, name in learned]
 
+    # KL(old ‖ new) as a function of new's parameters alone: a graph of a few operations, whose
+    # Hessian at new = old is H_z.
     moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
     for i, name in learned:
         moving[i][name] = moving[i][name].clone().requires_grad_()
@@ -238,6 +240,7 @@ def _freeze(head: Distribution) -> Distribution:
 
 def _returned_kl(other: Evaluation) -> Tensor | None:
     kl = other.metric.detach().reshape(())
+    # A prediction that is compared with itself gives zero everywhere, and bounds nothing.
     if kl != 0:
         return kl
     warnings.warn(
@@ -256,6 +259,7 @@ def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
             "the returned kl has no graph to differentiate: it was detached or computed under "
             "no_grad"
         )
+    # A KL has its minimum, zero, at the current parameters; only then is its Hessian the metric.
     if abs(kl.item()) > _LARGEST_KL_AT_START:
         raise ValueError(
             f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; "

@@ -28,9 +28,11 @@ def push_forward(function: Callable[..., tuple[Tensor, ...]], params: Tensors) -
 
 def push_by_double_backward(outputs: Tensors, params: Tensors) -> Map:
     """``v ↦ J v`` for ``J = ∂ outputs / ∂ params``, as the derivative of ``u ↦ Jᵀ u``, which is linear."""
+    # g(u) = Jᵀu is linear, whatever u is; its derivative along v, transposed, is J v.
     u = [torch.zeros_like(z, requires_grad=True) for z in outputs]
     with torch.enable_grad():
         pulled = torch.autograd.grad(outputs, params, u, create_graph=True, materialize_grads=True)
+    # A parameter that the outputs do not depend on has a gradient without a graph.
     linear = [i for i, g in enumerate(pulled) if g.requires_grad]
 
     def push(v: Tensors) -> Tensors:
@@ -60,6 +62,7 @@ def hessian(scalar: Tensor, variables: Tensors) -> Map:
         gradients = torch.autograd.grad(
             scalar, variables, create_graph=True, materialize_grads=True
         )
+    # Where the gradient is constant, the Hessian's rows are zero.
     curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
 
     def product(v: Tensors) -> Tensors:

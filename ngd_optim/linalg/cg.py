@@ -136,6 +136,7 @@ def conjugate_gradient(
             x, r = fraction * x0, torch.sub(b, a_x0, alpha=fraction)
             model = fraction * (0.5 * fraction * x0_dot_ax0 - slope)
         del a_x0
+    # From here on: r = b − A x, and φ(x) = ½ xᵀA x − bᵀx is the last of `models`.
     x0 = None  # of long vectors there is none to spare
     if x is None or r is None:
         x, r = torch.zeros_like(b), b.clone()
@@ -154,6 +155,7 @@ def conjugate_gradient(
         if rounds == max_iters or (rounds % on.look_every == 0 and stop):
             break
 
+        # z = M⁻¹ r (Nocedal & Wright, Algorithm 5.3).
         z = r if preconditioner is None else preconditioner(r)
         r_dot_z = r_dot_r if z is r else on.dot(r, z)
         stop = first(stop, _not_finite(r_dot_z), _NOT_FINITE)
@@ -162,6 +164,7 @@ def conjugate_gradient(
         # more.
         going = stop == 0
         iterations = iterations + going
+        # β = rᵀz ÷ its last value, and p ← z + β p: conjugate to all directions before.
         beta = on.choose(going, r_dot_z, 1.0) / on.choose(going, previous, 1.0)
         on.add(p.mul_(beta), z, 1.0 * going)
         del a_p
@@ -171,6 +174,7 @@ def conjugate_gradient(
         stop = first(stop, p_dot_ap <= 0, _NEGATIVE_CURVATURE)
 
         going = stop == 0
+        # α = rᵀz ÷ pᵀA p is the minimum of φ along p.
         alpha = on.choose(going, r_dot_z, 0.0) / on.choose(going, p_dot_ap, 1.0)
         on.add(x, p, alpha)
         on.add(r, a_p, -alpha)
@@ -184,6 +188,8 @@ def conjugate_gradient(
         raise ValueError(
             f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}"
         )
+    # Along p the model falls without end: to the boundary, or all of p if it is the first (Steihaug
+    # 1983).
     if reason == _NEGATIVE_CURVATURE:
         length = _length_to_boundary(x, b, r, p, a_p, boundary)
         if not length and int(iterations) == 1:
@@ -212,9 +218,11 @@ def _not_finite(value: Scalar) -> Scalar:
 def _length_to_boundary(
     x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None
 ) -> float:
+    # What is left of xᵀA x + τ² |pᵀA p| ≤ boundary, with A x = b − r.
     room = 0.0 if boundary is None else boundary - torch.dot(x, b - r).item()
     if room <= 0:
         return 0.0
+    # A curvature of zero is known to rounding only; the step along it stays finite.
     rounding = torch.finfo(p.dtype).eps * (_norm(p) * (_norm(p) + _norm(a_p))).item()
     return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), rounding))
 

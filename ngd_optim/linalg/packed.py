@@ -11,9 +11,11 @@ from torch import Tensor
 def pack(matrix: Tensor) -> Tensor:
     """(..., n, n), of which the lower triangle counts → (..., n + 1, n / 2), or (..., n, (n + 1) / 2) for an odd n."""
     n = matrix.shape[-1]
+    # An even n has one row more, so that both triangles fit beside each other.
     half, shift = (n + 1) // 2, 1 - n % 2
     result = matrix.new_empty(*matrix.shape[:-2], n + shift, half)
     result[..., shift:, :] = matrix[..., :half]
+    # The trapezoid leaves its upper triangle free: the smaller triangle goes there, transposed.
     corner = result[..., : n - half, 1 - shift :]
     corner.tril_(-1).add_(matrix[..., half:, half:].mT.triu())
     return result

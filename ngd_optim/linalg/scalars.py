@@ -54,6 +54,7 @@ class OnDevice:
     @staticmethod
     def add(y: Tensor, x: Tensor, factor: Scalar) -> None:
         """As :meth:`OnHost.add`."""
+        # 0 · inf is NaN: what a stopped solve must not add is taken out before it is multiplied.
         y.addcmul_(torch.where(factor != 0, x, 0.0), factor)
 
 

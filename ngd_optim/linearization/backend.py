@@ -80,11 +80,13 @@ def form_product(
                     image, product = record(product, v)
                     return Formed.of(product, v, image)
                 return Formed.of(product, v, product(v))
+            # The last way has no other to give way to: its error is the user's.
             except RuntimeError as error:
                 if is_last:
                     raise
                 return explain_failure(error, way.backend)
 
+        # A rank that fails takes the others along to the next way: their products are added up.
         formed = ranks.together(attempt)
         if ranks.all(isinstance(formed, Formed)):
             assert isinstance(formed, Formed)

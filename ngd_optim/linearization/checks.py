@@ -152,6 +152,8 @@ def check_closure(
     """
     run = copy.copy(run)  # these runs do not count as the step's
     ends = [traced.loss, *traced.outputs, *parameters.tensors]
+    # The gradient is known to the rounding of its ends; what happens in between (autocast) rounds
+    # products as well.
     noise = _coarsest({t.dtype for t in ends})
     eps = max(noise, _coarsest(dtypes([traced.loss, *metric.outputs])))
     ranks.require_equal(parameters.read())
@@ -162,6 +164,7 @@ def check_closure(
     )
     floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
     _check_gradient(ranks.average(gradient), plain, eps, floor)
+    # A random vector meets every direction; a generator of its own leaves the user's alone.
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
@@ -264,6 +267,7 @@ def _problems_of_backends(
     }
     best = min(errors.values(), default=math.inf)
     for backend, error in errors.items():
+        # Wrong products miss whole terms: errors of 1e-1 to 1; right ones agree to rounding.
         if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
             problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
     finite = all(product.isfinite().all() for product in products.values())
@@ -295,6 +299,7 @@ def _adjoint_error(
         _inner_product(u, pushed),
         _inner_product(pulled, v),
     )
+    # ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for random u and v, with the pull-back that autograd has.
     error = abs(at_outputs - at_parameters)
     return error / (size_there + size_here) if error else 0.0
 
@@ -312,6 +317,7 @@ def _refuse_nonlinear_hooks(
     if not any(hooks_of(p) for p in parameters.tensors):
         return
     pull = pull_back(metric.outputs, parameters.tensors)
+    # A linear hook scales with its argument; clipping and normalising do not.
     once, *scaled = (
         parameters.flatten(pull([torch.full_like(z, scale) for z in metric.outputs])) / scale
         for scale in (1, 1e4, 1e8)
@@ -333,6 +339,8 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
     image = product(v)
     if not image.any():
         return True  # now: a weight of zero, or a penalty without curvature
+    # A singular Hessian, as of a penalty on some weights, passes; CG finds negative curvature in a
+    # few iterations if it counts.
     shift = 1e-5 * image.norm() / v.norm()
     result = conjugate_gradient(lambda p: product(p) + shift * p, v, max_iters=30)
     if result.stop != "negative_curvature":

@@ -216,6 +216,7 @@ def linearize_closure(
 
     if observe is not None:
         ranks.together(lambda: observe(metric))
+    # What this holds of the old prediction is detached: the graph is not kept alive by it.
     kl = build_kl(traced)
 
     def measure() -> tuple[float, float | None]:

@@ -88,6 +88,7 @@ class ClosureProduct:
         if ways != self.ways:
             self.ways = ways
             self._forget(ways)
+        # A recording holds the constants that it needs; the graph's memory is for the solve.
         if self.ways[0].recorded or not self._keep_graph:
             self._graph.release()
         self._formed = formed

@@ -136,6 +136,7 @@ class Kronecker(Preconditioning):
         del estimates
         self._estimates.clear()  # as large as what they become
         layers = None if mean is None else (mean.layers, sorted(mean.values))
+        # Ranks whose graphs differ must not average factors of different layers.
         if not ranks.agree(zlib.crc32(repr(layers).encode())) or mean is None:
             self.layers, self._values = (), {}
             return

@@ -58,6 +58,7 @@ def estimate_factors(
     outside = [i for i in range(len(params)) if i not in inside]
     inputs: Any = [*(GradientEdge(use.node, 0) for use in uses), *(params[i] for i in outside)]
     empty = [*(use.zeros() for use in uses), *(torch.zeros_like(params[i]) for i in outside)]
+    # E[u uᵀ] = H_z, so the pulled-back gradients have the curvature as covariance.
     pulled = torch.autograd.grad(
         metric.outputs, inputs, draw(metric, generator), retain_graph=True, allow_unused=True
     )
@@ -134,6 +135,7 @@ def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
     """
     shapes = {use.layer: use.layer.shape(params) for use in uses}
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
+    # Two multiplications forward and two back for each element of a weight and each row.
     product = sum(4 * use.length * sizes[use.layer] for use in uses)
     solve = sum(sizes[layer] * (rows + columns) for layer, (_, rows, columns) in shapes.items())
     return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
@@ -155,6 +157,7 @@ def _factors(
         lefts.append(_scale(left, trace_right / n))
         rights.append(_scale(right, trace_left / n))
         traces.append(trace_left * trace_right / n)
+    # L ⊗ R keeps its trace: that of Σ over uses, trace(L) trace(R) ÷ n.
     scale = sum(traces).clamp(min=torch.finfo(traces[0].dtype).tiny).rsqrt()  # pyright: ignore
     return _scale(sum(lefts), scale), _scale(sum(rights), scale)  # pyright: ignore
 
@@ -209,6 +212,8 @@ class _Block:
     def __init__(self, layer: Layer, values: Values, shift: float) -> None:
         self._layer = layer
         left, right = (unpack_factor(values[layer.weight, side]) for side in ("left", "right"))
+        # π² = (trace R ÷ columns) ÷ (trace L ÷ rows): equal shares of the damping (Martens & Grosse
+        # 2015, section 6.3).
         pi = (_trace(right) / right.shape[1] / (_trace(left) / left.shape[1])).sqrt()
         pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
         self._left = _inverse(left, shift**0.5 / pi)
@@ -220,6 +225,7 @@ class _Block:
         matrix = layer.join(
             sources[layer.weight], None if layer.bias is None else sources[layer.bias]
         )
+        # (L ⊗ R)⁻¹ vec(X) = L⁻¹ X R⁻¹.
         matrix = self._left @ matrix if self._left.ndim == 3 else self._left.unsqueeze(-1) * matrix
         matrix = (
             matrix @ self._right if self._right.ndim == 3 else matrix * self._right.unsqueeze(-2)
@@ -242,6 +248,7 @@ def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
         cholesky, info = torch.linalg.cholesky_ex(damped)
         if not (info.any() and shift.isfinite().all()):
             return torch.cholesky_inverse(cholesky)
+        # Rounding made it indefinite; the solution stays the exact system's.
         shift = 10 * shift
 
 

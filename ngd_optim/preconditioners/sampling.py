@@ -49,6 +49,7 @@ def _draw_from_softmax(
         weight = torch.where(variance > 0, (centred * image).sum(dim, keepdim=True) / variance, 0)
         if _close(weight * p * centred, image):
             flat = p.movedim(dim, -1).reshape(-1, p.shape[dim]).to(generator.device, torch.float32)
+            # u = √w (e_c − p) for a class c drawn from p has covariance w (diag p − p pᵀ).
             drawn = torch.multinomial(flat, 1, generator=generator).to(p.device)
             one = torch.zeros_like(p).movedim(dim, -1)
             one = one.scatter(-1, drawn.view(*one.shape[:-1], 1), 1.0).movedim(-1, dim)

@@ -91,6 +91,7 @@ class Diagonal:
                 .sub_(1)
                 .to(shift)
             )
+            # E[z ⊙ F z] = diag F for random signs z.
             total += signs * product(signs)
         return sketch_of_diagonal(total / self.probes)
 
@@ -164,6 +165,8 @@ class Nystrom:
                 device=generator.device,
                 dtype=torch.float64,
             ).to(shift)
+            # New random directions, orthogonal to those that are known: no product is lost by
+            # growing.
             more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
             images = torch.cat([images, torch.stack([product(column) for column in more.T], 1)], 1)
             basis = torch.cat([basis, more], 1)
@@ -180,6 +183,7 @@ class Nystrom:
         floor = torch.maximum(
             rounding.eps * scale[0], scale.new_tensor(rounding.tiny / rounding.eps)
         )
+        # M⁻¹ = U (Λ + λ)⁻¹Uᵀ + (λ_r + λ)⁻¹ (I − U Uᵀ), times λ_r + λ (Frangella et al. 2023).
         weights = (scale[-1].clamp(min=floor) / scale.clamp(min=floor)) - 1
         return lambda r: r + U @ (weights * (U.T @ r))
 

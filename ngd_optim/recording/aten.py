@@ -43,6 +43,7 @@ _FOUND: dict[int, tuple[Any, Facts]] = {}
 
 def facts(func: Any) -> Facts:
     """What is known of an aten overload."""
+    # Looked up at each call of each operation of a recorded function.
     found = _FOUND.get(
         id(func)
     )  # an overload's own hash is computed in Python, and takes longer than all of this

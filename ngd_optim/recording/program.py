@@ -116,6 +116,8 @@ def remove_dead_code(
     def memory(slot: int) -> int:
         return sharing.of(metas[slot].memory)
 
+    # Backwards, from what is wanted. An operation counts if it makes a needed slot, or writes to
+    # memory that one lies in.
     needed = set(outputs)
     memories = {memory(slot) for slot in needed}
     kept = []
@@ -145,6 +147,7 @@ def run(program: list[Operation], values: list[Any]) -> None:
         for place, key, slot in operation.inputs:
             place[key] = values[slot]
         result = operation.function(*operation.args, **operation.kwargs)
+        # Or the arguments would keep every intermediate result alive.
         for place, key, _ in operation.inputs:
             place[key] = None
         for index, slot in operation.outputs:

@@ -64,6 +64,7 @@ class Recording:
             self._seen = v, v.data_ptr()
             self._values[0] = v
             run(self._views, self._values)
+        # Slots of constants and of the vector's views; the program fills the others.
         values = self._values.copy()
         run(self._program, values)
         return values[self._output]
@@ -116,16 +117,20 @@ class Recorder(DispatchMode):
         inputs: list[tuple[Any, Any, int]] = []
         own_args = self._take_slots_out(list(args), inputs)
         own_kwargs = self._take_slots_out(dict(kwargs), inputs) if kwargs else {}
+        # It does not depend on the vector: its result is a constant of the program.
         if not inputs:
             return func(*args, **kwargs)
+        # Autograd detaches what it saves; the alias is the same value, hence the same slot.
         if func in _ALIASES:
             result = func(*args, **kwargs)
             self._put_mark(result, "_slot", inputs[0][2])
             return result
+        # An index or a mask may be constant where the indexed tensor is not: that is replayable.
         if not fact.replayable and not (
             fact.by_constants and all(p is own_args and key == 0 for p, key, _ in inputs)
         ):
             raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
+        # Memory from elsewhere would keep what the last replay wrote there.
         if fact.in_place and any(self._memory(t) is None for t in find_written(func, args, kwargs)):
             raise CannotReplayError(
                 f"{func} writes what depends on the vector to memory from elsewhere"
@@ -153,6 +158,7 @@ class Recorder(DispatchMode):
         slot = self.slot_of(tensor)
         if slot is not None:
             return slot
+        # Views share storage: a write through one of them changes the others.
         memory = self._memory(tensor)
         if memory is None:
             memory = self._memories

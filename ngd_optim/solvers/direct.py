@@ -31,6 +31,7 @@ class LeastSquares:
         self.square_root = root
         self._factor = root.rows
         self.diagonal = root.rows.square().sum(0)
+        # [A s] = Q R: R has all that min ‖A x + s‖² needs, with n rows in place of m.
         triangle = torch.linalg.qr(torch.cat([root.rows, root.slope.unsqueeze(1)], 1), mode="r").R
         self._triangle = triangle[:n]
 
@@ -38,12 +39,14 @@ class LeastSquares:
         """By orthogonal transformations."""
         n = self.square_root.rows.shape[1]
         shift = model.shift
+        # The damping as n more residuals, √(W + λ) x (Moré 1978).
         damped = torch.cat([shift.sqrt().diag(), torch.zeros_like(shift).unsqueeze(1)], 1)
         R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
         R, c = R[:n, :n], R[:n, n:]
         self._factor = R
         rest = _find_remainder(self.square_root, model)
         if rest is not None:
+            # A part of the gradient that is not Aᵀs, such as weight decay's: Rᵀc = rest.
             c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
         return _solution_from_rows(
             -torch.linalg.solve_triangular(R, c, upper=True).squeeze(1),
@@ -76,12 +79,14 @@ class SampleSpace:
     def solve(self, model: QuadraticModel) -> LinearSolution:
         """By the Cholesky factor of a matrix with a row for each output."""
         A, s, _ = self.square_root
+        # D = size · unit: where only its size changes, as with λI, the Gram matrix is kept.
         size = model.shift.mean()
         unit = model.shift / size
         if self._unit is None or not torch.allclose(unit, self._unit, rtol=1e-12, atol=0):
             self._unit, self._gram = unit, _gram(A * unit.rsqrt())
         rest = _find_remainder(self.square_root, model)
         pulled = None if rest is None else rest / model.shift
+        # (A D⁻¹Aᵀ + I) times `size`.
         L, info = torch.linalg.cholesky_ex(self._gram + size * torch.eye(len(s)).to(s))
         if info:
             return _indefinite_solution(model)
@@ -124,6 +129,7 @@ def _gram(A: Tensor) -> Tensor:
     """``A Aᵀ``, of which only a half is computed."""
     if len(A) < 256:
         return A @ A.T
+    # It is symmetric: the upper right block is the lower left one, transposed.
     half = len(A) // 2
     K = A.new_empty(len(A), len(A))
     K[:half, :half] = _gram(A[:half])
@@ -136,6 +142,7 @@ def _gram(A: Tensor) -> Tensor:
 def _find_remainder(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
     """``−b − Aᵀs``: the part of the right-hand side that is not the residuals'; None where it is rounding."""
     rest = -model.right_side - root.rows.T @ root.slope
+    # Aᵀs sums len(s) terms, whose rounding errors are independent.
     noise = (
         torch.finfo(rest.dtype).eps
         * math.sqrt(len(root.slope))

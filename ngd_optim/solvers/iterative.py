@@ -33,6 +33,7 @@ class ConjugateGradients:
     def solve(self, model: QuadraticModel) -> LinearSolution:
         """By products with the curvature only."""
         b = model.right_side
+        # The first product of the solve is that of x0, or of b.
         if b.isfinite().all():
             self.form(self.x0 if self.x0.any() else b)
         return conjugate_gradient(

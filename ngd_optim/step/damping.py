@@ -77,6 +77,7 @@ class Damping:
         if not self._adapts:
             return
         factor = 1.0
+        # A direct solver has been solved again already until the loss fell; see `retry`.
         if not self._exact:
             factor = damping_factor(reduction_ratio, accepted=accepted, overshot=overshot)
         elif accepted:
@@ -101,6 +102,7 @@ def nielsen_factor(reduction_ratio: float) -> float:
     """
     if math.isnan(reduction_ratio):
         return 1.0
+    # 1 − (2ρ − 1)³, not below 1/3.
     return max(1 / 3, 1 - (2 * min(reduction_ratio, 1.0) - 1) ** 3)
 
 

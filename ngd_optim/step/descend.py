@@ -78,6 +78,8 @@ class Descent:
             trial = self._search(
                 step, solution, max_backtracks=0 if solves_again else self.max_backtracks
             )
+            # A direct solver has the Jacobian: another damping costs no product, a shorter step is
+            # worse.
             is_over = trial.accepted or not (solves_again and self._is_worth_a_retry(step))
             if is_over or not self.damping.retry(attempt):
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
@@ -127,6 +129,8 @@ class Descent:
         if not trial.accepted:
             self.parameters.write(self.theta)
             promised = step.predicted_decrease(1.0)
+            # At the minimum every trial is turned down by rounding: that is no reason for more
+            # damping.
             if trial.backtracks and abs(promised) <= self.point.rounding:
                 why = f"the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
                 return replace(trial, overshot=False, problem=why)

@@ -43,8 +43,11 @@ def apply_geodesic_correction(
     change = square_root.displaced()
     if change is None:
         return step
+    # r(θ + h d) = r + h J d + ½ h² r″: r″ from one difference (Transtrum & Sethna 2012).
     second = 2 / _PROBE * (change / _PROBE - square_root.rows @ d)
+    # a = −½ (F + λ)⁻¹ Jᵀ r″.
     a = solver.pull_back(second).mul_(-0.5)
+    # Beyond that the expansion is not to be trusted (the same paper).
     if not 2 * _norm(a, model.shift) <= _LARGEST_CORRECTION * _norm(d, model.shift):
         return step
     direction = d + a

@@ -68,6 +68,7 @@ class LastStep:
             or not point.rounding < change < math.inf
         ):
             return math.nan
+        # gᵀd of the new data ÷ |gᵀd| of the old ones.
         return self._along(self.solution(point.used), gradient, lr) / abs(self._first["slope"])
 
     def largest_curvature(self, diagonal: Tensor) -> Tensor:

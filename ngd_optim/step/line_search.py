@@ -84,11 +84,13 @@ def line_search(
         fraction = backtrack_ratio**turned_down
         found, kl = evaluate(fraction)
         target = (
+            # f(θ + s d) ≤ f(θ) + c s gᵀd (Armijo).
             objective + SUFFICIENT_DECREASE * fraction * slope if requires_decrease else math.inf
         )
         problem = _find_problem(found, kl, target, max_kl if requires_decrease else None)
         if problem is None:
             return Trial(fraction, found, kl, turned_down, True, overshot)
+        # A KL above its bound does not speak against the quadratic model; a loss that rose does.
         overshot |= not (math.isfinite(found) and found <= target)
         trial = Trial(fraction, found, kl, turned_down + 1, False, overshot, problem)
     return trial

@@ -41,6 +41,7 @@ def trust_region_scale(quadratic: float, max_kl: float | None, kind: TrustRegion
     """
     if max_kl is None or quadratic <= 0:
         return 1.0
+    # ½ s² xᵀF x = δ.
     to_boundary = math.sqrt(2 * max_kl / quadratic)
     return min(1.0, to_boundary) if kind == "clip" else to_boundary
 
@@ -105,6 +106,7 @@ def scale_step(
     """
     x = solution.solution
     damping_part = torch.dot(x, (model.decay + model.damping) * x).item()
+    # xᵀF x = xᵀA x − xᵀ(W + λ)x.
     metric = solution.x_dot_ax - damping_part
     # A difference of two numbers is known to their rounding only, and a boundary step could be
     # huge. Where F has negative curvature the region is that of |F|, as for the solve, which has

@@ -100,8 +100,10 @@ class ReplayedClosure:
         mode = Tracing(replaced, self._effects, cut=cut)
         self.count += 1
         in_place = stand_ins is None
+        # torch.func runs on stand-ins: a write to a real buffer there fails, or would happen twice.
         if not in_place and self._effects.changes_buffers:
             raise RuntimeError("it changes buffers in place, such as running statistics")
+        # Every run finds the random numbers and buffers of the first one.
         self._effects.rewind(tensors=in_place)
         try:
             with (
@@ -115,6 +117,7 @@ class ReplayedClosure:
             self._effects.settle(tensors=in_place)
         self._differentiates |= mode.differentiates
         self.called_backward = bool(mode.roots)
+        # The first run may have set them to zero or None: that is what a step leaves behind.
         if self._left_gradients is None:
             self._left_gradients = [p.grad for p in self._params]
         return Evaluation(
@@ -153,6 +156,7 @@ class ReplayedClosure:
         self.count += 1
         self._effects.rewind()
         try:
+            # So that what backward leaves is this run's gradient, and not added to an older one.
             for leaf, _ in before:
                 leaf.grad = None
             with torch.enable_grad():
@@ -212,6 +216,7 @@ def undo_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        # The last to run goes first: each had noted the state that the one before it left.
         for run in reversed(runs):
             run.rewind()
         raise
@@ -225,7 +230,10 @@ def twice_differentiable() -> Iterator[None]:
     kernels.
     """
     with ExitStack() as stack:
+        # Fused attention has no second derivative and no forward mode (torch 2.13, CPU and CUDA).
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Compiled graphs hide their operations. Nobody has compiled anything if it is not imported,
+        # which takes a second.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -36,6 +36,7 @@ def least_squares(*residuals: Tensor, weights: Sequence[float | Tensor] | None =
         >>> round(rate.item(), 4)
         0.5
     """
+    # The trace sees it as a torch function, like the losses of torch.nn.functional.
     if has_torch_function(residuals):
         return handle_torch_function(least_squares, residuals, *residuals, weights=weights)
     _check(residuals, weights)

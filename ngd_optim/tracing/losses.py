@@ -49,6 +49,8 @@ def _replace_hessian(
     """
     outputs = [z for z in outputs if z.requires_grad]
     gradients = torch.autograd.grad(loss.sum(), outputs, retain_graph=True)
+    # loss₀ + Σ gᵀ(z − z₀) + ½ Σ h (u − u₀)²: at z₀ its value, its gradient, and the Hessian of the
+    # last sum.
     result = loss.detach()
     terms = [g * (z - z.detach()) for z, g in zip(outputs, gradients, strict=True)]
     terms += [0.5 * h.detach() * (u - u.detach()).square() for u, h in metric]
@@ -74,6 +76,8 @@ def _nll(
     reduce: object = None,
     reduction: str = "mean",
 ) -> Tensor:
+    # The Fisher information of a categorical in its log-probabilities: diag p (Martens 2020,
+    # section 9).
     class_dim = 0 if input.ndim == 1 else 1
     per_sample = F.nll_loss(
         -torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none"
@@ -139,6 +143,7 @@ def _gaussian_nll(
     mean, target, variance = torch.broadcast_tensors(input, target, var)
     loss = F.gaussian_nll_loss(mean, target, variance, full=full, eps=eps, reduction=reduction)
     weight_of_sample = _sample_weights(torch.ones_like(mean), reduction)
+    # Of a normal distribution in mean and variance: 1/σ² and 1/(2σ⁴).
     clamped = variance.detach().clamp(min=eps)
     return _replace_hessian(
         loss,
@@ -159,6 +164,8 @@ def _cosine_embedding(
     reduction: str = "mean",
 ) -> Tensor:
     # 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖²: least squares.
+    # Its weights are those of the samples that count: all matches, and mismatches within the
+    # margin.
     per_sample = F.cosine_embedding_loss(input1, input2, target, margin, reduction="none")
     weight_of_sample = _sample_weights(torch.ones_like(per_sample), reduction)
     weights = torch.where((target > 0) | (per_sample > 0), weight_of_sample, 0.0).unsqueeze(-1)

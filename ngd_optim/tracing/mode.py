@@ -139,6 +139,8 @@ class Tracing(TorchFunctionMode):
         self._random_calls += 1
         if call == len(self._effects.layouts):
             self._effects.layouts.append(tensor.stride())
+        # Under torch.func a tensor may lie in another order than in the first run, and the mask
+        # would be drawn for other elements.
         stride = self._effects.layouts[call]
         if stride == tensor.stride() and not self._stand_ins:  # as a checkpoint will call it again
             return func(*args, **kwargs)
@@ -156,6 +158,8 @@ class Tracing(TorchFunctionMode):
         if isinstance(generator, torch.Generator):
             self._effects.track_generator(generator)
         for tensor in _find_changed(func, args, kwargs):
+            # What has a history belongs to the graph, and what was made in this run is nobody's
+            # state.
             base = base_of(tensor)
             base = tensor if base is None else base
             if (

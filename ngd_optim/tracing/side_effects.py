@@ -58,6 +58,8 @@ class SideEffects:
         Without ``tensors`` only the generators: inside ``torch.func`` no tensor from outside can be
         written to.
         """
+        # At the first run nothing is known: generators are noted now, tensors when they are about
+        # to change.
         if self._tracked:
             self._write(self._start, tensors)
             return
