@@ -4,6 +4,7 @@ A page may have these lines:
 
     <!-- README -->                 the README's beginning, up to its first section
     <!-- README: name -->           a section of the README, without its heading
+    <!-- CONTRIBUTING: name -->     likewise of CONTRIBUTING.md
     <!-- examples -->               all examples: what they do, their pictures and their code
     <!-- benchmarks -->             all results of the benchmarks: tables and figures
 """
@@ -22,7 +23,7 @@ EXAMPLES, BENCHMARKS, RESULTS = (
     ROOT / "benchmarks" / "results",
 )
 SHOWN = (*EXAMPLES.glob("*.p[ny]*"), *RESULTS.glob("*.png"))
-PLACE = re.compile(r"^<!-- (README|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE)
+PLACE = re.compile(r"^<!-- (README|CONTRIBUTING|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -39,27 +40,27 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def _filled(what: str, name: str | None) -> str:
-    if what == "README":
-        return _linked_within_the_site(readme_section(name))
+    if what in ("README", "CONTRIBUTING"):
+        return _linked_within_the_site(section_of(what, name))
     if what == "examples":
         return "\n".join(map(_example, sorted(EXAMPLES.glob("*.py"))))
     return "\n".join(map(_benchmark, sorted(RESULTS.glob("*.md"))))
 
 
-def readme_section(name: str | None) -> str:
-    """The README's section of that name; None: what comes before the first section.
+def section_of(document: str, name: str | None) -> str:
+    """The section of that name in ``README`` or ``CONTRIBUTING``; None: the text before the first section.
 
     Raises:
         ValueError: there is no such section.
     """
     beginning, *sections = re.split(
-        r"^## (.+)\n", (ROOT / "README.md").read_text(), flags=re.MULTILINE
+        r"^## (.+)\n", (ROOT / f"{document}.md").read_text(), flags=re.MULTILINE
     )
     texts = dict(zip(sections[::2], sections[1::2], strict=True))
     if name is None:
         return beginning
     if name not in texts:
-        raise ValueError(f"the README has no section {name!r}; it has {', '.join(texts)}")
+        raise ValueError(f"{document} has no section {name!r}; it has {', '.join(texts)}")
     return texts[name].strip()
 
 

@@ -39,7 +39,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     run_python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, folder=ROOT)
     for page in PAGES:
         html = (tmp_path / page.with_suffix(".html").name).read_text()
-        assert not re.search(r"<!-- README|:(class|func|meth|attr):", html)
+        assert not re.search(r"<!-- (README|CONTRIBUTING)|:(class|func|meth|attr):", html)
         assert not re.findall(r'(?:src|<link[^>]* href)="?(https?:[^" >]*)', html)
         for picture in re.findall(r'<img[^>]* src="?([^" >]+)', html):
             assert (tmp_path / picture).is_file()
@@ -62,7 +62,9 @@ def test_every_option_and_every_field_of_a_report_is_explained():
         for name, p in inspect.signature(NaturalCG).parameters.items()
         if name != "params"
     }
-    cells = re.findall(r"^\| (`.+?) \| (.+?) \|", hooks.readme_section("Options"), re.MULTILINE)
+    cells = re.findall(
+        r"^\| (`.+?) \| (.+?) \|", hooks.section_of("README", "Options"), re.MULTILINE
+    )
     explained = {
         name: default
         for names, defaults in cells
@@ -74,6 +76,62 @@ def test_every_option_and_every_field_of_a_report_is_explained():
     page = (ROOT / "docs" / "settings.md").read_text()
     fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
     assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"],
+    ids=lambda path: path.stem,
+)
+def test_the_files_and_names_that_a_page_sends_to_are_there(path: Path):
+    text = path.read_text()
+    code = set(re.findall(r"`([^`\n]+)`", text))
+    files = {name for name in code if re.fullmatch(r"[\w/]+\.(py|md|txt)", name)}
+    assert len(files) > 20
+    assert [
+        name
+        for name in files
+        if not any((root / name).is_file() for root in (ROOT, ROOT / "ngd_optim"))
+    ] == []
+    sources = "".join(
+        p.read_text() for folder in ("ngd_optim", "tests") for p in (ROOT / folder).rglob("*.py")
+    )
+    names = {
+        part
+        for name in code - files
+        if re.fullmatch(r"[A-Za-z_][\w.]*", name)
+        for part in name.split(".")
+    }
+    assert len(names) > 50
+    assert {name for name in names if not re.search(rf"\b{name}\b", sources)} == set()
+
+
+def test_the_doors_of_the_rooms_are_those_of_the_packages():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+ \| (.+) \|$",
+        hooks.section_of("CONTRIBUTING", "The rooms"),
+        re.MULTILINE,
+    )
+    rooms = {path.parent.name for path in (ROOT / "ngd_optim").glob("*/__init__.py")}
+    assert {room for room, _ in rows} == rooms
+    for room, door in rows:
+        assert sorted(re.findall(r"`(\w+)`", door)) == sorted(
+            importlib.import_module(f"ngd_optim.{room}").__all__
+        )
+
+
+def test_the_stops_of_a_closure_are_numbered_and_there():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    stops = re.findall(r"^\| (\d+) \| `(.+?)` \| `(.+?)`", page, re.MULTILINE)
+    assert [int(number) for number, _, _ in stops] == list(range(1, len(stops) + 1))
+    assert f"{len(stops)} stops in {len({file for _, file, _ in stops})} files" in page
+    for _, file, name in stops:
+        body = ast.parse((ROOT / "ngd_optim" / file).read_text()).body
+        for part in name.split("."):
+            (found,) = (
+                n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part
+            )
+            body = found.body
 
 
 def test_the_api_page_has_every_public_name():
