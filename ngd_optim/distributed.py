@@ -102,7 +102,7 @@ class Ranks:
         """Compare the parameters between the ranks.
 
         Raises:
-            ValueError: it differs.
+            ValueError: they differ.
         """
         if self.group is None:
             return

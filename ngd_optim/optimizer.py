@@ -64,8 +64,8 @@ class NaturalCG(Optimizer):
         trust_region: ``"clip"`` shrinks a step that leaves the region, ``"boundary"`` always goes
             to its edge (TRPO), ``"damped"`` to that of ``½ dᵀ(F + λI) d ≤ δ`` inside it (TRPO as it
             is commonly implemented).
-        damping: ``λ`` at the first step, in the unit of the curvature, and hence of the loss: for a
-            loss that is a thousand times as large, or a sum in place of a mean, take as much more.
+        damping: ``λ`` at the first step. It has the loss's units: scale the loss by 1000, or sum
+            over 1000 samples in place of a mean, and scale ``λ`` by 1000.
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value
             is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for
@@ -92,8 +92,8 @@ class NaturalCG(Optimizer):
             :func:`~ngd_optim.linearize`.
         backend: what forms the products: ``"torch.func"``, forward mode through the closure;
             ``"double-backward"``, the derivative of a gradient through the graph that is there.
-            ``"auto"``: the latter where both are right and no hooks on gradients are seen, else the
-            one that is.
+            ``"auto"``: the latter where both are right, unless hooks look at gradients or the
+            closure has convolutions; else the one that is right.
         solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters;
             ``"sample"``, exactly, in the space of the model's outputs, for fewer outputs than
             parameters. ``"auto"``: one of the direct solvers where the loss is

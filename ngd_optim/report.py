@@ -43,8 +43,8 @@ class StepReport:
         curvature: what ``F`` is: ``"fisher"``, ``"ggn"`` where a loss function was recognised, or
             ``"hessian"``.
         solver: what solved the system: ``"cg"``, ``"dense"`` or ``"sample"``.
-        backend: what formed the products: ``"torch.func"`` (forward mode), or ``"double-backward"``
-            where tensors are small or forward mode does not reach.
+        backend: what formed the products: ``"torch.func"`` (forward mode) or ``"double-backward"``
+            (the derivative of a gradient).
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
             ``"nystrom"``, ``"callable"`` or ``"none"``.
         n_forward: how often the closure ran.

@@ -42,6 +42,8 @@ To note so many small operations pays after some forty products only: autograd's
 pushes through a graph that is there, is almost as fast as a replay.
 """
 
+_BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
 _PREFER_FORWARD = {
     # Double-backward gives hooks gradients with a graph of their own, which they may keep.
     "BackwardHookFunctionBackward",
@@ -99,7 +101,7 @@ def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
 
 def assume_unchecked(backend: BackendChoice) -> Checked:
     """What is assumed of a closure whose loss or gradient is not finite: there is nothing to compare."""
-    backends = get_args(Backend) if backend == "auto" else (backend,)
+    backends = _BACKENDS if backend == "auto" else (backend,)
     return Checked(tuple(Way(b, recorded=False) for b in backends))
 
 
@@ -169,9 +171,7 @@ def check_closure(
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     problems = ranks.together(lambda: _problems_of_backends(run, metric, v, parameters, eps))
-    preferred: list[Backend] = ["torch.func", "double-backward"]
-    if not prefers_forward:
-        preferred.reverse()
+    preferred = _BACKENDS if prefers_forward else _BACKENDS[::-1]
     right: list[Backend] = [b for b in preferred if ranks.all(b not in problems)]
     if not right:
         raise RuntimeError("no curvature product can be formed by one backend on all ranks")
@@ -242,25 +242,30 @@ def _problems_of_backends(
     parameters: FlatParameters,
     eps: float,
 ) -> dict[Backend, str]:
-    """What is wrong with the products of a backend, for each of which something is.
+    """For each backend whose products are not right, a reason.
 
-    The two are independent. Where they differ, or only one of them works, autograd's plain
+    The backends are independent. Where they differ, or only some of them work, autograd's plain
     pull-back decides, whose adjoint they must be.
 
     Raises:
-        RuntimeError: there is something wrong with both.
+        RuntimeError: there is something wrong with all of them.
     """
     v = parameters.unflatten(flat)
     products: dict[Backend, Tensor] = {}
     problems: dict[Backend, str] = {}
-    for backend in get_args(Backend):
+    for backend in _BACKENDS:
         try:
             products[backend] = parameters.flatten(
                 metric.product(run, parameters.tensors, backend)(v)
             )
         except RuntimeError as error:
             problems[backend] = explain_failure(error, backend)
-    if len(products) == 2 and _close(products["torch.func"], products["double-backward"], eps, eps):
+
+    def disagree(backend: Backend, other: Backend) -> bool:
+        return not _close(products[backend], products[other], eps, eps)
+
+    first = next(iter(products), None)
+    if first is not None and not problems and not any(disagree(b, first) for b in products):
         return {}
     errors: dict[Backend, float] = {
         b: _adjoint_error(b, products, run, metric, v, parameters) for b in products
@@ -270,12 +275,18 @@ def _problems_of_backends(
         # Wrong products miss whole terms: errors of 1e-1 to 1; right ones agree to rounding.
         if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
             problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
-    finite = all(product.isfinite().all() for product in products.values())
-    if "torch.func" not in problems or ("double-backward" in problems and not finite):
-        return {"double-backward": problems.get("double-backward", "it disagrees with torch.func")}
-    if "double-backward" not in problems:
-        return problems
-    raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
+    reference = next((b for b in products if b not in problems), None)
+    if reference is None and not all(product.isfinite().all() for product in products.values()):
+        reference = first  # a product that is not finite is no witness: the step will be refused
+    if reference is None:
+        raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
+    others = list(_BACKENDS)
+    others.remove(reference)
+    return {
+        b: problems.get(b, f"it disagrees with {reference}")
+        for b in others
+        if b in problems or disagree(b, reference)
+    }
 
 
 def _adjoint_error(

@@ -58,6 +58,7 @@ class Point:
             the outputs of one closure alone: a Hessian, a scalar KL, a penalty beside them, several
             closures or processes.
         graph: of the closure whose outputs these are.
+        parameters: what the vectors are in the order of.
         measure: runs the closure at the parameters as they are then, and gives the loss (infinite
             where the closure raises a ``ValueError`` or ``LinAlgError``: outside its domain) and
             the KL from the prediction here, in nats per sample; None where the metric has only its
@@ -211,7 +212,7 @@ def linearize_closure(
             learnt[key] = checked
     found = checked or assume_unchecked(backend)
 
-    def forget(ways: tuple[Way, ...]) -> None:
+    def keep_ways(ways: tuple[Way, ...]) -> None:
         learnt[key] = replace(found, ways=ways)
 
     if observe is not None:
@@ -230,7 +231,7 @@ def linearize_closure(
     point = Point(
         loss=traced.loss.detach(),
         gradient=gradient,
-        product=ClosureProduct(graph, parameters, found, ranks, forget, keep_graph=keep_graph),
+        product=ClosureProduct(graph, parameters, found, ranks, keep_ways, keep_graph=keep_graph),
         reached=reached,
         used=reached if all(reached) else _find_reached([traced.loss, *metric.outputs], params),
         kind=metric.kind,

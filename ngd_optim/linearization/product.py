@@ -50,7 +50,7 @@ class ClosureProduct:
         parameters: what it is a function of.
         checked: what is known of it.
         ranks: those that choose alike.
-        forget: is told the ways that are left where one no longer works.
+        keep_ways: is told the ways that are left where one no longer works.
         keep_graph: hold the graph for products that need it; else each of them traces the closure
             anew, and nothing is recorded.
 
@@ -64,12 +64,12 @@ class ClosureProduct:
         parameters: FlatParameters,
         checked: Checked,
         ranks: Ranks,
-        forget: Callable[[tuple[Way, ...]], None],
+        keep_ways: Callable[[tuple[Way, ...]], None],
         *,
         keep_graph: bool,
     ) -> None:
         self.ways = tuple(way for way in checked.ways if keep_graph or not way.recorded)
-        self._forget = forget
+        self._keep_ways = keep_ways
         self._graph = graph
         self._parameters = parameters
         self._penalty = checked.penalty
@@ -87,7 +87,7 @@ class ClosureProduct:
         formed, ways = form_product(self.ways, self._direct, v, self._ranks)
         if ways != self.ways:
             self.ways = ways
-            self._forget(ways)
+            self._keep_ways(ways)
         # A recording holds the constants that it needs; the graph's memory is for the solve.
         if self.ways[0].recorded or not self._keep_graph:
             self._graph.release()
