@@ -264,7 +264,7 @@ def _problems_of_backends(
     def disagree(backend: Backend, other: Backend) -> bool:
         return not _close(products[backend], products[other], eps, eps)
 
-    first = next(iter(products), None)
+    first: Backend | None = next(iter(products), None)
     if first is not None and not problems and not any(disagree(b, first) for b in products):
         return {}
     errors: dict[Backend, float] = {
@@ -275,7 +275,7 @@ def _problems_of_backends(
         # Wrong products miss whole terms: errors of 1e-1 to 1; right ones agree to rounding.
         if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
             problems[backend] = f"{backend} misses a dependence on parameters that autograd sees"
-    reference = next((b for b in products if b not in problems), None)
+    reference: Backend | None = next((b for b in products if b not in problems), None)
     if reference is None and not all(product.isfinite().all() for product in products.values()):
         reference = first  # a product that is not finite is no witness: the step will be refused
     if reference is None:
