@@ -1,6 +1,7 @@
 """Walk the autograd graph."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,17 +9,33 @@ from torch.autograd.graph import Node
 
 from ngd_optim.torch_internals import outputs_of, variable_of
 
+Edge = tuple[Node, int]
+"""A node and the number of one of its outputs in the forward pass."""
+
+
+def parents_first(roots: Sequence[Tensor]) -> list[tuple[Any, tuple[Edge, ...]]]:
+    """The nodes of the graph that leads to some tensors, with their edges to parents.
+
+    Depth first, and not limited in depth.
+    """
+    order: list[tuple[Any, tuple[Edge, ...]]] = []
+    seen: set[Any] = {None}
+    pending: list[tuple[Any, tuple[Edge, ...] | None]] = [(root.grad_fn, None) for root in roots]
+    while pending:
+        node, edges = pending.pop()
+        if edges is not None:
+            order.append((node, edges))
+        elif node not in seen:
+            seen.add(node)
+            edges = node.next_functions
+            pending.append((node, edges))
+            pending.extend((parent, None) for parent, _ in reversed(edges))
+    return order
+
 
 def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
-    """Every node of the graph that leads to some tensors."""
-    pending = [root.grad_fn for root in roots]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            pending.extend(parent for parent, _ in node.next_functions)
+    """Every node of the graph that leads to some tensors, the tensors' own first."""
+    return (node for node, _ in reversed(parents_first(roots)))
 
 
 def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
@@ -27,11 +44,6 @@ def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
     return {one.dtype for one in metadata if one is not None}
 
 
-def leaf(node: Node | None) -> Tensor | None:
-    """The tensor whose ``.grad`` a node would add to, None if it is no such node."""
-    return variable_of(node)
-
-
 def leaves(root: Tensor) -> list[Tensor]:
     """Everything that a plain backward would set ``.grad`` of."""
-    return [tensor for node in nodes([root]) if (tensor := leaf(node)) is not None]
+    return [tensor for node in nodes([root]) if (tensor := variable_of(node)) is not None]

@@ -1,9 +1,9 @@
 """Where a closure's graph uses its weights.
 
-A parameter may enter the graph as a factor of a matrix product or as the kernel of a convolution. Its gradient is then
-a sum of outer products ``Σₙ lₙ rₙᵀ`` of what comes back from the output and what went in. The autograd graph shows all
-such uses, whatever code made them: modules, functional calls, attention, recurrent cells, the derivatives of a network
-in a PDE residual.
+A parameter may enter the graph as a factor of a matrix product or as the kernel of a convolution.
+Its gradient is then a sum of outer products ``Σₙ lₙ rₙᵀ`` of what comes back from the output and
+what went in. The autograd graph shows all such uses, whatever code made them: modules, functional
+calls, attention, recurrent cells, the derivatives of a network in a PDE residual.
 """
 
 import math
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ngd_optim.autograd_graph import leaf, nodes
+from ngd_optim.autograd_graph import nodes
+from ngd_optim.torch_internals import outputs_of, saved_by, variable_of
 
+CONVOLUTION = "ConvolutionBackward0"
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 _SAME_VALUES = {*_TRANSPOSES, "AliasBackward0", "ToCopyBackward0"}
 # By node, its two factors as autograd saves them; whatever is added comes before them.
@@ -25,7 +27,9 @@ _MATRIX_PRODUCTS = {
     "AddmmBackward0": ("mat1", "mat2"),
     "BmmBackward0": ("self", "mat2"),
     "BaddbmmBackward0": ("batch1", "batch2"),
+    "MvBackward0": ("self", "vec"),
 }
+PRODUCTS = {*_MATRIX_PRODUCTS, CONVOLUTION}
 
 
 class Layer(NamedTuple):
@@ -69,8 +73,8 @@ class Use(NamedTuple):
         layer: the weight.
         adds_bias: whether the layer's bias is added here.
         length: ``n``, how many rows there are.
-        rows: makes of the gradient at the node ``l`` and ``r`` for the weight as it is, not flipped: (groups, n, rows
-            of the weight) and (groups, n, columns).
+        rows: makes of the gradient at the node ``l`` and ``r`` for the weight as it is, not
+            flipped: (groups, n, rows of the weight) and (groups, n, columns).
     """
 
     node: Node
@@ -81,7 +85,7 @@ class Use(NamedTuple):
 
     def zeros(self) -> Tensor:
         """The gradient at the node where nothing comes back."""
-        out = self.node._input_metadata[0]  # pyright: ignore[reportAttributeAccessIssue]
+        out = outputs_of(self.node)[0]  # pyright: ignore[reportAttributeAccessIssue]
         return torch.zeros(out.shape, dtype=out.dtype, device=out.device)
 
 
@@ -107,109 +111,96 @@ class Factors(NamedTuple):
 
     Attributes:
         back: makes ``l`` of the gradient at the node, (groups, n, rows).
-        into: gives ``r``, (groups, n, columns).
+        into: gives ``r``, (groups, n, columns); None for ones, with one column.
         transposed: whether the sum is the transpose of the input's gradient, for each group.
     """
 
     back: Callable[[Tensor], Tensor]
-    into: Callable[[], Tensor]
+    into: Callable[[], Tensor] | None
     transposed: bool
 
 
-def product_factors(node: Any, position: int) -> Factors | None:
-    """The factors for an input of a matrix product; None if it is no factor there."""
+def factors_at(node: Any, position: int) -> Factors | None:
+    """Those for an input of a matrix product or the kernel of a convolution; else None."""
+    if node.name() == CONVOLUTION:
+        return (
+            _convolution_factors(node)
+            if position == 1 and not saved_by(node, "transposed")
+            else None
+        )
     names = _MATRIX_PRODUCTS.get(node.name())
     place = position - len(node.next_functions) + 2
-    if names is None or place < 0 or getattr(node, "_saved_alpha", 1) != 1:
+    if names is None or place < 0 or saved_by(node, "alpha") not in (None, 1):
         return None
-    other = f"_saved_{names[1 - place]}"
+    other = names[1 - place]
 
     def into() -> Tensor:
-        matrix = getattr(node, other).to_dense()
-        return _batched(matrix.mT if place == 0 else matrix)
+        matrix = _batched(saved_by(node, other).to_dense())
+        return matrix.mT if place == 0 else matrix
 
     if place == 0:  # the gradient of a in a b is g bᵀ
-        return Factors(lambda gradient: _batched(gradient.mT), into, transposed=False)
+        return Factors(lambda gradient: _batched(gradient).mT, into, transposed=False)
     return Factors(_batched, into, transposed=True)  # that of b is (gᵀ a)ᵀ
 
 
-def convolution_factors(node: Any, kernel: torch.Size) -> Factors:
-    """The factors for the kernel of a convolution, which has that shape."""
-    groups = node._saved_groups
+def _convolution_factors(node: Any) -> Factors:
+    groups = saved_by(node, "groups")
 
     def back(gradient: Tensor) -> Tensor:
         return gradient.unflatten(1, (groups, -1)).flatten(3).movedim(1, 0).mT.flatten(1, 2)
 
     def into() -> Tensor:
-        padding = [side for size in reversed(node._saved_padding) for side in (size, size)]
-        patches = F.pad(node._saved_input, padding)
-        sizes = zip(kernel[2:], node._saved_stride, node._saved_dilation, strict=True)
+        padding = [side for size in reversed(saved_by(node, "padding")) for side in (size, size)]
+        patches = F.pad(saved_by(node, "input"), padding)
+        kernel = saved_by(node, "weight").shape[2:]
+        sizes = zip(kernel, saved_by(node, "stride"), saved_by(node, "dilation"), strict=True)
         for dim, (size, stride, dilation) in enumerate(sizes, start=2):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        # (batch, channels, *positions, *kernel) → (groups, batch, positions, channels of a group × kernel)
-        spatial = len(kernel) - 2
-        patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + spatial).flatten(4)
+        # (batch, channels, *positions, *kernel) → (groups, batch × positions, channels × kernel)
+        patches = patches.unflatten(1, (groups, -1)).flatten(3, 2 + len(kernel)).flatten(4)
         return patches.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
 
     return Factors(back, into, transposed=False)
 
 
-def _batched(matrix: Tensor) -> Tensor:
+def _batched(factor: Tensor) -> Tensor:
+    """As matrices; a vector is a column."""
+    matrix = factor.unsqueeze(-1) if factor.ndim == 1 else factor
     return matrix if matrix.ndim == 3 else matrix.unsqueeze(0)
 
 
 def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
-    if node._input_metadata and node._input_metadata[0].dtype.is_complex:
+    if node.name() not in ("AddmmBackward0", "MmBackward0", CONVOLUTION):
         return None
-    if node.name() in ("AddmmBackward0", "MmBackward0"):
-        return _matrix_product(node, index, params)
-    if node.name() == "ConvolutionBackward0" and not node._saved_transposed:
-        return _convolution(node, index, params)
-    return None
-
-
-def _matrix_product(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
-    """``a b`` or ``bias + a b``, with a parameter or its transpose as one of ``a`` and ``b``."""
-    *bias_node, a_node, b_node = (parent for parent, _ in node.next_functions)
-    (a, a_transposed), (b, b_transposed) = same_values(a_node, index), same_values(b_node, index)
-    if (a is None) == (b is None) or (bias_node and node._saved_beta != 1):
+    out = outputs_of(node)[0]
+    sources = [source_of(parent) for parent, _ in node.next_functions]
+    arguments = [(index.get(id(variable_of(source))), transposed) for source, transposed in sources]
+    found = [
+        (weight, transposed, own)
+        for position, (weight, transposed) in enumerate(arguments)
+        if weight is not None and (own := factors_at(node, position)) is not None
+    ]
+    is_convolution = node.name() == CONVOLUTION
+    if len(found) != 1 or out.dtype.is_complex or (is_convolution and found[0][1]):
         return None
-    place, weight, transposed = (0, a, a_transposed) if a is not None else (1, b, b_transposed)
-    factors = product_factors(node, len(bias_node) + place)
-    if factors is None:
-        return None
-    assert weight is not None
-    bias, _ = same_values(bias_node[0], index) if bias_node and place else (None, False)
-    if bias is not None and params[bias].shape != params[weight].shape[not transposed :][:1]:
-        bias = None
-    layer = Layer(weight, bias, flipped=bool(place) and not transposed, groups=1)
-    length = node._input_metadata[0].shape[1 - place]
-    rows = _rows(factors._replace(transposed=factors.transposed ^ transposed))
-    return Use(node, layer, adds_bias=bias is not None, length=length, rows=rows)
+    weight, transposed, factors = found[0]
+    channels = int(factors.transposed or is_convolution)  # the dimension of the output
+    added = arguments[2 if is_convolution else 0][0] if channels and len(arguments) == 3 else None
+    is_bias = added is not None and tuple(params[added].shape) == tuple(out.shape[1:2])
+    layer = Layer(
+        weight,
+        added if is_bias and saved_by(node, "beta") in (None, 1) else None,
+        flipped=factors.transposed and not transposed,
+        groups=saved_by(node, "groups") if is_convolution else 1,
+    )
+    length = math.prod(out.shape) // max(1, out.shape[channels])
 
-
-def _convolution(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
-    (weight, transposed), (bias, _) = (same_values(parent, index) for parent, _ in node.next_functions[1:])
-    if weight is None or transposed:
-        return None
-    factors = convolution_factors(node, params[weight].shape)
-    layer = Layer(weight, bias, flipped=False, groups=node._saved_groups)
-    positions = math.prod(node._input_metadata[0].shape) // params[weight].shape[0]
-    return Use(node, layer, adds_bias=bias is not None, length=positions, rows=_rows(factors))
-
-
-def _rows(factors: Factors) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        assert factors.into is not None
         back, into = factors.back(gradient), factors.into()
-        return (into, back) if factors.transposed else (back, into)
+        return (into, back) if factors.transposed ^ transposed else (back, into)
 
-    return rows
-
-
-def same_values(node: Any, index: Mapping[int, int]) -> tuple[int | None, bool]:
-    """The parameter behind an argument of an operation, and whether it, a matrix, is transposed."""
-    source, transposed = source_of(node)
-    return index.get(id(leaf(source))), transposed
+    return Use(node, layer, layer.bias is not None, length, rows)
 
 
 def source_of(node: Any) -> tuple[Any, bool]:
@@ -217,9 +208,9 @@ def source_of(node: Any) -> tuple[Any, bool]:
     transposed = False
     while node is not None and node.name() in _SAME_VALUES:
         if node.name() in _TRANSPOSES:
-            if len(node._input_metadata[0].shape) != 2:
+            if len(outputs_of(node)[0].shape) != 2:
                 break
             # Dimension −1 is saved as an unsigned number, which is odd.
-            transposed ^= node.name() != "PermuteBackward0" or node._saved_dims[0] % 2 == 1
+            transposed ^= node.name() != "PermuteBackward0" or saved_by(node, "dims")[0] % 2 == 1
         node = node.next_functions[0][0]
     return node, transposed

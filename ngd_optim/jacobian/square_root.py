@@ -19,8 +19,9 @@ class SqrtGGN(NamedTuple):
     Attributes:
         rows: ``A``, shape (m, n), a row for each element of the model's outputs.
         slope: ``s``, shape (m,).
-        displaced: runs the closure at the parameters as they are then, and gives ``H_z^½ (z − z₀)``, by how much the
-            outputs are other than here; None where the closure is not defined there.
+        displaced: runs the closure at the parameters as they are then, and gives
+            ``H_z^½ (z − z₀)``, by how much the outputs are other than here; None where the closure
+            is not defined there.
     """
 
     rows: Tensor
@@ -112,7 +113,10 @@ def _blocks(apply_hessian: Map, outputs: Sequence[Tensor]) -> list[Tensor]:
     sizes = [z.numel() for z in outputs]
 
     def product(flat: Tensor) -> Tensor:
-        pieces = [part.view(z.shape).to(z.dtype) for part, z in zip(flat.split(sizes), outputs, strict=True)]
+        pieces = [
+            part.view(z.shape).to(z.dtype)
+            for part, z in zip(flat.split(sizes), outputs, strict=True)
+        ]
         return torch.cat([part.reshape(-1).to(flat) for part in apply_hessian(pieces)])
 
     per_sample = [z.numel() // z.shape[0] if z.ndim else 1 for z in outputs]
@@ -136,7 +140,10 @@ def _block_columns(
 ) -> list[Tensor]:
     columns: list[list[Tensor]] = [[] for _ in sizes]
     for column in range(max(shape)):
-        units = [torch.zeros(size // block, block).to(like) for size, block in zip(sizes, shape, strict=True)]
+        units = [
+            torch.zeros(size // block, block).to(like)
+            for size, block in zip(sizes, shape, strict=True)
+        ]
         for unit in units:
             unit[:, column : column + 1] = 1
         images = product(torch.cat([unit.reshape(-1) for unit in units])).split(sizes)
@@ -158,4 +165,6 @@ def _powers_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     roots = values.clamp(min=0).sqrt()
     inverse = torch.where(values > floor, 1 / roots, 0.0)
-    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (
+        vectors * inverse.unsqueeze(-2)
+    ) @ vectors.mT
