@@ -37,14 +37,13 @@ from ngd_optim.solvers import (
 )
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import (
-    Closure,
     ReplayedClosure,
     twice_differentiable,
     undo_on_error,
     wrap_closures,
 )
 
-Closures = Closure | Sequence[Closure]
+Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 
 
 class NaturalCG(Optimizer):

@@ -1,14 +1,12 @@
 """What the curvature is, and how a KL is measured."""
 
 from ngd_optim.curvature.metric import OutputMetric, ScalarMetric, build_kl, metric_of, penalty_of
-from ngd_optim.curvature.vector_products import Map, flat_product, pull_back
+from ngd_optim.curvature.vector_products import pull_back
 
 __all__ = [
-    "Map",
     "OutputMetric",
     "ScalarMetric",
     "build_kl",
-    "flat_product",
     "metric_of",
     "penalty_of",
     "pull_back",

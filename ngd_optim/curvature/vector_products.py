@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ngd_optim.parameters import FlatParameters
-
 Tensors = Sequence[Tensor]
 Map = Callable[[Tensors], Tensors]
 
@@ -83,14 +81,3 @@ def hessian_by_forward_mode(function: Callable[..., Tensor], params: Tensors) ->
     """``v ↦ (∂² function / ∂ params²) v``, by pushing ``v`` through the gradient."""
     gradient = torch.func.grad(function, argnums=tuple(range(len(params))))
     return push_forward(gradient, params)
-
-
-def flat_product(products: Sequence[Map], parameters: FlatParameters) -> Callable[[Tensor], Tensor]:
-    """The sum of some products, from flat vectors to flat vectors."""
-
-    def product(v: Tensor) -> Tensor:
-        pieces = parameters.unflatten(v)
-        first, *rest = (parameters.flatten(part(pieces)) for part in products)
-        return sum(rest, first)
-
-    return product

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ngd_optim.curvature import Map, OutputMetric
+from ngd_optim.curvature import OutputMetric
 from ngd_optim.jacobian.jacobian import compute_cheap_jacobian, jacobian
 from ngd_optim.parameters import FlatParameters
 
@@ -105,7 +105,9 @@ def _multiply(blocks: Sequence[Tensor], rows: Tensor) -> None:
         first += count * size
 
 
-def _blocks(apply_hessian: Map, outputs: Sequence[Tensor]) -> list[Tensor]:
+def _blocks(
+    apply_hessian: Callable[[Sequence[Tensor]], Sequence[Tensor]], outputs: Sequence[Tensor]
+) -> list[Tensor]:
     """``H_z`` as diagonal blocks, shape (count, size, size), that cover the flattened outputs one after another.
 
     Tried are single elements, then the elements of one sample, then everything as one block.

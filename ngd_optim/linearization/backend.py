@@ -1,12 +1,12 @@
 """How a closure's curvature products are formed: the one place that decides, before a solve begins."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of
+from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of
 from ngd_optim.distributed import Ranks
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
@@ -125,6 +125,19 @@ def direct_product(
             return product(v)
 
     return in_context
+
+
+def flat_product(
+    products: Sequence[Callable[[Sequence[Tensor]], Sequence[Tensor]]], parameters: FlatParameters
+) -> Callable[[Tensor], Tensor]:
+    """The sum of some products, from flat vectors to flat vectors."""
+
+    def product(v: Tensor) -> Tensor:
+        pieces = parameters.unflatten(v)
+        first, *rest = (parameters.flatten(part(pieces)) for part in products)
+        return sum(rest, first)
+
+    return product
 
 
 def explain_failure(error: RuntimeError, backend: Backend) -> str:

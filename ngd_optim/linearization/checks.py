@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.autograd_graph import dtypes, leaves, nodes
-from ngd_optim.curvature import OutputMetric, ScalarMetric, flat_product, penalty_of, pull_back
+from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of, pull_back
 from ngd_optim.distributed import Ranks
 from ngd_optim.linalg import conjugate_gradient
 from ngd_optim.linearization.backend import (
@@ -25,6 +25,7 @@ from ngd_optim.linearization.backend import (
     Way,
     direct_product,
     explain_failure,
+    flat_product,
     log_change,
 )
 from ngd_optim.names import Backend, BackendChoice

@@ -1,7 +1,6 @@
 """The user's closure: run, seen, and undone."""
 
 from ngd_optim.tracing.closure import (
-    Closure,
     Evaluation,
     ReplayedClosure,
     twice_differentiable,
@@ -11,7 +10,6 @@ from ngd_optim.tracing.closure import (
 from ngd_optim.tracing.least_squares import least_squares
 
 __all__ = [
-    "Closure",
     "Evaluation",
     "ReplayedClosure",
     "least_squares",
