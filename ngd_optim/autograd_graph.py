@@ -47,3 +47,10 @@ def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
 def leaves(root: Tensor) -> list[Tensor]:
     """Everything that a plain backward would set ``.grad`` of."""
     return [tensor for node in nodes([root]) if (tensor := variable_of(node)) is not None]
+
+
+def find_reached(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
+    """For each input, whether one of the roots depends on it."""
+    zeros = [torch.zeros_like(root) for root in roots]
+    gradients = torch.autograd.grad(roots, inputs, zeros, retain_graph=True, allow_unused=True)
+    return [gradient is not None for gradient in gradients]

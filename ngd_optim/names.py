@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-Curvature = Literal["auto", "fisher", "ggn", "hessian"]
-"""What ``F`` is asked to be."""
-
 Kind = Literal["fisher", "ggn", "hessian"]
 """What ``F`` is."""
+
+Curvature = Literal["auto", Kind]
+"""What ``F`` is asked to be."""
 
 Backend = Literal["torch.func", "double-backward"]
 """What forms the products ``F v``: forward mode, or the derivative of a gradient."""
 
-BackendChoice = Literal["auto", "torch.func", "double-backward"]
+BackendChoice = Literal["auto", Backend]
 
 SolverName = Literal["auto", "cg", "dense", "sample"]
 DampingScale = Literal["auto", "identity", "diagonal"]

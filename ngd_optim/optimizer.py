@@ -1,6 +1,5 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -30,8 +29,8 @@ from ngd_optim.report import StepReport, build_report
 from ngd_optim.settings import SETTINGS, Settings, check_saved, check_settings, to_plain_numbers
 from ngd_optim.solvers import (
     ConjugateGradients,
+    QuadraticModel,
     Solver,
-    UndampedModel,
     build_solver,
     curvature_diagonal,
 )
@@ -113,11 +112,10 @@ class NaturalCG(Optimizer):
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the
-            data: losses, gradients, products and KLs are then means over the ranks (each counts the
-                same, however large its batch),
-            and all ranks take the same step. Every rank calls ``step`` with as many closures. None:
-            the group of the DistributedDataParallel module that the closure runs, if it runs one;
-            else no communication.
+            data. Losses, gradients, products and KLs are then means over the ranks, each of which
+            counts the same, however large its batch; all ranks take the same step. Every rank calls
+            ``step`` with as many closures. None: the group of the DistributedDataParallel module
+            that the closure runs, if it runs one; else no communication.
 
     Raises:
         ValueError: a setting is out of range, or groups disagree on one that holds for the whole
@@ -293,7 +291,7 @@ class NaturalCG(Optimizer):
                 precondition=lambda model: preconditioning.build(point, model, ranks),
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
-            model = UndampedModel(
+            model = QuadraticModel(
                 gradient,
                 point.product,
                 decay,
@@ -308,9 +306,10 @@ class NaturalCG(Optimizer):
                 adapts=settings.adapt_damping,
                 lowest=settings.min_damping,
                 highest=settings.max_damping,
-                exact=solver.name != "cg",
+                exact=solver.is_direct,
             )
-            damping.adapt_to_new_data(math.nan if point.is_least_squares else new_slope)
+            if not point.is_least_squares:  # its residuals may all vanish: noise is no matter
+                damping.adapt_to_new_data(new_slope)
 
             # 4. Down: solve (F + W + λI) x = −g, cut x to ½ xᵀF x ≤ δ, search along it (Schulman et al. 2015,
             #    appendix C), or solve again with more damping where that is cheap (Marquardt 1963).
@@ -360,7 +359,7 @@ class NaturalCG(Optimizer):
         setting: DampingScale, solver: Solver, point: Point, last: LastStep
     ) -> Tensor | None:
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
-        if setting == "identity" or (setting == "auto" and solver.name == "cg"):
+        if setting == "identity" or (setting == "auto" and not solver.is_direct):
             return None
         if not point.gradient.isfinite().all():
             return None  # the step will be refused

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ngd_optim.autograd_graph import find_reached
 from ngd_optim.curvature.kl import (
     distributions_in,
     local_divergence,
@@ -50,9 +51,11 @@ class OutputMetric:
 
     def push(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ J v``."""
-        if backend == "torch.func":
-            return push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
-        return push_by_double_backward(self.outputs, params)
+        match backend:
+            case "torch.func":
+                return push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
+            case "double-backward":
+                return push_by_double_backward(self.outputs, params)
 
     def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ Jᵀ H_z J v``, one tensor per parameter."""
@@ -81,9 +84,11 @@ class ScalarMetric:
 
     def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ (∂² scalar / ∂θ²) v``, one tensor per parameter."""
-        if backend == "torch.func":
-            return hessian_by_forward_mode(lambda *stand_ins: self.select(run(stand_ins)), params)
-        return hessian(self.scalar, params)
+        match backend:
+            case "torch.func":
+                return hessian_by_forward_mode(lambda *tensors: self.select(run(tensors)), params)
+            case "double-backward":
+                return hessian(self.scalar, params)
 
 
 def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | ScalarMetric:
@@ -197,13 +202,8 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     candidates = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
     if not candidates:
         return None
-    reached = torch.autograd.grad(
-        evaluation.loss,
-        [evaluation.outputs[i] for i in candidates],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    used = [i for i, gradient in zip(candidates, reached, strict=True) if gradient is not None]
+    reached = find_reached([evaluation.loss], [evaluation.outputs[i] for i in candidates])
+    used = [i for i, flag in zip(candidates, reached, strict=True) if flag]
     if not used:
         return None
 
@@ -225,8 +225,7 @@ def penalty_of(run: ReplayedClosure, params: Tensors) -> Map | None:
     loss = run(cut=True).loss
     if not loss.requires_grad:
         return None
-    reached = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-    return None if all(gradient is None for gradient in reached) else hessian(loss, params)
+    return hessian(loss, params) if any(find_reached([loss], params)) else None
 
 
 def add_scalars(scalars: Iterable[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of
@@ -47,9 +48,12 @@ class Formed(NamedTuple):
         return cls(product, (v, version_of(v)), image)
 
     def image_of(self, v: Tensor) -> Tensor | None:
-        """The value for ``v``, if that is the vector."""
-        is_first = self.first is not None and self.first[0] is v and self.first[1] == version_of(v)
-        return self.image if is_first else None
+        """The value for ``v``, if that equals the vector; CG starts from copies of what it is given."""
+        if self.first is None:
+            return None
+        first, version = self.first
+        is_unchanged = version_of(first) == version
+        return self.image if is_unchanged and torch.equal(first, v) else None
 
     def without_image(self) -> "Formed":
         """The product alone."""

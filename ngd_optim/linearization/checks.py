@@ -45,13 +45,16 @@ pushes through a graph that is there, is almost as fast as a replay.
 
 _BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+_PREFERENCE: tuple[Backend, ...] = ("double-backward", "torch.func")
+"""Double-backward needs no other run of the closure."""
+
 _PREFER_FORWARD = {
     # Double-backward gives hooks gradients with a graph of their own, which they may keep.
     "BackwardHookFunctionBackward",
     # The first product takes 1.1 gradients more by double-backward, which is not won back in ten.
     "ConvolutionBackward0",
 }
-"""Double-backward is what is taken elsewhere if both are right: it needs no other run of the closure."""
+"""Names of nodes for which forward mode is tried first."""
 
 _REFUSED = {
     "CheckpointFunctionBackward": "reentrant checkpointing cannot be differentiated twice; "
@@ -172,7 +175,8 @@ def check_closure(
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     problems = ranks.together(lambda: _problems_of_backends(run, metric, v, parameters, eps))
-    preferred = _BACKENDS if prefers_forward else _BACKENDS[::-1]
+    # Sorting is stable: the others keep their order.
+    preferred = sorted(_PREFERENCE, key=lambda b: prefers_forward and b != "torch.func")
     right: list[Backend] = [b for b in preferred if ranks.all(b not in problems)]
     if not right:
         raise RuntimeError("no curvature product can be formed by one backend on all ranks")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from ngd_optim.autograd_graph import find_reached
 from ngd_optim.curvature import OutputMetric, ScalarMetric, build_kl
 from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.jacobian import SqrtGGN, compute_cheap_diagonal, square_root_of
@@ -233,7 +234,7 @@ def linearize_closure(
         gradient=gradient,
         product=ClosureProduct(graph, parameters, found, ranks, keep_ways, keep_graph=keep_graph),
         reached=reached,
-        used=reached if all(reached) else _find_reached([traced.loss, *metric.outputs], params),
+        used=reached if all(reached) else find_reached([traced.loss, *metric.outputs], params),
         kind=metric.kind,
         has_kl=traced.metric is not None,
         is_least_squares=traced.is_least_squares and at_outputs,
@@ -305,10 +306,3 @@ def _require_one_kind(parts: Sequence[Point]) -> None:
             "the closures of a list must all return the same, a loss, (loss, distribution) or "
             f"(loss, kl), and losses of one kind; got curvatures {shown}"
         )
-
-
-def _find_reached(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
-    """For each parameter, whether one of the roots depends on it."""
-    zeros = [torch.zeros_like(root) for root in roots]
-    gradients = torch.autograd.grad(roots, params, zeros, retain_graph=True, allow_unused=True)
-    return [gradient is not None for gradient in gradients]

@@ -117,6 +117,8 @@ class Kronecker(Preconditioning):
 
     def keep(self, products: int) -> None:
         """The factors, and how many products they have served."""
+        if self._estimates:
+            self.layers = ()  # a direct solver had no use for them
         for i, p in enumerate(self._parameters.tensors):
             dtype = torch.promote_types(p.dtype, torch.float32)  # what load_state_dict leaves alone
             for name in _NAMES:

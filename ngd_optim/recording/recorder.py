@@ -1,9 +1,8 @@
 """Record what a linear map does to a vector, once, and replay it on others.
 
-A curvature product runs the model in forward mode, weighs, and pulls back. Only a part of that work
-depends on the
-vector: the rest, the primal pass above all, is the same for every product at a point. The recording
-keeps the aten operations that depend on the vector, with everything else as constants.
+Only a part of a curvature product depends on the vector. The rest, the primal pass above all, is
+the same for every product at a point. The recording keeps the aten operations that depend on the
+vector; everything else is a constant.
 """
 
 from collections.abc import Callable
@@ -136,7 +135,9 @@ class Recorder(DispatchMode):
                 f"{func} writes what depends on the vector to memory from elsewhere"
             )
         result = func(*args, **kwargs)
-        slots = [(index, self._new_slot(tensor)) for index, tensor in tensors_of(result)]
+        # squeeze_ and the like give the same tensor another shape: another slot from here on.
+        anew = fact.in_place and fact.shares_memory
+        slots = [(index, self._new_slot(tensor, anew=anew)) for index, tensor in tensors_of(result)]
         self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
         return result
 
@@ -154,9 +155,9 @@ class Recorder(DispatchMode):
                 place[key] = self._take_slots_out(list(value), inputs)
         return place
 
-    def _new_slot(self, tensor: Tensor) -> int:
+    def _new_slot(self, tensor: Tensor, *, anew: bool = False) -> int:
         slot = self.slot_of(tensor)
-        if slot is not None:
+        if slot is not None and not anew:
             return slot
         # Views share storage: a write through one of them changes the others.
         memory = self._memory(tensor)

@@ -1,45 +1,11 @@
 """Which solver a step takes."""
 
-from collections.abc import Callable
-from typing import Protocol
-
 from torch import Tensor
 
-from ngd_optim.jacobian import SqrtGGN
-from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
-from ngd_optim.solvers.quadratic_model import QuadraticModel
-
-
-class Solver(Protocol):
-    """Solves ``(F + W + diag(λ)) x = b`` at one point.
-
-    Attributes:
-        name: ``"cg"``, ``"dense"`` or ``"sample"``.
-        diagonal: that of ``F``, where the solver knows it.
-        square_root: the matrix ``A`` with ``F = AᵀA``, where the solver has it.
-        pull_back: ``u ↦ (F + W + diag(λ))⁻¹ Aᵀ u`` for the model that was solved last, where it has
-            ``A``.
-    """
-
-    @property
-    def name(self) -> SolverName: ...  # noqa: D102
-
-    @property
-    def diagonal(self) -> Tensor | None: ...  # noqa: D102
-
-    @property
-    def square_root(self) -> SqrtGGN | None: ...  # noqa: D102
-
-    @property
-    def pull_back(self) -> Callable[[Tensor], Tensor] | None: ...  # noqa: D102
-
-    def solve(self, model: QuadraticModel) -> LinearSolution:
-        """The solution for a model with this point's curvature."""
-        ...
-
+from ngd_optim.solvers.solver import Solver
 
 _FEW = 4096
 """Direct solvers are chosen for so many unknowns at most: parameters or outputs, whichever are fewer."""

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.linalg import LinearSolution
-from ngd_optim.names import SolverName
 from ngd_optim.solvers.quadratic_model import QuadraticModel
+from ngd_optim.solvers.solver import RootSolver, Solver
 
 
-class LeastSquares:
+class LeastSquares(RootSolver):
     """The damped least-squares problem ``min ‖A x + s‖² + xᵀ(W + λ)x + 2 xᵀrest`` by QR, for few parameters.
 
     ``A`` is reduced to a triangle once; each damping then costs the QR of that triangle and a
@@ -24,13 +24,12 @@ class LeastSquares:
     equations would square it.
     """
 
-    name: SolverName = "dense"
+    name = "dense"
 
     def __init__(self, root: SqrtGGN) -> None:
         n = root.rows.shape[1]
-        self.square_root = root
+        super().__init__(root)
         self._factor = root.rows
-        self.diagonal = root.rows.square().sum(0)
         # [A s] = Q R: R has all that min ‖A x + s‖² needs, with n rows in place of m.
         triangle = torch.linalg.qr(torch.cat([root.rows, root.slope.unsqueeze(1)], 1), mode="r").R
         self._triangle = triangle[:n]
@@ -61,20 +60,19 @@ class LeastSquares:
         return torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
 
 
-class SampleSpace:
+class SampleSpace(RootSolver):
     """The system in the space of the model's outputs, of which there are fewer than parameters.
 
     ``x = −D⁻¹(rest + Aᵀ y)`` with ``(I + A D⁻¹ Aᵀ) y = s − A D⁻¹ rest`` and ``D = W + diag(λ)``
     (Woodbury; Chen & Heyl 2024, Rende et al. 2024).
     """
 
-    name: SolverName = "sample"
+    name = "sample"
 
     def __init__(self, root: SqrtGGN) -> None:
-        self.square_root = root
+        super().__init__(root)
         self._unit: Tensor | None = None
         self._factor = self._gram = root.rows
-        self.diagonal = root.rows.square().sum(0)
 
     def solve(self, model: QuadraticModel) -> LinearSolution:
         """By the Cholesky factor of a matrix with a row for each output."""
@@ -104,11 +102,10 @@ class SampleSpace:
         )
 
 
-class Matrix:
+class Matrix(Solver):
     """The n×n matrix from products, for any curvature with few parameters."""
 
-    name: SolverName = "dense"
-    square_root = pull_back = None
+    name = "dense"
 
     def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
         columns = torch.stack([product(unit) for unit in torch.eye(len(like)).to(like)])

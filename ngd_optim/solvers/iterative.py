@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ngd_optim.linalg import LinearSolution, conjugate_gradient
-from ngd_optim.names import SolverName
 from ngd_optim.solvers.quadratic_model import QuadraticModel
+from ngd_optim.solvers.solver import Solver
 
 
 @dataclass(frozen=True)
-class ConjugateGradients:
+class ConjugateGradients(Solver):
     """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
 
     ``form`` chooses how products are formed, with the first vector; ``precondition`` builds the
@@ -25,15 +25,13 @@ class ConjugateGradients:
     boundary: float | None
     form: Callable[[Tensor], None]
     precondition: Callable[[QuadraticModel], Callable[[Tensor], Tensor] | None]
-    name: SolverName = "cg"
-    diagonal: Tensor | None = None
-    square_root: None = None
-    pull_back: None = None
+    name = "cg"
+    is_direct = False
 
     def solve(self, model: QuadraticModel) -> LinearSolution:
         """By products with the curvature only."""
         b = model.right_side
-        # The first product of the solve is that of x0, or of b.
+        # CG multiplies x0 first or, without a preconditioner, b.
         if b.isfinite().all():
             self.form(self.x0 if self.x0.any() else b)
         return conjugate_gradient(

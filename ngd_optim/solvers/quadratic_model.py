@@ -1,7 +1,7 @@
 """The quadratic model of the objective around the current parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,13 +18,20 @@ class QuadraticModel:
         damping: ``λ``, likewise.
         centre: where the damping pulls to, zero if None: ``½ (d − centre)ᵀ λ (d − centre)`` is
             added to ``m``.
+        scale: what :meth:`with_damping` multiplies by, flat; None: the identity.
     """
 
     gradient: Tensor
     curvature: Callable[[Tensor], Tensor]
     decay: float | Tensor
-    damping: float | Tensor
+    damping: float | Tensor = 0.0
     centre: Tensor | None = None
+    scale: Tensor | None = None
+
+    def with_damping(self, damping: float | Tensor, *, is_first: bool) -> "QuadraticModel":
+        """The same with a damping; only at the first attempt it pulls to the centre."""
+        damping = damping if self.scale is None else damping * self.scale
+        return replace(self, damping=damping, centre=self.centre if is_first else None)
 
     @property
     def right_side(self) -> Tensor:
@@ -44,30 +51,4 @@ class QuadraticModel:
             product.addcmul_(shift, v)
             if isinstance(shift, Tensor)
             else product.add_(v, alpha=shift)
-        )
-
-
-@dataclass(frozen=True)
-class UndampedModel:
-    """That model before its damping is known, which a step may raise and solve again.
-
-    Attributes:
-        gradient: ``g``, flat, that of the weight decay included.
-        curvature: ``v ↦ F v``.
-        decay: ``W``.
-        scale: what ``λ`` is multiplied by, flat; None: the identity.
-        centre: where the damping pulls to at the first attempt; None: to zero.
-    """
-
-    gradient: Tensor
-    curvature: Callable[[Tensor], Tensor]
-    decay: float | Tensor
-    scale: Tensor | None
-    centre: Tensor | None
-
-    def with_damping(self, damping: float | Tensor, *, is_first: bool) -> QuadraticModel:
-        """The model with a damping; at later attempts than the first one it pulls to zero."""
-        damping = damping if self.scale is None else damping * self.scale
-        return QuadraticModel(
-            self.gradient, self.curvature, self.decay, damping, self.centre if is_first else None
         )

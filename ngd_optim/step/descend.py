@@ -11,7 +11,7 @@ from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.solvers import QuadraticModel, Solver, UndampedModel
+from ngd_optim.solvers import QuadraticModel, RootSolver, Solver
 from ngd_optim.step.damping import Damping
 from ngd_optim.step.geodesic import apply_geodesic_correction
 from ngd_optim.step.line_search import Trial, line_search
@@ -59,11 +59,11 @@ class Descent:
     backtrack_ratio: float
     geodesic: bool
 
-    def __call__(self, undamped: UndampedModel, check: Callable[[], None]) -> Outcome:
+    def __call__(self, undamped: QuadraticModel, check: Callable[[], None]) -> Outcome:
         """Move the parameters to a lower point, or leave them where they are.
 
         Args:
-            undamped: the quadratic model at the point.
+            undamped: the quadratic model at the point, before its damping is known.
             check: raises what other processes met while the system was solved.
         """
         solves_again = self.damping.can_retry and self.max_backtracks > 0
@@ -96,7 +96,8 @@ class Descent:
             and all(value == 1.0 for value in self.lr)
             and solution.stop == "exact"
         )
-        if not (self.geodesic and self.point.is_least_squares and is_full):
+        corrects = self.geodesic and self.point.is_least_squares and is_full
+        if not (corrects and isinstance(self.solver, RootSolver)):
             return step
         move = partial(self.parameters.move, self.theta, step.direction)
         return apply_geodesic_correction(step, self.solver, model, self.theta, move)

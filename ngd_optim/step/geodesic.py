@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ngd_optim.solvers import QuadraticModel, Solver
+from ngd_optim.solvers import QuadraticModel, RootSolver
 from ngd_optim.step.trust_region import Step
 
 _PROBE = 0.1
@@ -23,7 +23,11 @@ _LARGEST_CORRECTION = 0.75
 
 
 def apply_geodesic_correction(
-    step: Step, solver: Solver, model: QuadraticModel, theta: Tensor, move: Callable[[float], None]
+    step: Step,
+    solver: RootSolver,
+    model: QuadraticModel,
+    theta: Tensor,
+    move: Callable[[float], None],
 ) -> Step:
     """The step with its correction, or as it was.
 
@@ -37,8 +41,6 @@ def apply_geodesic_correction(
         move: puts the parameters at a fraction of the step.
     """
     d, square_root = step.direction, solver.square_root
-    if square_root is None or solver.pull_back is None:
-        return step
     move(_PROBE)
     change = square_root.displaced()
     if change is None:

@@ -46,13 +46,14 @@ def test_the_last_way_raises_its_own_error():
         form_product((Way("torch.func", True), Way("torch.func", False)), product, real(3), ALONE)
 
 
-def test_the_image_is_given_for_the_unchanged_vector_only():
+def test_the_image_is_given_for_equal_vectors_only():
     matrix, v = real(3, 3), real(3)
     product, _ = direct(matrix)
     formed, _ = form_product((Way("torch.func", False),), product, v, ALONE)
-    assert formed.image_of(v.clone()) is None
-    v.mul_(2)
-    assert formed.image_of(v) is None
+    assert torch.equal(formed.image_of(v.clone()), matrix @ v)
+    assert formed.image_of(2 * v) is None
+    twice = v.mul_(2)
+    assert formed.image_of(twice) is None
     assert formed.without_image().image_of(v) is None
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG, least_squares
-from ngd_optim.step.damping import damping_factor, new_data_factor
+from ngd_optim.step.damping import damping_factor, new_data_factor, nielsen_factor, retry_factor
 
 RULE = [
     # reduction ratio, accepted, overshot, factor
@@ -35,6 +35,19 @@ RULE = [
 @pytest.mark.parametrize(("ratio", "accepted", "overshot", "factor"), RULE)
 def test_rule(ratio, accepted, overshot, factor):
     assert damping_factor(ratio, accepted=accepted, overshot=overshot) == factor
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"),
+    [(0.0, 2.0), (0.5, 1.0), (1.0, 1 / 3), (0.75, 0.875), (2.0, 1 / 3), (math.nan, 1.0)],
+)
+def test_rule_of_direct_solvers(ratio, factor):
+    """Nielsen's: 1 − (2ρ − 1)³, not below a third; not extrapolated beyond a ratio of 1."""
+    assert nielsen_factor(ratio) == pytest.approx(factor, rel=1e-12)
+
+
+def test_the_damping_grows_faster_the_more_often_a_system_is_solved():
+    assert [retry_factor(attempt) for attempt in (1, 2, 3, 4)] == [2, 4, 8, 16]
 
 
 def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
