@@ -48,7 +48,7 @@ LINEAR = {
     ).flatten()[:6],
     "same_tensor_twice": lambda v: (v + v) * OTHER,
     "result_read_again": lambda v: (lambda a: torch.cat([a, a + v])[3:9])(v * OTHER),
-    "squeezed_in_place": lambda v: v @ MATRIX + torch.zeros(6, dtype=torch.float64),
+    "vector_times_matrix": lambda v: v @ MATRIX + torch.zeros(6, dtype=torch.float64),
     "dead_code": lambda v: (torch.sin(v).sum(), v * 2)[1],
     "views_of_views": lambda v: (
         lambda a: torch.cat([a.t().t().flatten(), a[1:].t()[1:].flatten(), a[1, 1:]])
