@@ -23,7 +23,7 @@ from ngd_optim.preconditioners import Diagonal, Nystrom, Preconditioner
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real or (isinstance(value, Tensor) and value.numel() == 1)
+    return is_real or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _count(value: Any) -> bool:
@@ -52,6 +52,9 @@ def _one_of(kind: Any) -> _Allowed:
 _FINITE = _Allowed("a finite number, at least 0", lambda v: _number(v) and 0 <= v < math.inf)
 _FINITE_OR_AUTO = _Allowed(f"{_FINITE.words}, or 'auto'", lambda v: v == "auto" or _FINITE.holds(v))
 _PER_GROUP = _FINITE._replace(per_group=True)
+_RATE = _PER_GROUP._replace(  # torch's optimizers take a tensor of one element as well
+    holds=lambda v: _FINITE.holds(v.squeeze() if isinstance(v, Tensor) else v)
+)
 _NUMBER_OR_AUTO = _Allowed(
     "a number, at least 0, or 'auto'", lambda v: v == "auto" or (_number(v) and v >= 0)
 )
@@ -78,7 +81,7 @@ class Settings:
     ``lr``, ``damping`` and ``weight_decay`` have one number for each parameter group.
     """
 
-    lr: Annotated[tuple[float, ...], _PER_GROUP]
+    lr: Annotated[tuple[float, ...], _RATE]
     max_kl: Annotated[MaxKL, _REGION]
     trust_region: Annotated[TrustRegion, _one_of(TrustRegion)]
     damping: Annotated[tuple[float, ...], _PER_GROUP]

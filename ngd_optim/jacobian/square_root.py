@@ -163,7 +163,8 @@ def _powers_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
         values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     largest = values.abs().amax(-1, keepdim=True)
     floor = torch.finfo(values.dtype).eps * values.shape[-1] * largest
-    if (values < -1e3 * floor).any():
+    # A saturated block is rounding of the others' size; beside them it is no negative curvature.
+    if (values < -1e3 * floor.amax()).any():
         return None
     roots = values.clamp(min=0).sqrt()
     inverse = torch.where(values > floor, 1 / roots, 0.0)

@@ -88,6 +88,7 @@ def form_product(
             except RuntimeError as error:
                 if is_last:
                     raise
+                reraise_own_kinds(error)
                 return explain_failure(error, way.backend)
 
         # A rank that fails takes the others along to the next way: their products are added up.
@@ -142,6 +143,12 @@ def flat_product(
         return sum(rest, first)
 
     return product
+
+
+def reraise_own_kinds(error: RuntimeError) -> None:
+    """Raise an error whose kind tells that no way is to blame: memory, linear algebra, the user's."""
+    if type(error) not in (RuntimeError, NotImplementedError, CannotReplayError):
+        raise error
 
 
 def explain_failure(error: RuntimeError, backend: Backend) -> str:

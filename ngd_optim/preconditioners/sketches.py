@@ -170,6 +170,10 @@ class Nystrom:
             more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
             images = torch.cat([images, torch.stack([product(column) for column in more.T], 1)], 1)
             basis = torch.cat([basis, more], 1)
+            if not images.isfinite().all():
+                return Sketch(
+                    basis, images.new_full((1,), torch.nan), 0
+                )  # the step will be refused
             sketch = _nystrom(basis, images)
             if rank == largest or sketch.values[-1] <= 10 * shift.mean():
                 return sketch

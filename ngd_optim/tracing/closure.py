@@ -57,6 +57,7 @@ class ReplayedClosure:
         count: how often it ran.
         called_backward: whether its last run called ``backward``, which is noted and not carried
             out.
+        substituted: the ``id`` of each parameter that its last run took a stand-in for.
     """
 
     def __init__(self, function: Closure, params: Sequence[Tensor]) -> None:
@@ -66,6 +67,7 @@ class ReplayedClosure:
         self._differentiates = False
         self._left_gradients: list[Tensor | None] | None = None
         self.called_backward = False
+        self.substituted: set[int] = set()
         self.count = 0
 
     @property
@@ -105,6 +107,8 @@ class ReplayedClosure:
             raise RuntimeError("it changes buffers in place, such as running statistics")
         # Every run finds the random numbers and buffers of the first one.
         self._effects.rewind(tensors=in_place)
+        # An autocast around the step keeps casts of weights, of where they were at the last run.
+        torch.clear_autocast_cache()
         try:
             with (
                 torch.set_grad_enabled(graph or self._differentiates),
@@ -117,6 +121,7 @@ class ReplayedClosure:
             self._effects.settle(tensors=in_place)
         self._differentiates |= mode.differentiates
         self.called_backward = bool(mode.roots)
+        self.substituted = mode.substituted
         # The first run may have set them to zero or None: that is what a step leaves behind.
         if self._left_gradients is None:
             self._left_gradients = [p.grad for p in self._params]

@@ -60,6 +60,7 @@ class Tracing(TorchFunctionMode):
         losses: the recognised loss functions that it called.
         roots: scalars that the closure called ``backward`` on.
         differentiates: whether the closure called ``torch.autograd.grad``.
+        substituted: the ``id`` of each parameter whose stand-in went into a tensor.
     """
 
     def __init__(self, stand_ins: Mapping[int, Tensor], effects: SideEffects, *, cut: bool) -> None:
@@ -74,6 +75,8 @@ class Tracing(TorchFunctionMode):
         self.losses: set[Callable[..., Any]] = set()
         self.roots: list[Tensor] = []
         self.differentiates = False
+        self.substituted: set[int] = set()
+        self._put_now: set[int] = set()
         self.has_hooks = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +85,9 @@ class Tracing(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _GRAD:  # a new wrapper at each access, so not "is"
             return self._gradient(*args)
+        self._put_now = set()
         args, kwargs = self.substitute(args), self.substitute(kwargs)
+        put = self._put_now
         if func is torch.Tensor.backward:
             return self._note_backward(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -94,6 +99,8 @@ class Tracing(TorchFunctionMode):
         result = self._call(func, args, kwargs)
         if not self._effects.is_known:
             self._note_made_here(args, kwargs, result)
+        if put and any(True for _ in _tensors(result)):  # and not into a question about its shape
+            self.substituted |= put
         if self._stand_ins and not torch.is_grad_enabled():
             # Forward mode does not heed no_grad: what is computed under it would still carry a
             # tangent.
@@ -105,7 +112,10 @@ class Tracing(TorchFunctionMode):
         if not self._stand_ins:
             return value
         if isinstance(value, Tensor):
-            return self._stand_ins.get(id(value), value)
+            if id(value) not in self._stand_ins:
+                return value
+            self._put_now.add(id(value))
+            return self._stand_ins[id(value)]
         if type(value) in (list, tuple):
             return type(value)(self.substitute(part) for part in value)
         if type(value) is dict:

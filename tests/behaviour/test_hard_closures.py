@@ -1,6 +1,7 @@
 """Closures that are easily got wrong without a sound: what changes, what is hidden, what is not linear."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers.problems import dense_gauss_newton_by_rows, real
 from torch import nn
 from torch.distributions import Normal
 
-from ngd_optim import NaturalCG, linearize
+from ngd_optim import NaturalCG, Nystrom, linearize
 
 DTYPE = torch.float64
 
@@ -397,3 +398,31 @@ def test_gradient_hooks_may_look_and_not_touch(change, accumulated, dtype):
         optimizer.step(closure)
     for p, gradient in zip(model.parameters(), before, strict=True):
         assert p.grad is gradient
+
+
+def test_a_step_inside_autocast_moves():
+    """Autocast keeps casts of weights; each run of the closure must see the weights as they are."""
+    model, x, y = (
+        nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)),
+        torch.randn(16, 5),
+        torch.arange(16) % 3,
+    )
+    optimizer = NaturalCG(model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = []
+        for _ in range(3):
+            losses.append(optimizer.step(lambda: F.cross_entropy(model(x), y)).item())
+            assert optimizer.last_step.accepted
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_sketch_of_what_is_not_finite_is_no_sketch():
+    model, x, y = nn.Linear(5, 3), torch.randn(16, 5), torch.arange(16) % 3
+    factor = math.nan
+    optimizer = NaturalCG(model.parameters(), preconditioner=Nystrom(rank=3))
+    for _ in range(2):
+        optimizer.step(lambda: factor * F.cross_entropy(model(x), y))
+        assert not optimizer.last_step.accepted
+    factor = 1.0
+    optimizer.step(lambda: factor * F.cross_entropy(model(x), y))
+    assert optimizer.last_step.accepted

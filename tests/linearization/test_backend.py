@@ -11,7 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG, linearize
 from ngd_optim.distributed import ALONE
+from ngd_optim.linearization import backend as backend_module
 from ngd_optim.linearization.backend import Way, form_product
+from ngd_optim.linearization.product import ClosureProduct
+from ngd_optim.recording import Recording
 
 BACKENDS = ["torch.func", "double-backward"]
 
@@ -136,3 +139,64 @@ def test_a_backend_is_a_setting_of_the_optimizer_and_is_saved():
     for make in (NaturalCG, lambda params, backend: linearize(lambda: 0, params, backend=backend)):
         with pytest.raises(ValueError, match="backend must be one of"):
             make(list(model.parameters()), backend="jax")
+
+
+def test_what_a_closed_gate_hides_is_no_reason_to_trust_forward_mode():
+    """It does not see parameters inside vmap. With the gate at zero its numbers are right all the same."""
+    stem, head = nn.Conv1d(1, 1, 3, padding=1).double(), nn.Linear(8, 3).double()
+    inside, gate = nn.Parameter(real(2, 8, 8)), nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    x, y = real(12, 1, 8), torch.arange(12) % 3
+
+    def closure():
+        h = stem(x).flatten(1)
+        branch = torch.vmap(lambda w: torch.tanh(h @ w))(inside).mean(0)
+        return F.cross_entropy(head(h + gate * branch), y)
+
+    params = [*stem.parameters(), *head.parameters(), gate, inside]
+    optimizer = NaturalCG(params)
+    for _ in range(2):
+        optimizer.step(closure)
+        assert optimizer.last_step.backend == "double-backward"
+    with pytest.raises(RuntimeError, match=r"torch\.func misses a dependence"):
+        linearize(closure, params, backend="torch.func")
+
+
+def test_errors_of_other_kinds_are_the_users():
+    calls = []
+
+    def product(backend):
+        calls.append(backend)
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        form_product(
+            (Way("torch.func", True), Way("double-backward", True)), product, real(3), ALONE
+        )
+    assert calls == ["torch.func"]
+
+
+@pytest.mark.parametrize("warm_start", [0.0, 0.9])
+def test_no_product_is_formed_for_nothing(warm_start, monkeypatch):
+    """CG begins with the product that the choice of a way has formed."""
+    model, x, y = nn.Linear(6, 3), torch.randn(20, 6), torch.arange(20) % 3
+    optimizer = NaturalCG(model.parameters(), preconditioner=None, warm_start=warm_start)
+
+    def closure():
+        return F.cross_entropy(model(x), y)
+
+    optimizer.step(closure)
+    formed = []
+    for name in ("_direct", "record"):
+        original = getattr(backend_module if name == "record" else ClosureProduct, name)
+        where = backend_module if name == "record" else ClosureProduct
+        monkeypatch.setattr(
+            where, name, lambda *a, f=original, n=name: (formed.append(n), f(*a))[1]
+        )
+    replays = []
+    call = Recording.__call__
+    monkeypatch.setattr(
+        Recording, "__call__", lambda self, v: (replays.append(1), call(self, v))[1]
+    )
+    optimizer.step(closure)
+    assert formed == ["_direct", "record"]
+    assert len(replays) == optimizer.last_step.n_product - 1
