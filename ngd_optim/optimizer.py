@@ -195,7 +195,7 @@ class NaturalCG(Optimizer):
             "_gradient_hooks" not in self.__dict__
         ):  # load_state_dict keeps hooks, as torch's optimizers keep theirs
             self._gradient_hooks = GradientHooks()
-        self._learnt: Learnt = {}
+        self._experiences: Learnt = {}
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -264,7 +264,7 @@ class NaturalCG(Optimizer):
                 parameters,
                 settings.curvature,
                 settings.backend,
-                self._learnt,
+                self._experiences,
                 ranks,
             )
             point = linearize(closures, None if others else preconditioning.observe)
