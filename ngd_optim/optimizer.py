@@ -191,9 +191,8 @@ class NaturalCG(Optimizer):
         self._complete()
 
     def _complete(self) -> None:
-        if (
-            "_gradient_hooks" not in self.__dict__
-        ):  # load_state_dict keeps hooks, as torch's optimizers keep theirs
+        # load_state_dict keeps hooks, as torch's optimizers keep theirs.
+        if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
         self._experiences: Learnt = {}
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
@@ -276,11 +275,14 @@ class NaturalCG(Optimizer):
             _require(point.reached, "the loss")
 
             # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.
+            # W: the weight decay, where the closure uses a parameter at all.
             decay = parameters.spread(settings.weight_decay, point.used)
             gradient = (
                 point.gradient + decay * theta if any(settings.weight_decay) else point.gradient
             )
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
+            # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
+            # 1983).
             conjugate_gradients = ConjugateGradients(
                 x0=last.solution(point.used).mul_(settings.warm_start),
                 max_iters=settings.max_cg_iters,
@@ -300,6 +302,7 @@ class NaturalCG(Optimizer):
             )
 
             # 3. The damping λ, which follows what this step's data say of the last step (Levenberg 1944).
+            # Above a third, the last step fitted the noise of its own batch: λ grows.
             new_slope = last.slope_on_new_data(point, gradient)
             damping = Damping(
                 self.param_groups,
@@ -329,6 +332,7 @@ class NaturalCG(Optimizer):
             outcome = descent(model, check=ranks.check)
 
         # 5. What the next step needs, and the report.
+        # Side effects of one run: the closures' own, of the first time that they ran.
         for run in [*closures, *others]:
             run.settle()
         closures[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
@@ -371,7 +375,7 @@ class NaturalCG(Optimizer):
 def _transaction(
     parameters: FlatParameters, closures: Sequence[ReplayedClosure]
 ) -> Iterator[Tensor]:
-    """Parameters, their ``.grad``, random state and buffers: all or nothing. It is given the parameters, flat."""
+    """Parameters, ``.grad``, random state and buffers: all or nothing. Yields the flat parameters."""
     with parameters.restored_on_error() as theta, undo_on_error(closures), twice_differentiable():
         yield theta
 

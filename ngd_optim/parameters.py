@@ -125,7 +125,7 @@ class FlatParameters:
 
     @contextmanager
     def restored_on_error(self) -> Iterator[Tensor]:
-        """Put values, ``requires_grad`` and ``.grad`` back if the block raises; it is given the values, flat."""
+        """Put values, ``requires_grad`` and ``.grad`` back if the block raises. Yields the flat values."""
         start = self.read()
         gradients = [p.grad for p in self.tensors]
         try:

@@ -75,6 +75,7 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
     axes = dict(zip(PANELS, panels, strict=True))
     axes["reduction_ratio"].axhline(1.0, **_RIGHT)
     stops = _stops(runs)
+    # One bound for all is drawn in black; bounds of their own in the colour of the run.
     bounds = {report.max_kl for run in runs.values() for report in run} - {math.inf}
     for colour, run in zip(_colours(runs), runs.values(), strict=True):
         _draw_stops(axes["cg_iters"], run, colour, stops)

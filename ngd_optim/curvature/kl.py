@@ -142,6 +142,8 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
     base, new_base = _unwrap(old), _unwrap(new)
     if base is not None and new_base is not None:
         # The wrapper sums the base's KL over some dimensions, and its mean is over the others.
+        # base.batch_shape has the dimensions that Independent sums over; a mean over them is too
+        # small.
         return local_divergence(base, new_base) * (
             base.batch_shape.numel() / old.batch_shape.numel()
         )
@@ -185,9 +187,8 @@ def _has_parameters(part: object, seen: frozenset[int] = frozenset()) -> bool:
         return any(p.requires_grad for p in part.parameters())
     if isinstance(part, list | tuple):
         return any(_has_parameters(piece, seen) for piece in part)
-    if (
-        not isinstance(part, Transform) or id(part) in seen
-    ):  # a transform and its inverse know each other
+    # A transform and its inverse know each other.
+    if not isinstance(part, Transform) or id(part) in seen:
         return False
     return any(
         _has_parameters(value, seen | {id(part)})

@@ -103,6 +103,7 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
         raise ValueError(
             "curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)"
         )
+    # What the closure returns beside the loss comes first: it says what distance is.
     if curvature in ("auto", "fisher") and evaluation.metric is not None:
         return (
             _hessian_of_kl(evaluation)

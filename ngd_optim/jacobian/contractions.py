@@ -38,6 +38,8 @@ def contractions_of(root: Tensor, index: Mapping[int, int]) -> list[Contraction]
     fixed: dict[Node, bool] = {}
     found = []
     for node, edges in parents_first([root]):
+        # Parents come first, so that it is known which of a node's inputs are functions of
+        # parameters alone.
         to_fixed = [(i, edge) for i, edge in enumerate(edges) if fixed.get(edge[0])]
         fixed[node] = _is_fixed(node, edges, len(to_fixed), index)
         if to_fixed and not fixed[node]:

@@ -109,6 +109,7 @@ def _fill_quickly(block: Tensor, z: Tensor, parameters: FlatParameters) -> list[
     if z.numel() <= _FEW_ROWS:
         _fill_by_rows(block, z, parameters, everything)
         return []
+    # Where parameters meet data: the nodes that sum over samples.
     contractions = contractions_of(z, {id(p): i for i, p in enumerate(parameters.tensors)})
     measured = None
     # Each element may be a sample, or all those whose first indexes agree are of one sample.
@@ -286,6 +287,7 @@ def _order(terms: Tensor, places: Tensor | None) -> Tensor:
 def _wrong(block: Tensor, z: Tensor, measured: _Measured, parameters: FlatParameters) -> list[int]:
     """The indexes of the parameters whose columns are not the Jacobian's."""
     exact = measured.pulled
+    # Jᵀ u, from the rows and from autograd: random u, so that no wrong row goes unseen.
     found = block.T @ measured.u.flatten().to(block.dtype)
     parts = torch.stack([found - exact, exact, found]).split(
         [p.numel() for p in parameters.tensors], 1

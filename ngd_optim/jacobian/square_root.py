@@ -47,6 +47,7 @@ def square_root_of(
     if powers is None:
         return None
     halves, inverses = powers
+    # g = Jᵀ ∂loss/∂z = Aᵀ (H_z^-½ ∂loss/∂z): the gradient in the coordinates of the residuals.
     slopes = torch.autograd.grad(loss, metric.outputs, retain_graph=True, materialize_grads=True)
     rows = jacobian(metric.outputs, parameters)
     slope = _flat(slopes, rows)
@@ -123,6 +124,7 @@ def _blocks(
 
     per_sample = [z.numel() // z.shape[0] if z.ndim else 1 for z in outputs]
     generator = torch.Generator().manual_seed(0)
+    # A random vector tells whether blocks of a shape are all of H_z.
     probe = torch.randn(sum(sizes), generator=generator, dtype=torch.float64).to(outputs[0])
     truth = product(probe)
     eps = max(torch.finfo(z.dtype).eps for z in outputs)

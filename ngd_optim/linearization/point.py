@@ -198,6 +198,7 @@ def linearize_closure(
     traced, metric = graph.get()
     key = run.code, curvature, backend, signature
     checked = learnt.get(key)
+    # A rank that does not know the closure takes the others along to the check, which communicates.
     if not ranks.all(checked is not None):
         checked = check_closure(
             run,
@@ -243,6 +244,7 @@ def linearize_closure(
         parameters=parameters,
         measure=measure,
     )
+    # Each product of a list traces its closure anew, so that one graph is in memory at a time.
     if not keep_graph:
         graph.release()
     return point

@@ -17,8 +17,8 @@ from ngd_optim.tracing import Evaluation, ReplayedClosure
 class Graph:
     """A closure's evaluation at the parameters as they are, and its metric, with the graph that leads to both.
 
-    The graph is kept until it is let go. Who asks later gets a new one, from one more run of the
-    closure: so it does not matter for the result in which order things are asked of a point.
+    The graph is kept until :meth:`release`. A later :meth:`get` traces the closure again. So the
+    order in which a point is asked for things does not matter.
     """
 
     def __init__(self, run: ReplayedClosure, curvature: Curvature) -> None:
@@ -121,7 +121,7 @@ class ClosureProduct:
 
 
 class MeanProduct:
-    """The mean of some closures' products, which have the memory of one at a time."""
+    """The mean of some closures' products; only one closure's graph is in memory."""
 
     def __init__(self, products: Sequence[ClosureProduct]) -> None:
         self._products = products

@@ -58,6 +58,7 @@ def _check_results(function: Solve) -> Solve:
 
     def solve(r: Tensor) -> Tensor:
         version = version_of(r)
+        # It may be a module, or change r; either would spoil the solve without a word.
         z = function(r)
         if not isinstance(z, Tensor) or z.shape != r.shape:
             got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__

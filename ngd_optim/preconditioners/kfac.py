@@ -132,6 +132,7 @@ class Kronecker(Preconditioning):
 
     def _renew(self, ranks: Ranks) -> None:
         """Mix the estimates of all closures and ranks with what was known."""
+        # Each renewal draws other vectors, and the same ones when a run is resumed.
         self._served, self._draws = 0, self._draws + 1
         estimates = [factors for factors in self._estimates if factors is not None]
         mean = average_factors(estimates) if len(estimates) == len(self._estimates) else None

@@ -1,4 +1,4 @@
-"""What is known of aten operations."""
+"""Properties of aten operations."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ _UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}
 
 
 class Facts(NamedTuple):
-    """What is known of an operation.
+    """Properties of an aten overload.
 
     Attributes:
         in_place: it writes to an argument.

@@ -31,7 +31,7 @@ class Damping:
     """The damping of the parameter groups in one step.
 
     Args:
-        groups: hold it; they are written to in :meth:`adapt` only.
+        groups: the parameter groups; only :meth:`adapt` writes their ``damping``.
         adapts: whether it changes.
         lowest: its least value, the setting ``min_damping``.
         highest: its largest value, the setting ``max_damping``.

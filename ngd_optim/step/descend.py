@@ -128,6 +128,7 @@ class Descent:
             backtrack_ratio=self.backtrack_ratio,
         )
         if not trial.accepted:
+            # Bit for bit: θ + 0 · d would round parameters of other dtypes.
             self.parameters.write(self.theta)
             promised = step.predicted_decrease(1.0)
             # At the minimum every trial is turned down by rounding: that is no reason for more

@@ -19,7 +19,7 @@ _PROBE = 0.1
 """Part of the step at which the residuals are looked at."""
 
 _LARGEST_CORRECTION = 0.75
-"""A correction may be so large, ``2 |a| ÷ |d|`` in the norm of the damping; else the straight step is tried."""
+"""Upper bound on ``2 |a| ÷ |d|`` in the norm of the damping; beyond it the straight step is tried."""
 
 
 def apply_geodesic_correction(
@@ -31,7 +31,7 @@ def apply_geodesic_correction(
 ) -> Step:
     """The step with its correction, or as it was.
 
-    What the model says of the step stays that of ``d``, the minimum of the model.
+    Slope and curvature remain those of the uncorrected ``d``.
 
     Args:
         step: a full step, neither scaled nor cut.

@@ -135,6 +135,7 @@ class ReplayedClosure:
         Raises:
             ValueError: there is none.
         """
+        # All that comes later, products and square roots, hangs on this graph.
         traced = self()
         if not traced.loss.requires_grad:
             raise ValueError(
@@ -167,6 +168,7 @@ class ReplayedClosure:
             with torch.enable_grad():
                 with quiet_ddp(broadcast=False):
                     returned = self.function()
+                # Backward may be called in it, or left to the optimizer.
                 gradients = [p.grad for p in self._params]
                 if all(gradient is None for gradient in gradients):  # it called no backward
                     loss, _ = _split_returned(returned, [])

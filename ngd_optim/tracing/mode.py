@@ -86,6 +86,8 @@ class Tracing(TorchFunctionMode):
         if func == _GRAD:  # a new wrapper at each access, so not "is"
             return self._gradient(*args)
         self._put_now = set()
+        # torch.func pushes tangents through stand-ins: the user's modules hold the parameters
+        # themselves.
         args, kwargs = self.substitute(args), self.substitute(kwargs)
         put = self._put_now
         if func is torch.Tensor.backward:
@@ -130,6 +132,7 @@ class Tracing(TorchFunctionMode):
             return result
         if (func in _RANDOM_BY_LAYOUT or func in _LIKE) and args and isinstance(args[0], Tensor):
             return self._random(func, args, kwargs)
+        # Native kernels are slower forward, and can be differentiated as often as one likes.
         if getattr(func, "__name__", None) in _RECURRENT:
             with _native_kernels():
                 return func(*args, **kwargs)
