@@ -7,44 +7,36 @@ autograd.
 
 import copy
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ngd_optim.autograd_graph import dtypes, find_reached, leaves, nodes
+from ngd_optim.autograd_graph import dtypes, leaves, nodes
 from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of, pull_back
 from ngd_optim.distributed import Ranks
 from ngd_optim.linalg import conjugate_gradient
+from ngd_optim.linearization.agreement import (
+    BACKENDS,
+    are_close,
+    coarsest_eps,
+    find_problem_of_recording,
+    find_problems_of_backends,
+)
 from ngd_optim.linearization.backend import (
     ON_ANOTHER_RANK,
-    Product,
     Way,
     direct_product,
-    explain_failure,
     flat_product,
     log_change,
-    reraise_own_kinds,
 )
 from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import record
 from ngd_optim.torch_internals import hooks_of
 from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 logger = logging.getLogger("ngd_optim")
-
-_LONG, _SMALL = 400, 2**18
-"""Operations, and bytes that each computes on average.
-
-To note so many small operations pays after some forty products only: autograd's engine, which
-pushes through a graph that is there, is almost as fast as a replay.
-"""
-
-_BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _PREFERENCE: tuple[Backend, ...] = ("double-backward", "torch.func")
 """Double-backward needs no other run of the closure."""
@@ -56,8 +48,6 @@ _PREFER_FORWARD = {
     "ConvolutionBackward0",
 }
 """Names of nodes for which forward mode is tried first."""
-
-_MISSES = "{} misses a dependence on parameters that autograd sees"
 
 _REFUSED = {
     "CheckpointFunctionBackward": "reentrant checkpointing cannot be differentiated twice; "
@@ -108,7 +98,7 @@ def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
 
 def assume_unchecked(backend: BackendChoice) -> Checked:
     """What is assumed of a closure whose loss or gradient is not finite: there is nothing to compare."""
-    backends = _BACKENDS if backend == "auto" else (backend,)
+    backends = BACKENDS if backend == "auto" else (backend,)
     return Checked(tuple(Way(b, recorded=False) for b in backends))
 
 
@@ -163,8 +153,8 @@ def check_closure(
     ends = [traced.loss, *traced.outputs, *parameters.tensors]
     # The gradient is known to the rounding of its ends; what happens in between (autocast) rounds
     # products as well.
-    noise = _coarsest({t.dtype for t in ends})
-    eps = max(noise, _coarsest(dtypes([traced.loss, *metric.outputs])))
+    noise = coarsest_eps({t.dtype for t in ends})
+    eps = max(noise, coarsest_eps(dtypes([traced.loss, *metric.outputs])))
     ranks.require_equal(parameters.read())
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
@@ -177,7 +167,7 @@ def check_closure(
     v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
-    problems = ranks.together(lambda: _problems_of_backends(run, metric, v, parameters, eps))
+    problems = ranks.together(lambda: find_problems_of_backends(run, metric, v, parameters, eps))
     # Sorting is stable: the others keep their order.
     preferred = sorted(_PREFERENCE, key=lambda b: prefers_forward and b != "torch.func")
     right: list[Backend] = [b for b in preferred if ranks.all(b not in problems)]
@@ -200,13 +190,7 @@ def check_closure(
     )
     ways = [Way(b, recorded=False) for b in right]
     direct = direct_product(first, run, metric, parameters, penalty=False)
-    if isinstance(metric, ScalarMetric) and first == "torch.func":
-        # jvp(grad(mse_loss(reduction="sum"))) in a dispatch mode ends the process (torch 2.13).
-        problem = "forward mode through a gradient cannot be watched safely"
-    else:
-        problem = ranks.together(
-            lambda: _problem_of_recording(direct, v, eps, has_graph=first == "double-backward")
-        )
+    problem = ranks.together(lambda: find_problem_of_recording(direct, v, eps, metric, first))
     if ranks.all(problem is None):
         ways.insert(0, Way(first, recorded=True))
     else:
@@ -214,26 +198,8 @@ def check_closure(
     return Checked(tuple(ways), penalty)
 
 
-def _problem_of_recording(direct: Product, v: Tensor, eps: float, *, has_graph: bool) -> str | None:
-    """None where a recording agrees with the product that it records, and saves time."""
-    other = v.flip(0)
-    try:
-        _, recording = record(direct, v)
-        if has_graph and recording.length > _LONG and recording.bytes < _SMALL * recording.length:
-            return f"to record their {recording.length} small operations takes longer than it saves"
-        agrees = _close(recording(other), direct(other), eps, eps)
-    except RuntimeError as error:
-        reraise_own_kinds(error)
-        return f"they cannot be recorded: {error}".splitlines()[0]
-    return None if agrees else "what is recorded disagrees with them"
-
-
-def _coarsest(dtypes: Iterable[torch.dtype]) -> float:
-    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
-
-
 def _check_gradient(gradient: Tensor, plain: Tensor, eps: float, floor: float) -> None:
-    if not _close(gradient, plain, eps, floor):
+    if not are_close(gradient, plain, eps, floor):
         difference = ((gradient - plain).norm() / plain.norm()).item()
         raise RuntimeError(
             "the gradient of the traced closure differs from plain autograd's by "
@@ -242,105 +208,6 @@ def _check_gradient(gradient: Tensor, plain: Tensor, eps: float, floor: float) -
             "(draw the batch before the step, not in the closure), or hides operations from torch "
             "functions; return the loss that is to be minimised"
         )
-
-
-def _problems_of_backends(
-    run: ReplayedClosure,
-    metric: OutputMetric | ScalarMetric,
-    flat: Tensor,
-    parameters: FlatParameters,
-    eps: float,
-) -> dict[Backend, str]:
-    """For each backend whose products are not right, a reason.
-
-    The backends are independent. Where they differ, or only some of them work, autograd's plain
-    pull-back decides, whose adjoint they must be.
-
-    Raises:
-        RuntimeError: there is something wrong with all of them.
-    """
-    v = parameters.unflatten(flat)
-    products: dict[Backend, Tensor] = {}
-    problems: dict[Backend, str] = {}
-    for backend in _BACKENDS:
-        try:
-            products[backend] = parameters.flatten(
-                metric.product(run, parameters.tensors, backend)(v)
-            )
-            if backend == "torch.func" and not _all_are_substituted(run, metric, parameters):
-                # Equal numbers prove nothing: a gate that is zero now hides what is missed.
-                problems[backend] = _MISSES.format(backend)
-        except RuntimeError as error:
-            reraise_own_kinds(error)
-            problems[backend] = explain_failure(error, backend)
-
-    def disagree(backend: Backend, other: Backend) -> bool:
-        return not _close(products[backend], products[other], eps, eps)
-
-    first: Backend | None = next(iter(products), None)
-    if first is not None and not problems and not any(disagree(b, first) for b in products):
-        return {}
-    errors: dict[Backend, float] = {
-        b: _adjoint_error(b, products, run, metric, v, parameters) for b in products
-    }
-    best = min(errors.values(), default=math.inf)
-    for backend, error in errors.items():
-        # Wrong products miss whole terms: errors of 1e-1 to 1; right ones agree to rounding.
-        if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
-            problems[backend] = _MISSES.format(backend)
-    reference: Backend | None = next((b for b in products if b not in problems), None)
-    if reference is None and not all(product.isfinite().all() for product in products.values()):
-        reference = first  # a product that is not finite is no witness: the step will be refused
-    if reference is None:
-        raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
-    others = list(_BACKENDS)
-    others.remove(reference)
-    return {
-        b: problems.get(b, f"it disagrees with {reference}")
-        for b in others
-        if b in problems or disagree(b, reference)
-    }
-
-
-def _all_are_substituted(
-    run: ReplayedClosure, metric: OutputMetric | ScalarMetric, parameters: FlatParameters
-) -> bool:
-    """Whether forward mode has moved every parameter that the metric depends on."""
-    reached = find_reached(metric.outputs, parameters.tensors)
-    pairs = zip(parameters.tensors, reached, strict=True)
-    return all(id(p) in run.substituted for p, flag in pairs if flag)
-
-
-def _adjoint_error(
-    backend: Backend,
-    products: Mapping[Backend, Tensor],
-    run: ReplayedClosure,
-    metric: OutputMetric | ScalarMetric,
-    v: Sequence[Tensor],
-    parameters: FlatParameters,
-) -> float:
-    """By how much ``⟨u, J v⟩ ≠ ⟨Jᵀu, v⟩``; a Hessian is believed to double-backward, which sees what autograd sees."""
-    if isinstance(metric, ScalarMetric):
-        return (
-            0.0 if backend == "double-backward" or "double-backward" not in products else math.inf
-        )
-    generator = torch.Generator().manual_seed(1)
-    u = [torch.randn(z.shape, generator=generator).to(z) for z in metric.outputs]
-    pushed = metric.push(run, parameters.tensors, backend)(v)
-    pulled = pull_back(metric.outputs, parameters.tensors)(u)
-    (at_outputs, size_there), (at_parameters, size_here) = (
-        _inner_product(u, pushed),
-        _inner_product(pulled, v),
-    )
-    # ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for random u and v, with the pull-back that autograd has.
-    error = abs(at_outputs - at_parameters)
-    return error / (size_there + size_here) if error else 0.0
-
-
-def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
-    """``⟨a, b⟩``, and how large it is for vectors of these norms that know nothing of each other."""
-    x, y = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (a, b))
-    return torch.dot(x, y).item(), (x.norm() * y.norm() / max(1, len(x)) ** 0.5).item()
 
 
 def _refuse_nonlinear_hooks(
@@ -355,7 +222,7 @@ def _refuse_nonlinear_hooks(
         parameters.flatten(pull([torch.full_like(z, scale) for z in metric.outputs])) / scale
         for scale in (1, 1e4, 1e8)
     )
-    if not all(_close(pulled, once, eps, eps) for pulled in scaled):
+    if not all(are_close(pulled, once, eps, eps) for pulled in scaled):
         raise RuntimeError(
             "a hook on a parameter changes gradients by a function that is not linear, such as "
             "clipping or normalising, and no curvature product survives that; remove it, the "
@@ -383,7 +250,3 @@ def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatP
         "alone is used"
     )
     return False
-
-
-def _close(a: Tensor, b: Tensor, eps: float, floor: float) -> bool:
-    return bool((a - b).norm() <= eps**0.5 * b.norm() + floor)
