@@ -23,8 +23,8 @@ def optimise(
 
     In two parts: the operations that only look at slot 0 in other ways, and what follows.
     """
-    # Together they save 28 % of a policy's product, 45 % of an MLP's, 9 % of a CNN's and a PINN's,
-    # 10 % of a transformer's (torch 2.13, one CPU thread).
+    # Without them a product takes longer: a policy's by 28 %, an MLP's by 45 %, a CNN's and a PINN's
+    # by 9 %, a transformer's by 10 % (torch 2.13, one CPU thread). The gains below are counted alike.
     sharing = Sharing()
     shifts = _find_offsets(program, metas)
     program = _remove_added_zeros(program, metas, output, sharing)
