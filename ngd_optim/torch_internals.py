@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.distributions import kl
 from torch.nn import _reduction
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,3 +63,14 @@ def variable_of(node: Node | None) -> Tensor | None:
 def reduction_of(size_average: Any, reduce: Any) -> str:
     """``torch.nn._reduction``: what the two old flags of a loss function mean, which losses still take."""
     return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+
+
+def kl_function_of(kind: type) -> Any:
+    """What ``kl_divergence`` calls for two distributions of a class; ``NotImplemented``: nothing.
+
+    It is looked up in ``torch.distributions.kl._KL_MEMOIZE``, which ``register_kl`` clears, and
+    found by ``_dispatch_kl``.
+    """
+    if (kind, kind) not in kl._KL_MEMOIZE:
+        kl._KL_MEMOIZE[kind, kind] = kl._dispatch_kl(kind, kind)
+    return kl._KL_MEMOIZE[kind, kind]

@@ -10,6 +10,7 @@ from torch.distributions import (
     Bernoulli,
     Categorical,
     Distribution,
+    ExponentialFamily,
     Independent,
     Laplace,
     Normal,
@@ -21,10 +22,12 @@ from torch.distributions import (
 from torch.distributions.kl import kl_divergence
 from torch.distributions.transforms import Transform
 
+from ngd_optim.torch_internals import kl_function_of
+
 # Where a distribution offers the same parameter in two forms, the unconstrained (or cheaper) one is
 # taken.
 _REDUNDANT = frozenset({"probs", "covariance_matrix", "precision_matrix"})
-_USE_FORM_C = (
+USE_FORM_C = (
     "return (loss, kl) from the closure instead, with your own scalar KL estimate: closure form (c)"
 )
 
@@ -56,22 +59,38 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
     """The tensors that define a distribution, by constructor argument.
 
     Raises:
-        NotImplementedError: the distribution cannot be described by such tensors, or its support
-            moves with them.
+        NotImplementedError: the distribution cannot be described by such tensors, its support moves
+            with them, or torch knows no KL.
     """
     if isinstance(distribution, Uniform | Pareto):
         raise NotImplementedError(
             f"{type(distribution).__name__} has no Fisher information: its support depends on its "
-            f"parameters; {_USE_FORM_C}"
+            f"parameters; {USE_FORM_C}"
         )
     base = _unwrap(distribution)
     if base is not None:
         return parameters_of(base)
-    names = [name for name in distribution.arg_constraints if name not in _REDUNDANT]
-    if distribution.arg_constraints.keys() == {"probs"}:
-        names = ["probs"]
-    values = {name: getattr(distribution, name) for name in names}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    arguments = _arguments_of(distribution)
+    names = arguments if arguments == {"probs"} else arguments - _REDUNDANT
+    values = {name: getattr(distribution, name) for name in sorted(names)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise NotImplementedError(
+            f"{type(distribution).__name__} names no tensors as its parameters in arg_constraints; "
+            f"{USE_FORM_C}"
+        )
+    return tensors
+
+
+def _arguments_of(distribution: Distribution) -> set[str]:
+    kind = _kind_of(distribution)
+    named_by: Any = distribution if kind is type(distribution) else kind
+    try:
+        constraints = named_by.arg_constraints
+    except NotImplementedError:  # a class of the user's that has none
+        return set()
+    # Of a class it may be a property.
+    return set(constraints) if isinstance(constraints, Mapping) else set()
 
 
 def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distribution:
@@ -80,57 +99,98 @@ def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distrib
     Raises:
         NotImplementedError: the constructor does not take them.
     """
+    kind: Any = _kind_of(distribution)
     base = _unwrap(distribution)
-    try:
+    if base is not None:
+        inner = rebuild(base, values)
         if isinstance(distribution, Independent):
-            return Independent(
-                rebuild(distribution.base_dist, values),
-                distribution.reinterpreted_batch_ndims,
-                validate_args=False,
-            )
-        if base is not None:
-            assert isinstance(distribution, TransformedDistribution)
-            return TransformedDistribution(
-                rebuild(base, values), distribution.transforms, validate_args=False
-            )
-        constructor: Any = type(distribution)
-        return constructor(**values, validate_args=False)
-    except TypeError as error:
+            return Independent(inner, distribution.reinterpreted_batch_ndims, validate_args=False)
+        # What _unwrap knows but Independent.
+        transforms: Any = distribution.transforms  # pyright: ignore[reportAttributeAccessIssue]
+        return TransformedDistribution(inner, transforms, validate_args=False)
+    try:
+        return kind(**values, validate_args=False)
+    except (TypeError, ValueError, AttributeError) as error:
         raise NotImplementedError(
             f"{type(distribution).__name__} cannot be rebuilt from its parameters "
-            f"{sorted(values)}; {_USE_FORM_C}"
+            f"{sorted(values)}; {USE_FORM_C}"
         ) from error
+
+
+def _kind_of(distribution: Distribution) -> type[Distribution]:
+    """The class of torch that it has its KL from, the most general one; its own class if that has another KL.
+
+    A subclass may take other arguments than it passes on, such as a temperature. What it is to
+    ``kl_divergence`` can be built by torch's constructor all the same.
+
+    Raises:
+        NotImplementedError: torch knows no KL.
+    """
+    own = type(distribution)
+    kl = kl_function_of(own)
+    if kl is NotImplemented:
+        raise NotImplementedError(_without_kl(distribution))
+    of_torch = [
+        kind
+        for kind in own.__mro__
+        if kind.__module__.startswith("torch.distributions.")
+        and kind is not ExponentialFamily  # it has a KL and no constructor
+        and kl_function_of(kind) is kl
+    ]
+    return of_torch[-1] if of_torch else own
+
+
+def _without_kl(distribution: Distribution) -> str:
+    name = type(distribution).__name__
+    return (
+        f"torch knows no closed-form KL divergence between two {name} distributions; {USE_FORM_C}"
+    )
 
 
 def mean_kl(old: Distribution, new: Distribution) -> Tensor:
     """``KL(old ‖ new)`` averaged over the batch: a scalar, in nats per sample.
 
     Raises:
-        NotImplementedError: torch knows no closed form.
+        NotImplementedError: torch knows no closed form, or the transforms differ.
     """
     try:
         return _kl(old, new).mean()
     except NotImplementedError as error:
+        # Torch's own may say nothing.
         raise NotImplementedError(
-            f"torch knows no closed-form KL divergence between two {type(old).__name__} "
-            f"distributions; {_USE_FORM_C}"
+            str(error) if USE_FORM_C in str(error) else _without_kl(old)
         ) from error
 
 
-def _kl(old: Distribution, new: Distribution) -> Tensor:
+def _kl(old: Any, new: Any) -> Tensor:
     """``KL(old ‖ new)``; torch's is infinite where a probability of ``new`` is below the smallest number."""
-    if isinstance(old, Independent) and isinstance(new, Independent):
+    kind = _kind_of(old)
+    if kind is Independent:
         inner = _kl(old.base_dist, new.base_dist)
         return inner.sum(list(range(inner.ndim - old.reinterpreted_batch_ndims, inner.ndim)))
-    if isinstance(old, Categorical | OneHotCategorical) and isinstance(
-        new, Categorical | OneHotCategorical
-    ):
+    if kind is TransformedDistribution:
+        _require_same(old.transforms, new.transforms)
+        return _kl(old.base_dist, new.base_dist)
+    if kind in (Categorical, OneHotCategorical):
         # Σ p (log p − log q) from logits, which stay finite where probabilities underflow.
         return _expect(old.probs, old.logits - new.logits).sum(-1)
-    if isinstance(old, Bernoulli) and isinstance(new, Bernoulli):
+    if kind is Bernoulli:
         yes = _expect(old.probs, F.softplus(-new.logits) - F.softplus(-old.logits))
         return yes + _expect(1 - old.probs, F.softplus(new.logits) - F.softplus(old.logits))
+    if type(old) is not type(new):  # torch's KL of an exponential family asks for that
+        new = rebuild(new, parameters_of(new))
     return kl_divergence(old, new)
+
+
+def _require_same(old: list[Transform], new: list[Transform]) -> None:
+    """Raise NotImplementedError where transforms are known to differ: those that can be compared are."""
+    for a, b in zip(old, new, strict=True):
+        cannot_be_compared = type(a).__eq__ is Transform.__eq__  # but with themselves
+        if not (a == b or (cannot_be_compared and type(a) is type(b))):
+            raise NotImplementedError(
+                f"the {type(a).__name__} of the returned distribution changes with the parameters, "
+                f"and only the base distribution can be followed; {USE_FORM_C}"
+            )
 
 
 def _expect(probability: Tensor, value: Tensor) -> Tensor:
@@ -147,7 +207,7 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
         return local_divergence(base, new_base) * (
             base.batch_shape.numel() / old.batch_shape.numel()
         )
-    if isinstance(old, Laplace) and isinstance(new, Laplace):
+    if type(old) is Laplace and type(new) is Laplace:
         # Laplace's KL holds |loc − loc'|, whose second derivative autograd takes as 0 at the kink,
         # although the divergence itself is twice differentiable there. Its Fisher information is
         # 1/scale² in loc and in scale.
@@ -155,7 +215,7 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
             (new.loc - old.loc).square() + (new.scale - old.scale).square()
         ) / old.scale.square()
         return 0.5 * distance.mean()
-    if isinstance(old, Normal) and isinstance(new, Normal):
+    if type(old) is Normal and type(new) is Normal:
         # A quadratic, so that each product takes six pointwise operations in place of sixty.
         distance = (
             (new.loc - old.loc).square() + 2 * (new.scale - old.scale).square()
@@ -165,15 +225,16 @@ def local_divergence(old: Distribution, new: Distribution) -> Tensor:
 
 
 def _unwrap(distribution: Distribution) -> Distribution | None:
-    """The base distribution, for a wrapper that has no parameters of its own."""
-    if isinstance(distribution, Independent):
+    """The base distribution, for a wrapper whose KL is that of its base."""
+    kind = _kind_of(distribution)
+    if kind is Independent and isinstance(distribution, Independent):
         return distribution.base_dist
-    if isinstance(distribution, TransformedDistribution) and not distribution.arg_constraints:
+    if kind is TransformedDistribution and isinstance(distribution, TransformedDistribution):
         for transform in distribution.transforms:
             if _has_parameters(transform):
                 raise NotImplementedError(
                     f"{type(transform).__name__} has learned parameters, and only the base "
-                    f"distribution's can be followed; {_USE_FORM_C}"
+                    f"distribution's can be followed; {USE_FORM_C}"
                 )
         return distribution.base_dist
     return None
@@ -185,6 +246,8 @@ def _has_parameters(part: object, seen: frozenset[int] = frozenset()) -> bool:
         return part.requires_grad
     if isinstance(part, nn.Module):
         return any(p.requires_grad for p in part.parameters())
+    if isinstance(part, Mapping):
+        return _has_parameters(list(part.values()), seen)
     if isinstance(part, list | tuple):
         return any(_has_parameters(piece, seen) for piece in part)
     # A transform and its inverse know each other.

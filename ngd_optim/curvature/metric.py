@@ -1,6 +1,6 @@
 """What the curvature is: a metric at the model's outputs, or the Hessian of a scalar; and how far a KL has gone."""
 
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +10,19 @@ from torch.distributions import Distribution
 
 from ngd_optim.autograd_graph import find_reached
 from ngd_optim.curvature.kl import (
+    USE_FORM_C,
     distributions_in,
     local_divergence,
     mean_kl,
     parameters_of,
     rebuild,
+)
+from ngd_optim.curvature.kl_checks import (
+    Check,
+    check_heads,
+    check_nothing,
+    check_returned_kl,
+    largest_kl_at_start,
 )
 from ngd_optim.curvature.vector_products import (
     Map,
@@ -29,7 +37,7 @@ from ngd_optim.tracing import Evaluation, ReplayedClosure
 
 Tensors = Sequence[Tensor]
 
-_LARGEST_KL_AT_START = 1e-3
+logger = logging.getLogger("ngd_optim")
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class OutputMetric:
         select: finds the same outputs in another evaluation of the closure.
         kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the
             parameters around the outputs counts as well.
+        check: at the first step with a closure, whether what serves as a KL is one.
     """
 
     outputs: Tensors
     apply_hessian: Map
     select: Callable[[Evaluation], Tensors]
     kind: Kind
+    check: Check = check_nothing
 
     def push(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
         """``v ↦ J v``."""
@@ -71,11 +81,13 @@ class ScalarMetric:
         scalar: 0-dim, with its graph.
         select: finds the same scalar in another evaluation of the closure.
         kind: ``"fisher"`` for a KL, ``"hessian"`` for the loss.
+        check: at the first step with a closure, whether what serves as a KL is one.
     """
 
     scalar: Tensor
     select: Callable[[Evaluation], Tensor]
     kind: Kind
+    check: Check = check_nothing
 
     @property
     def outputs(self) -> Tensors:
@@ -124,7 +136,11 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
 
 
 def build_kl(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
-    """``other ↦`` mean KL from the prediction here to another evaluation's, in nats per sample; None if unknown."""
+    """``other ↦`` mean KL from the prediction here to another evaluation's, in nats per sample; None if unknown.
+
+    What is negative by rounding is 0. The function raises NotImplementedError where a distribution's
+    transforms have changed.
+    """
     metric = evaluation.metric
     if metric is None:
         return lambda other: None
@@ -132,15 +148,17 @@ def build_kl(evaluation: Evaluation) -> Callable[[Evaluation], Tensor | None]:
         return _returned_kl
     try:
         old = [_freeze(head) for head in distributions_in(metric)]
+        for head in old:
+            mean_kl(head, head)
     except NotImplementedError:
         return lambda other: None
 
-    def kl(other: Evaluation) -> Tensor | None:
+    def kl(other: Evaluation) -> Tensor:
         pairs = zip(old, distributions_in(other.metric), strict=True)
-        try:
-            return add_scalars(mean_kl(before, after) for before, after in pairs)
-        except NotImplementedError:
-            return None
+        # Torch's KL of an exponential family differentiates.
+        with torch.enable_grad():
+            total = add_scalars(mean_kl(before, after) for before, after in pairs)
+        return _without_rounding(total.detach())
 
     return kl
 
@@ -159,7 +177,6 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         raise TypeError("the metric that the closure returns holds no distribution")
     values = [parameters_of(head) for head in heads]
     for head, of_head in zip(heads, values, strict=True):
-        mean_kl(head, head)  # torch may know no KL: better said here than at the first trial point
         if not any(value.requires_grad for value in of_head.values()):
             raise ValueError(
                 f"the parameters of the returned {type(head).__name__} are detached from the "
@@ -181,16 +198,26 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
     moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
     for i, name in learned:
         moving[i][name] = moving[i][name].clone().requires_grad_()
+    outputs = [values[i][name] for i, name in learned]
+    variables = [moving[i][name] for i, name in learned]
     with torch.enable_grad():
+        rebuilt = [rebuild(head, of_head) for head, of_head in zip(heads, moving, strict=True)]
         divergence = add_scalars(
-            local_divergence(_freeze(head), rebuild(head, of_head))
-            for head, of_head in zip(heads, moving, strict=True)
+            local_divergence(_freeze(head), new) for head, new in zip(heads, rebuilt, strict=True)
         )
+    if not divergence.requires_grad:
+        names = ", ".join(dict.fromkeys(type(head).__name__ for head in heads))
+        raise NotImplementedError(
+            f"the KL divergence that torch knows of {names} does not depend on the parameters; "
+            f"{USE_FORM_C}"
+        )
+    apply_hessian = hessian(divergence, variables)
     return OutputMetric(
-        outputs=[values[i][name] for i, name in learned],
-        apply_hessian=hessian(divergence, [moving[i][name] for i, name in learned]),
-        select=select,
+        outputs,
+        apply_hessian,
+        select,
         kind="fisher",
+        check=check_heads(heads, rebuilt, learned, outputs, variables, apply_hessian),
     )
 
 
@@ -238,16 +265,20 @@ def _freeze(head: Distribution) -> Distribution:
     return rebuild(head, {k: v.detach() for k, v in parameters_of(head).items()})
 
 
+def _without_rounding(kl: Tensor) -> Tensor:
+    """Zero in place of a negative number that is rounding."""
+    return kl.clamp(min=0) if kl > -(torch.finfo(kl.dtype).eps ** 0.5) else kl
+
+
 def _returned_kl(other: Evaluation) -> Tensor | None:
     kl = other.metric.detach().reshape(())
     # A prediction that is compared with itself gives zero everywhere, and bounds nothing.
     if kl != 0:
-        return kl
-    warnings.warn(
+        return _without_rounding(kl)
+    logger.warning(
         "the returned kl is exactly zero after the step as well: the closure compares the "
         "prediction with itself, so max_kl bounds only the KL's quadratic model; measure it from "
-        "a prediction that was kept before the step",
-        stacklevel=2,
+        "a prediction that was kept before the step"
     )
     return None
 
@@ -260,9 +291,11 @@ def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
             "no_grad"
         )
     # A KL has its minimum, zero, at the current parameters; only then is its Hessian the metric.
-    if abs(kl.item()) > _LARGEST_KL_AT_START:
+    if abs(kl.item()) > largest_kl_at_start(kl):
         raise ValueError(
             f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; "
-            "measure it from a detached copy of the current prediction"
+            "measure it from a detached copy of the current prediction, made anew before each step"
         )
-    return ScalarMetric(kl, lambda other: other.metric.reshape(()), "fisher")
+    return ScalarMetric(
+        kl, lambda other: other.metric.reshape(()), "fisher", check=check_returned_kl(kl)
+    )

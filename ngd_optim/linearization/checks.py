@@ -190,6 +190,7 @@ def check_closure(
     )
     ways = [Way(b, recorded=False) for b in right]
     direct = direct_product(first, run, metric, parameters, penalty=False)
+    ranks.together(lambda: metric.check(parameters, direct, v))
     problem = ranks.together(lambda: find_problem_of_recording(direct, v, eps, metric, first))
     if ranks.all(problem is None):
         ways.insert(0, Way(first, recorded=True))

@@ -108,6 +108,11 @@ def _find_problem(
         return f"its loss is {objective}"
     if kl is not None and not math.isfinite(kl):
         return f"its KL is {kl}"
+    if kl is not None and kl < 0:
+        return (
+            f"its KL is {kl:.3g}, and a KL is never negative: return another estimate, such as "
+            "((r - 1) - r.log()).mean() with r = new probability / old probability"
+        )
     if objective > target:
         return f"its loss {objective:.6g} is above {target:.6g}"
     if max_kl is not None and kl is not None and kl > max_kl:
