@@ -44,6 +44,12 @@ def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
     return {one.dtype for one in metadata if one is not None}
 
 
+def has_empty_tensors(roots: Sequence[Tensor]) -> bool:
+    """Whether something without elements was computed on the way from leaves to some tensors."""
+    metadata = (one for node in nodes(roots) for one in outputs_of(node))
+    return any(0 in one.shape for one in metadata if one is not None)
+
+
 def leaves(root: Tensor) -> list[Tensor]:
     """Everything that a plain backward would set ``.grad`` of."""
     return [tensor for node in nodes([root]) if (tensor := variable_of(node)) is not None]

@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,13 @@ from ngd_optim.names import (
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, build_preconditioner
 from ngd_optim.report import StepReport, build_report
-from ngd_optim.settings import SETTINGS, Settings, check_saved, check_settings, to_plain_numbers
+from ngd_optim.settings import (
+    SETTINGS,
+    Settings,
+    check_saved,
+    check_settings,
+    to_plain_numbers,
+)
 from ngd_optim.solvers import (
     ConjugateGradients,
     QuadraticModel,
@@ -67,9 +74,9 @@ class NaturalCG(Optimizer):
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value
             is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for
-            direct solvers.
+            direct solvers, or 1e-7 times ``damping`` if that is less.
         max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for
-            direct solvers.
+            direct solvers, or 1e7 times ``damping`` if that is more.
         max_cg_iters: most CG iterations per step.
         cg_tol: CG stops at this relative residual.
         cg_progress_tol: CG stops when the model gains less per iteration than this fraction of its
@@ -100,11 +107,13 @@ class NaturalCG(Optimizer):
             solved again with more damping, at the same Jacobian, in place of a line search.
         damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added.
             ``"diagonal"``: the largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt
-            1963; Moré 1978), which makes the step independent of the parameters' units. ``"auto"``:
+            1963; Moré 1978), which makes the step independent of the parameters' units. Where a step
+            has other data than the last one, what was before counts 0.7 times. ``"auto"``:
             ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero
             (SPRING: Goldshlager, Abrahamsen & Lin 2024), unless that was rejected; a system that is
-            solved again has none.
+            solved again has none. It is not what ``OneCycleLR`` and ``CyclicLR`` cycle: they ask for
+            ``cycle_momentum=False``.
         geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the
             residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
             2012), at one more run of the closure.
@@ -191,6 +200,8 @@ class NaturalCG(Optimizer):
         self._complete()
 
     def _complete(self) -> None:
+        # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
+        self.defaults.pop("momentum", None)
         # load_state_dict keeps hooks, as torch's optimizers keep theirs.
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
@@ -199,6 +210,8 @@ class NaturalCG(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
+        if self.param_groups and "momentum" not in self.defaults:
+            param_group.setdefault("momentum", self.param_groups[0]["momentum"])
         super().add_param_group(param_group)
         try:
             to_plain_numbers(self.param_groups[-1])
@@ -280,6 +293,7 @@ class NaturalCG(Optimizer):
             gradient = (
                 point.gradient + decay * theta if any(settings.weight_decay) else point.gradient
             )
+            new_slope = last.slope_on_new_data(point, gradient)
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
             # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
             # 1983).
@@ -297,19 +311,21 @@ class NaturalCG(Optimizer):
                 gradient,
                 point.product,
                 decay,
-                scale=self._damping_scale(settings.damping_scale, solver, point, last),
+                scale=self._damping_scale(
+                    settings.damping_scale, solver, point, last, is_new=not math.isnan(new_slope)
+                ),
                 centre=last.momentum(point.used, settings.momentum),
             )
 
             # 3. The damping λ, which follows what this step's data say of the last step (Levenberg 1944).
             # Above a third, the last step fitted the noise of its own batch: λ grows.
-            new_slope = last.slope_on_new_data(point, gradient)
             damping = Damping(
                 self.param_groups,
                 adapts=settings.adapt_damping,
                 lowest=settings.min_damping,
                 highest=settings.max_damping,
                 exact=solver.is_direct,
+                at_start=float(self.defaults["damping"]),
             )
             if not point.is_least_squares:  # its residuals may all vanish: noise is no matter
                 damping.adapt_to_new_data(new_slope)
@@ -347,6 +363,9 @@ class NaturalCG(Optimizer):
             n_forward=sum(run.count for run in [*closures, *others]),
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
+        self.last_step = report
+        if outcome.trial.forgets:
+            return point.loss  # the next step goes on as if these data had not been there
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
@@ -355,19 +374,18 @@ class NaturalCG(Optimizer):
             {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         )
         preconditioning.keep(report.n_product)
-        self.last_step = report
         return point.loss
 
     @staticmethod
     def _damping_scale(
-        setting: DampingScale, solver: Solver, point: Point, last: LastStep
+        setting: DampingScale, solver: Solver, point: Point, last: LastStep, *, is_new: bool
     ) -> Tensor | None:
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if setting == "identity" or (setting == "auto" and not solver.is_direct):
             return None
         if not point.gradient.isfinite().all():
             return None  # the step will be refused
-        largest = last.largest_curvature(curvature_diagonal(solver, point))
+        largest = last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
         return torch.where(largest > 0, largest, 1.0)
 
 

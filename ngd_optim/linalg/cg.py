@@ -21,9 +21,18 @@ _STOPS: tuple[Stop, ...] = (
     "progress",
     "negative_curvature",
     "not_finite",
+    "not_finite",
+    "not_finite",
 )
-_TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _NOT_FINITE = range(1, 5)
+_TOLERANCE, _PROGRESS, _NEGATIVE_CURVATURE, _B, _PRECONDITIONER, _PRODUCT = range(1, 7)
 _INDEFINITE_PRECONDITIONER = -1
+
+NotFinite = Literal["", "b", "preconditioner", "product"]
+_NOT_FINITE: dict[int, NotFinite] = {
+    _B: "b",
+    _PRECONDITIONER: "preconditioner",
+    _PRODUCT: "product",
+}
 
 _START = 5
 """What comes before the first iteration of an optimizer's solve costs about as much as this many iterations."""
@@ -46,6 +55,8 @@ class LinearSolution:
             are for the direct solvers of NaturalCG.
         x_dot_b: ``xᵀb``.
         x_dot_r: ``xᵀ(b − A x)``. With ``x_dot_b`` it gives ``xᵀA x`` without another product.
+        not_finite: what was not, where that is why it stopped: ``"b"``, ``"preconditioner"`` or
+            ``"product"``; else empty.
 
     Examples:
         >>> import torch
@@ -62,6 +73,7 @@ class LinearSolution:
     stop: Stop
     x_dot_b: float
     x_dot_r: float
+    not_finite: NotFinite = ""
 
     @property
     def x_dot_ax(self) -> float:
@@ -148,7 +160,7 @@ def conjugate_gradient(
     models, iterations, stop, previous = [model], 0, 0, math.inf
     while True:
         r_dot_r = on.dot(r, r)
-        stop = first(stop, _not_finite(r_dot_r), _NOT_FINITE)
+        stop = first(stop, _not_finite(r_dot_r), _PRODUCT if len(models) > 1 else _B)
         stop = first(stop, r_dot_r**0.5 <= target, _TOLERANCE)
         stop = first(stop, _has_stalled(models, progress_tol), _PROGRESS)
         rounds = len(models) - 1
@@ -158,7 +170,7 @@ def conjugate_gradient(
         # z = M⁻¹ r (Nocedal & Wright, Algorithm 5.3).
         z = r if preconditioner is None else preconditioner(r)
         r_dot_z = r_dot_r if z is r else on.dot(r, z)
-        stop = first(stop, _not_finite(r_dot_z), _NOT_FINITE)
+        stop = first(stop, _not_finite(r_dot_z), _PRECONDITIONER)
         stop = first(stop, r_dot_z <= 0, _INDEFINITE_PRECONDITIONER)
         # Where the solve has stopped, beta is 1 and the other factors are 0: nothing moves any
         # more.
@@ -170,7 +182,7 @@ def conjugate_gradient(
         del a_p
         a_p = matvec(p)
         p_dot_ap = on.dot(p, a_p)
-        stop = first(stop, _not_finite(p_dot_ap), _NOT_FINITE)
+        stop = first(stop, _not_finite(p_dot_ap), _PRODUCT)
         stop = first(stop, p_dot_ap <= 0, _NEGATIVE_CURVATURE)
 
         going = stop == 0
@@ -204,6 +216,7 @@ def conjugate_gradient(
         stop=_STOPS[reason],
         x_dot_b=torch.dot(x, b).item(),
         x_dot_r=torch.dot(x, r).item(),
+        not_finite=_NOT_FINITE.get(reason, ""),
     )
 
 

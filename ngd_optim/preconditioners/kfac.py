@@ -107,13 +107,16 @@ class Kronecker(Preconditioning):
             self._renew(ranks)
         if not self.layers:
             return None
-        self.name = "kfac"
         values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
         shifts = self._parameters.views(model.shift)
         means = torch.stack([part.sum() / max(1, part.numel()) for part in shifts]).tolist()
-        return build_kronecker_preconditioner(
-            KroneckerFactors(self.layers, values), self._parameters, means
-        )
+        factors = KroneckerFactors(self.layers, values)
+        try:
+            solve = build_kronecker_preconditioner(factors, self._parameters, means)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            return None  # their numbers are at the end of the range; so are the products
+        self.name = "kfac"
+        return solve
 
     def keep(self, products: int) -> None:
         """The factors, and how many products they have served."""

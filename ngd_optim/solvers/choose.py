@@ -1,11 +1,16 @@
 """Which solver a step takes."""
 
+import logging
+
+import torch
 from torch import Tensor
 
 from ngd_optim.linearization import Point
 from ngd_optim.names import SolverName
 from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
 from ngd_optim.solvers.solver import Solver
+
+logger = logging.getLogger("ngd_optim")
 
 _FEW = 4096
 """Direct solvers are chosen for so many unknowns at most: parameters or outputs, whichever are fewer."""
@@ -42,7 +47,14 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
         return conjugate_gradients  # which say so
     if name == "auto":
         name = _choose_automatically(point)
-    return conjugate_gradients if name == "cg" else _direct_solver(name, point)
+    if name == "cg":
+        return conjugate_gradients
+    try:
+        return _direct_solver(name, point)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        # Numbers at the end of the range, which conjugate gradients tell of.
+        logger.warning("conjugate gradients solve in place of %r: %s", name, error)
+        return conjugate_gradients
 
 
 def _choose_automatically(point: Point) -> SolverName:

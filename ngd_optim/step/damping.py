@@ -11,16 +11,25 @@ _GROW = 2.0
 _SHRINK = 1 / 2
 _LITTLE, _MUCH = 0.2, 0.4
 _STEEP = 1 / 3
+_SPAN = 1e7
 
 
 def damping_range(
-    lowest: DampingLimit, highest: DampingLimit, *, exact: bool
+    lowest: DampingLimit,
+    highest: DampingLimit,
+    *,
+    exact: bool,
+    at_start: float,
+    now: Sequence[float],
 ) -> tuple[float, float]:
     """The range of the adapted damping; ``"auto"`` leaves it all but open where the system is solved exactly.
 
-    A direct solver is robust to rounding, so λ may become arbitrarily small.
+    A direct solver is robust to rounding, so λ may become arbitrarily small. The damping has the
+    loss's unit: the range is around the one at the start, and what the groups have is in it.
     """
     auto = (1e-30, 1e16) if exact else (1e-8, 1e6)
+    given = [value for value in (at_start / _SPAN, *now) if value > 0]
+    auto = min(auto[0], *given, auto[0]), max(auto[1], at_start * _SPAN, *now)
     if highest == "auto":
         low = auto[0] if lowest == "auto" else lowest
         return low, max(low, auto[1])
@@ -35,6 +44,7 @@ class Damping:
         adapts: whether it changes.
         lowest: its least value, the setting ``min_damping``.
         highest: its largest value, the setting ``max_damping``.
+        at_start: the setting ``damping``.
         exact: whether the system is solved exactly. It is then solved again with more damping where
             a step does not lower the loss, at a small part of the cost, in place of a line search.
 
@@ -51,12 +61,15 @@ class Damping:
         lowest: DampingLimit,
         highest: DampingLimit,
         exact: bool,
+        at_start: float,
     ) -> None:
         self.values = [float(group["damping"]) for group in groups]
         self.can_retry = exact and adapts
         self._groups = groups
         self._adapts = adapts
-        self._limits = damping_range(lowest, highest, exact=exact)
+        self._limits = damping_range(
+            lowest, highest, exact=exact, at_start=at_start, now=self.values
+        )
         self._exact = exact
         self._falls = True
 

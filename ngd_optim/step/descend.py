@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ngd_optim.autograd_graph import has_empty_tensors
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
@@ -80,7 +81,11 @@ class Descent:
             )
             # A direct solver has the Jacobian: another damping costs no product, a shorter step is
             # worse.
-            is_over = trial.accepted or not (solves_again and self._is_worth_a_retry(step))
+            is_over = (
+                trial.accepted
+                or trial.forgets
+                or not (solves_again and self._is_worth_a_retry(step))
+            )
             if is_over or not self.damping.retry(attempt):
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
                 return Outcome(damping, model, solution, step, trial)
@@ -105,11 +110,9 @@ class Descent:
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
         if not self.point.loss.isfinite():
-            return Trial.refuse(f"the loss is {self.point.loss.item()}")
+            return Trial.refuse(self._explain_loss(), forgets=True)
         if solution.stop == "not_finite":
-            return Trial.refuse(
-                "the gradient, a curvature product or the preconditioner is not finite"
-            )
+            return self._refuse_not_finite(solution)
         if solution.stop == "indefinite":
             return Trial.refuse("the damped curvature is not positive definite")
 
@@ -137,6 +140,36 @@ class Descent:
                 why = f"the decrease that the model promises, {promised:.2g}, is below the loss's rounding"
                 return replace(trial, overshot=False, problem=why)
         return trial
+
+    def _explain_loss(self) -> str:
+        traced, _ = self.point.graph.get()
+        said = f"the loss is {self.point.loss.item()}"
+        return (
+            f"{said}, and tensors without elements went into it: the batch is empty"
+            if has_empty_tensors([traced.loss])
+            else said
+        )
+
+    def _refuse_not_finite(self, solution: LinearSolution) -> Trial:
+        if not self.point.gradient.isfinite().all():
+            return Trial.refuse("the gradient is not finite", forgets=True)
+        diagonal = self.solver.diagonal
+        if diagonal is not None and not diagonal.isfinite().all():
+            return Trial.refuse("the curvature is not finite", forgets=True)
+        match solution.not_finite:
+            case "b":
+                return Trial.refuse("the gradient is too large for its dtype", forgets=True)
+            case "preconditioner":
+                return Trial.refuse(
+                    "what the preconditioner returns is not finite; use preconditioner=None"
+                )
+            case "product":
+                # The first one tells of the data; later ones grow where the system is singular.
+                return Trial.refuse(
+                    "a curvature product is not finite", forgets=solution.iterations <= 1
+                )
+            case _:
+                return Trial.refuse("the solution of the linear system is not finite")
 
     def _is_worth_a_retry(self, step: Step) -> bool:
         promises = not step.slope < 0 or step.predicted_decrease(1.0) > self.point.rounding

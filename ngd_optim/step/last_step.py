@@ -11,6 +11,9 @@ from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.step.descend import Outcome
 
+_KEPT_ON_NEW_DATA = 0.7
+"""Share of the largest diagonal: one that was 1e8 times too large is forgotten in fifty steps."""
+
 
 class LastStep:
     """The last step, in the optimizer's state.
@@ -43,7 +46,7 @@ class LastStep:
     def solution(self, used: Sequence[bool]) -> Tensor:
         """A new flat vector: what the last system was solved by; 0 for parameters that are not used now."""
         return self._parameters.flatten(
-            self._state[p].get("solution") if flag else None
+            self._of(p).get("solution") if flag else None
             for p, flag in zip(self._parameters.tensors, used, strict=True)
         )
 
@@ -71,11 +74,17 @@ class LastStep:
         # gᵀd of the new data ÷ |gᵀd| of the old ones.
         return self._along(self.solution(point.used), gradient, lr) / abs(self._first["slope"])
 
-    def largest_curvature(self, diagonal: Tensor) -> Tensor:
-        """The largest diagonal so far, flat, with this one, to be kept; what is not finite is left out."""
+    def largest_curvature(self, diagonal: Tensor, *, forgets: bool) -> Tensor:
+        """The largest diagonal so far, flat, with this one, to be kept; what is not finite is left out.
+
+        On the same data it only grows (Moré 1978). Other data may have had an outlier, which is
+        forgotten by and by.
+        """
         before = self._parameters.flatten(
-            self._state[p].get("largest_curvature") for p in self._parameters.tensors
+            self._of(p).get("largest_curvature") for p in self._parameters.tensors
         )
+        if forgets:
+            before = _KEPT_ON_NEW_DATA * before
         self._largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
         return self._largest
 
@@ -102,7 +111,10 @@ class LastStep:
 
     @property
     def _first(self) -> dict[str, Any]:
-        return self._state.get(self._parameters.tensors[0], {})
+        return self._of(self._parameters.tensors[0])
+
+    def _of(self, p: Tensor) -> dict[str, Any]:
+        return self._state.get(p, {})  # the state is made where it is written to
 
     def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
         parts = zip(

@@ -22,6 +22,8 @@ class Trial:
             try: what speaks against the quadratic model. A KL a little above its bound, at the
                 region's edge, does not.
         problem: what speaks against the point; empty where it passed.
+        forgets: whether the step ended before it began, by data that give no finite numbers: the
+            optimizer is to go on as if they had not been there.
     """
 
     fraction: float
@@ -31,6 +33,7 @@ class Trial:
     accepted: bool
     overshot: bool
     problem: str = ""
+    forgets: bool = False
 
     @property
     def reason(self) -> str:
@@ -46,9 +49,9 @@ class Trial:
         return f"rejected after {_count_things(self.backtracks, 'trial point')}, the last one because {self.problem}"
 
     @classmethod
-    def refuse(cls, why: str) -> "Trial":
+    def refuse(cls, why: str, *, forgets: bool = False) -> "Trial":
         """A step that is not worth a trial."""
-        return cls(0.0, math.nan, None, 0, False, True, why)
+        return cls(0.0, math.nan, None, 0, False, True, why, forgets)
 
 
 def line_search(

@@ -261,6 +261,18 @@ SPOILERS = {
 }
 
 
+def assert_same(state, other):
+    """Two states of an optimizer, bit for bit."""
+    if isinstance(state, dict):
+        assert state.keys() == other.keys()
+        for key in state:
+            assert_same(state[key], other[key])
+    elif isinstance(state, torch.Tensor):
+        assert torch.equal(state, other)
+    else:
+        assert state == other
+
+
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(
     "settings",
@@ -274,6 +286,7 @@ def test_what_is_not_finite_is_rejected_and_forgotten(name, settings, warm):
         optimizer.step(spoilt.loss)
         spoilt.start = flatten(spoilt.model.parameters())
     damping, parameters = optimizer.param_groups[0]["damping"], list(spoilt.model.parameters())
+    state = copy.deepcopy(optimizer.state_dict())
     optimizer.step(lambda: SPOILERS[name](spoilt))
     report = optimizer.last_step
     assert torch.equal(flatten(spoilt.model.parameters()), spoilt.start)
@@ -281,7 +294,10 @@ def test_what_is_not_finite_is_rejected_and_forgotten(name, settings, warm):
     assert report.reason.startswith("rejected")
     assert (report.step_norm, report.step_scale) == (0.0, 0.0)
     assert report.new_loss == report.loss or math.isnan(report.loss)
-    assert optimizer.param_groups[0]["damping"] == pytest.approx(4 * damping)
+    if name.startswith("trial"):
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(4 * damping)
+    else:  # its data are as if they had not been there
+        assert_same(optimizer.state_dict(), state)
     assert all(
         torch.as_tensor(x).isfinite().all()
         for entry in optimizer.state.values()
@@ -306,16 +322,10 @@ def test_reason_says_what_was_not_finite():
         reasons[name] = optimizer.last_step.reason
     assert reasons["loss_nan_beside_a_finite_gradient"] == "rejected: the loss is nan"
     assert reasons["loss_inf_beside_a_finite_gradient"] == "rejected: the loss is inf"
-    for name in (
-        "gradient_nan",
-        "gradient_inf",
-        "product_nan_of_a_kl",
-        "product_inf_of_a_distribution",
-    ):
-        assert (
-            reasons[name]
-            == "rejected: the gradient, a curvature product or the preconditioner is not finite"
-        )
+    for name in ("gradient_nan", "gradient_inf"):
+        assert reasons[name] == "rejected: the gradient is not finite"
+    for name in ("product_nan_of_a_kl", "product_inf_of_a_distribution"):
+        assert reasons[name] == "rejected: a curvature product is not finite"
     assert (
         reasons["trial_nan"]
         == "rejected after 3 trial points, the last one because its loss is nan"
@@ -328,6 +338,71 @@ def test_reason_says_what_was_not_finite():
         reasons["trial_kl_nan"]
         == "rejected after 3 trial points, the last one because its KL is nan"
     )
+
+
+REASONS = {
+    # name: (settings, closure of a parameter w and its start, reason)
+    "a preconditioner": (
+        {"preconditioner": lambda r: r * math.nan},
+        lambda w: w.square().sum(),
+        "what the preconditioner returns is not finite; use preconditioner=None",
+    ),
+    "a gradient too large": (
+        {},
+        lambda w: F.l1_loss(1e25 * w, torch.zeros(3)),
+        "the gradient is too large for its dtype",
+    ),
+    "an empty batch": (
+        {},
+        lambda w: F.mse_loss(w * torch.zeros(0, 3), torch.zeros(0, 3)),
+        "the loss is nan, and tensors without elements went into it: the batch is empty",
+    ),
+    "an empty batch of any loss": (
+        {},
+        lambda w: (w * torch.zeros(0, 3)).square().mean(),
+        "the loss is nan, and tensors without elements went into it: the batch is empty",
+    ),
+    "labels that are all ignored": (
+        {},
+        lambda w: F.cross_entropy(w.expand(4, 3), torch.full((4,), -100)),
+        "the loss is nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_the_reason_blames_what_is_to_blame(name):
+    settings, loss, reason = REASONS[name]
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([w], **settings)
+    optimizer.step(lambda: loss(w))
+    assert optimizer.last_step.reason.startswith(f"rejected: {reason}")
+    assert torch.equal(w, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": 0.9}, {"preconditioner": "kfac"}, {"solver": "dense"}]
+)
+@pytest.mark.parametrize("name", ["nan", "ignored", "empty", "nan curvature"])
+def test_training_goes_on_as_if_bad_batches_had_not_been_there(name, settings):
+    bad = {
+        "nan": lambda m, x, y: F.cross_entropy(m(x * math.nan), y),
+        "ignored": lambda m, x, y: F.cross_entropy(m(x), torch.full_like(y, -100)),
+        "empty": lambda m, x, y: F.cross_entropy(m(x[:0]), y[:0]),
+        "nan curvature": lambda m, x, y: (m(x).square().mean(), Normal(m(x), 1e-200)),
+    }[name]
+    losses = []
+    for batches in (0, 7):
+        torch.manual_seed(0)
+        model, x = make_model("mlp", 3)
+        labels, optimizer = torch.arange(5) % 3, NaturalCG(model.parameters(), **settings)
+        for step in range(6):
+            optimizer.step(lambda m=model, x=x, y=labels: F.cross_entropy(m(x), y))
+            for _ in range(batches if step in (1, 3) else 0):
+                optimizer.step(lambda m=model, x=x, y=labels: bad(m, x, y))
+                assert not optimizer.last_step.accepted
+        losses.append(F.cross_entropy(model(x), labels).item())
+    assert losses[0] == losses[1]
 
 
 def test_backtracks_out_of_a_region_that_is_not_finite():

@@ -286,6 +286,7 @@ def test_a_product_that_is_not_finite_gives_the_last_iterate(at, poison):
 
     result = conjugate_gradient(matvec, b)
     assert (result.stop, result.iterations) == ("not_finite", at)
+    assert result.not_finite == "product"
     assert torch.equal(result.solution, conjugate_gradient(A.mv, b, max_iters=at - 1).solution)
     assert_scalars(result, A, b)
 
@@ -297,6 +298,7 @@ def test_a_right_hand_side_that_is_not_finite_gives_zero(poison, start):
     b[3] = poison
     result = conjugate_gradient(A.mv, b, x0=None if start is None else torch.ones_like(b))
     assert (result.stop, result.iterations) == ("not_finite", 0)
+    assert result.not_finite == "b"
     assert not result.solution.any()
 
 
@@ -464,6 +466,7 @@ def test_a_preconditioner_that_is_not_finite_gives_the_last_iterate():
 
     result = conjugate_gradient(A.mv, b, tol=1e-12, preconditioner=preconditioner)
     assert (result.stop, result.iterations) == ("not_finite", 3)
+    assert result.not_finite == "preconditioner"
     assert torch.equal(
         result.solution, conjugate_gradient(A.mv, b, tol=1e-12, max_iters=3).solution
     )

@@ -348,3 +348,60 @@ def test_noisy_batches_are_seen_in_bfloat16():
         optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
         slopes.append(optimizer.last_step.new_slope)
     assert sum(not math.isnan(slope) for slope in slopes) >= 4
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_the_automatic_range_has_the_unit_of_the_loss(scale, solver):
+    """The same training in another unit: no damping is cut without a word."""
+    dampings, settings = [], {"solver": solver, "damping_scale": "identity"}
+    for unit in (1.0, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        x, y = torch.randn(20, 3, dtype=torch.float64), torch.arange(20) % 3
+        optimizer = NaturalCG(model.parameters(), damping=0.1 * unit, **settings)
+        for _ in range(6):
+            optimizer.step(lambda m=model, x=x, y=y, u=unit: u * F.cross_entropy(m(x), y))
+            dampings.append(optimizer.param_groups[0]["damping"] / unit)
+    assert dampings[:6] == pytest.approx(dampings[6:], rel=1e-6)
+    assert len(set(dampings[:6])) > 2
+
+
+@pytest.mark.parametrize("damping", [1e-20, 1e-9, 1e7, 1e9, 1e30])
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_a_damping_beyond_the_usual_range_is_kept(damping, solver):
+    w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = NaturalCG([w], damping=damping, solver=solver, max_backtracks=2)
+    optimizer.step(lambda: w.pow(4).sum())
+    assert optimizer.last_step.damping == damping
+    assert 0.2 * damping <= optimizer.param_groups[0]["damping"] <= 5 * damping
+
+
+def test_a_scale_that_one_batch_made_huge_is_forgotten():
+    """Residuals on fresh points, one of them weighted 1e4 times at step 5."""
+    losses = []
+    for outlier in (1.0, 1e4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        optimizer = NaturalCG(model.parameters(), damping_scale="diagonal")
+        grid = torch.linspace(-1, 1, 100, dtype=torch.float64).unsqueeze(1)
+        for step in range(80):
+            x = 2 * torch.rand(40, 1, dtype=torch.float64) - 1
+            weight = torch.ones_like(x)
+            weight[0] = outlier if step == 5 else 1.0
+            optimizer.step(
+                lambda m=model, x=x, w=weight: least_squares(w * (m(x) - torch.sin(4 * x)))
+            )
+        losses.append(least_squares(model(grid) - torch.sin(4 * grid)).item())
+    assert losses[1] < 100 * losses[0] < 1e-3
+
+
+def test_the_scale_of_the_same_data_only_grows():
+    """Moré's rule: on the same residuals nothing is forgotten."""
+    w = nn.Parameter(torch.tensor([3.0, 1.0], dtype=torch.float64))
+    optimizer, largest = NaturalCG([w], damping_scale="diagonal"), torch.zeros(2)
+    for _ in range(8):
+        optimizer.step(lambda: least_squares(torch.stack([w[0] ** 2, w[1] - w[0]])))
+        kept = optimizer.state[w]["largest_curvature"]
+        assert (kept >= largest).all()
+        largest = kept.clone()
