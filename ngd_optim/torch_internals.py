@@ -3,6 +3,9 @@
 What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says which name it was.
 """
 
+import importlib
+import warnings
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +23,17 @@ class DispatchMode(TorchDispatchMode):
         # Closures run without the compiler; the guard against it would import it, and cost time at
         # each call.
         return False
+
+
+@cache
+def load_forward_mode() -> None:
+    """``torch._decomp.decompositions_for_jvp``, which forward mode imports when it is first used.
+
+    The import uses what torch itself deprecates, and would fail where warnings are errors.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def schema_of(operation: Any) -> Any:

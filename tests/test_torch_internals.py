@@ -2,7 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from helpers.scripts import run_python
+from torch import distributions as D
 from torch import nn
+from torch.distributions.kl import register_kl
 
 from ngd_optim import torch_internals as internals
 
@@ -85,3 +88,28 @@ def test_old_flags_of_losses_have_a_name():
     assert internals.reduction_of(None, None) == internals.reduction_of(True, True) == "mean"
     assert internals.reduction_of(False, None) == "sum"
     assert internals.reduction_of(None, False) == "none"
+
+
+def test_the_kl_of_a_class_is_what_kl_divergence_calls():
+    class Own(D.Normal):
+        pass
+
+    normal = internals.kl_function_of(D.Normal)
+    pair = D.Normal(0.0, 1.0), D.Normal(1.0, 2.0)
+    assert torch.equal(normal(*pair), D.kl_divergence(*pair))
+    assert internals.kl_function_of(Own) is normal
+    assert internals.kl_function_of(D.StudentT) is NotImplemented
+
+    @register_kl(Own, Own)
+    def own(p, q):
+        return p.loc - q.loc
+
+    assert internals.kl_function_of(Own) is own  # what was remembered is forgotten
+
+
+def test_forward_mode_can_be_loaded_where_warnings_are_errors():
+    load = "import torch, warnings; from ngd_optim import torch_internals as t; warnings.simplefilter('error'); "
+    run_python(
+        "-c",
+        f"{load}t.load_forward_mode(); torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))",
+    )

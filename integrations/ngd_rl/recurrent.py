@@ -115,7 +115,11 @@ class RecurrentTRPO(TRPO):
     def _samples(self, data: Any, every: float) -> Samples:
         n_sequences = data.lstm_states.pi[0].shape[1]
         sequences = evenly_spaced(n_sequences, every)
-        steps = torch.arange(len(data.mask)).view(n_sequences, -1)[sequences].flatten()
+        steps = (
+            torch.arange(len(data.mask), device=data.mask.device)
+            .view(n_sequences, -1)[sequences]
+            .flatten()
+        )
         states = tuple(state[:, sequences] for state in _starting_states(data, data.lstm_states.pi))
         mask = data.mask[steps] > 0
         rows = mask.nonzero().flatten()

@@ -323,7 +323,7 @@ class NPG(TRPO):
 
 def evenly_spaced(count: int, every: float) -> Tensor:
     """Indices below ``count``."""
-    return torch.arange(0, count, every).long()
+    return torch.arange(0, count, every, device="cpu").long()
 
 
 def rows_of(observations: Any, index: Tensor) -> Any:

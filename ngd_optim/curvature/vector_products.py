@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ngd_optim.torch_internals import load_forward_mode
+
 Tensors = Sequence[Tensor]
 Map = Callable[[Tensors], Tensors]
 
 
 def push_forward(function: Callable[..., tuple[Tensor, ...]], params: Tensors) -> Map:
     """``v ↦ J v`` for ``J = ∂ function / ∂ params``, by forward mode."""
+    load_forward_mode()
     primals = tuple(p.detach() for p in params)
 
     def push(v: Tensors) -> Tensors:

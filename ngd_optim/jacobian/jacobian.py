@@ -140,11 +140,11 @@ def _measure(
     z: Tensor, samples: int, contractions: Sequence[Contraction], parameters: FlatParameters
 ) -> _Measured:
     """Pull back ``u = c`` and ``u = w c``, with a weight ``w`` for each sample."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     components = z.numel() // samples
-    c = torch.ones(components, dtype=torch.float64)
+    c = torch.ones(components, dtype=torch.float64, device="cpu")
     if components > 1:  # they may cancel, hence random coefficients
-        c = torch.randn(components, generator=generator, dtype=torch.float64)
+        c = torch.randn(components, generator=generator, dtype=torch.float64, device="cpu")
     weights, sample_at = _draw_weights(samples, generator, z)
 
     def spread(weights: Tensor) -> Tensor:
@@ -175,10 +175,10 @@ def _draw_weights(count: int, generator: torch.Generator, z: Tensor) -> tuple[Te
 
     No weight is the mean of others, as one of evenly spaced numbers is.
     """
-    sample_at = torch.randperm(count, generator=generator)
-    jitter = torch.rand(count, generator=generator, dtype=torch.float64) / 2 - 0.25
+    sample_at = torch.randperm(count, generator=generator, device="cpu")
+    jitter = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu") / 2 - 0.25
     weights = torch.empty_like(jitter)
-    weights[sample_at] = 1 + (torch.arange(count) + jitter) / count
+    weights[sample_at] = 1 + (torch.arange(count, device="cpu") + jitter) / count
     return weights.to(z), sample_at.to(z.device)
 
 

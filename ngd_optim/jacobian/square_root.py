@@ -123,9 +123,11 @@ def _blocks(
         return torch.cat([part.reshape(-1).to(flat) for part in apply_hessian(pieces)])
 
     per_sample = [z.numel() // z.shape[0] if z.ndim else 1 for z in outputs]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     # A random vector tells whether blocks of a shape are all of H_z.
-    probe = torch.randn(sum(sizes), generator=generator, dtype=torch.float64).to(outputs[0])
+    probe = torch.randn(sum(sizes), generator=generator, dtype=torch.float64, device="cpu").to(
+        outputs[0]
+    )
     truth = product(probe)
     eps = max(torch.finfo(z.dtype).eps for z in outputs)
     for shape in ([1] * len(outputs), per_sample):
@@ -135,7 +137,9 @@ def _blocks(
             found = torch.cat([(b @ part.view(len(b), -1, 1)).reshape(-1) for b, part in parts])
             if (found - truth).norm() <= eps**0.75 * truth.norm():
                 return blocks
-    everything = torch.stack([product(row) for row in torch.eye(sum(sizes)).to(probe)])
+    everything = torch.stack(
+        [product(row) for row in torch.eye(sum(sizes), dtype=probe.dtype, device=probe.device)]
+    )
     return [everything.unsqueeze(0)]
 
 
@@ -145,7 +149,7 @@ def _block_columns(
     columns: list[list[Tensor]] = [[] for _ in sizes]
     for column in range(max(shape)):
         units = [
-            torch.zeros(size // block, block).to(like)
+            torch.zeros(size // block, block, dtype=like.dtype, device=like.device)
             for size, block in zip(sizes, shape, strict=True)
         ]
         for unit in units:

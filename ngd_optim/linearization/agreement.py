@@ -111,8 +111,8 @@ def _adjoint_error(
         return (
             0.0 if backend == "double-backward" or "double-backward" not in products else math.inf
         )
-    generator = torch.Generator().manual_seed(1)
-    u = [torch.randn(z.shape, generator=generator).to(z) for z in metric.outputs]
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    u = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in metric.outputs]
     pushed = metric.push(run, parameters.tensors, backend)(v)
     pulled = pull_back(metric.outputs, parameters.tensors)(u)
     (at_outputs, size_there), (at_parameters, size_here) = (

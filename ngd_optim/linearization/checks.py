@@ -164,7 +164,8 @@ def check_closure(
     floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
     _check_gradient(ranks.average(gradient), plain, eps, floor)
     # A random vector meets every direction; a generator of its own leaves the user's alone.
-    v = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    v = torch.randn(gradient.shape, generator=generator, device="cpu").to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     problems = ranks.together(lambda: find_problems_of_backends(run, metric, v, parameters, eps))

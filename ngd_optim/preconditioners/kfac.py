@@ -70,7 +70,7 @@ class Kronecker(Preconditioning):
             if name in entry
         }
         self._is_due = self._served >= RENEWED_AFTER
-        self._generator = generator or torch.Generator().manual_seed(self._draws)
+        self._generator = generator or torch.Generator(device="cpu").manual_seed(self._draws)
         self._estimates: list[KroneckerFactors | None] = []
 
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:

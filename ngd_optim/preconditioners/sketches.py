@@ -240,7 +240,7 @@ class Sketched(Preconditioning):
         self._state = state
         own = [state.get(p, {}) for p in parameters.tensors]
         self._draws = own[0].get("draws", 0)
-        self._generator = generator or torch.Generator().manual_seed(self._draws)
+        self._generator = generator or torch.Generator(device="cpu").manual_seed(self._draws)
         self._sketch = _load_sketch(own, parameters)
 
     def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:

@@ -85,7 +85,9 @@ class SampleSpace(RootSolver):
         rest = _find_remainder(self.square_root, model)
         pulled = None if rest is None else rest / model.shift
         # (A D⁻¹Aᵀ + I) times `size`.
-        L, info = torch.linalg.cholesky_ex(self._gram + size * torch.eye(len(s)).to(s))
+        L, info = torch.linalg.cholesky_ex(
+            self._gram + size * torch.eye(len(s), dtype=s.dtype, device=s.device)
+        )
         if info:
             return _indefinite_solution(model)
         self._factor = L
@@ -108,7 +110,9 @@ class Matrix(Solver):
     name = "dense"
 
     def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
-        columns = torch.stack([product(unit) for unit in torch.eye(len(like)).to(like)])
+        columns = torch.stack(
+            [product(unit) for unit in torch.eye(len(like), dtype=like.dtype, device=like.device)]
+        )
         self._matrix = (columns + columns.T) / 2
         self.diagonal = self._matrix.diagonal()
 
