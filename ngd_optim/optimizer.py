@@ -34,6 +34,7 @@ from ngd_optim.settings import (
     check_settings,
     to_plain_numbers,
 )
+from ngd_optim.shown import show
 from ngd_optim.solvers import (
     ConjugateGradients,
     QuadraticModel,
@@ -183,7 +184,7 @@ class NaturalCG(Optimizer):
     ) -> None:
         given = locals()
         if not isinstance(generator, torch.Generator | None):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+            raise TypeError(f"generator must be a torch.Generator or None, got {show(generator)}")
         self.generator = generator
         self.process_group = process_group
         defaults = {name: given[name] for name in SETTINGS}

@@ -26,11 +26,15 @@ class FlatParameters:
         self.tensors: list[Tensor] = [p for _, p in trainable]
         self._groups = [i for i, _ in trainable]
         if not self.tensors:
-            raise ValueError("there is nothing to optimize: no parameter has requires_grad=True")
+            raise ValueError(
+                "there is nothing to optimize: no parameter has requires_grad=True; "
+                "thaw some by requires_grad_(True)"
+            )
         devices = {p.device for p in self.tensors}
         if len(devices) > 1:
             raise ValueError(
-                f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}"
+                f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}; move "
+                "the model to one of them"
             )
         (self.device,) = devices
         self.dtype = torch.float32

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ngd_optim.report import StepReport
+from ngd_optim.shown import show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def _runs(reports: Any) -> dict[str, list[StepReport]]:
     if isinstance(reports, StepReport) or not isinstance(reports, Iterable):
         raise TypeError(
             "plot_history needs the reports of all steps, as a list or lists by name, got "
-            f"{reports!r}"
+            f"{show(reports)}"
         )
     named = reports if isinstance(reports, Mapping) else {"steps": reports}
     runs = {name: list(run) for name, run in named.items()}
@@ -96,7 +97,7 @@ def _runs(reports: Any) -> dict[str, list[StepReport]]:
         for report in run:
             if not isinstance(report, StepReport):
                 raise TypeError(
-                    f"plot_history needs values of optimizer.last_step, got {report!r} among them"
+                    f"plot_history needs values of optimizer.last_step, got {show(report)} among them"
                 )
     if not any(runs.values()):
         raise ValueError("plot_history needs at least one report, got none")

@@ -19,11 +19,16 @@ from ngd_optim.names import (
     TrustRegion,
 )
 from ngd_optim.preconditioners import Diagonal, Nystrom, Preconditioner
+from ngd_optim.shown import show
 
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
     return is_real or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"  # an array compares its elements
 
 
 def _count(value: Any) -> bool:
@@ -46,21 +51,23 @@ class _Allowed(NamedTuple):
 
 def _one_of(kind: Any) -> _Allowed:
     names = get_args(kind)
-    return _Allowed(f"one of {', '.join(map(repr, names))}", lambda v: v in names)
+    return _Allowed(
+        f"one of {', '.join(map(repr, names))}", lambda v: isinstance(v, str) and v in names
+    )
 
 
 _FINITE = _Allowed("a finite number, at least 0", lambda v: _number(v) and 0 <= v < math.inf)
-_FINITE_OR_AUTO = _Allowed(f"{_FINITE.words}, or 'auto'", lambda v: v == "auto" or _FINITE.holds(v))
+_FINITE_OR_AUTO = _Allowed(f"{_FINITE.words}, or 'auto'", lambda v: _is_auto(v) or _FINITE.holds(v))
 _PER_GROUP = _FINITE._replace(per_group=True)
 _RATE = _PER_GROUP._replace(  # torch's optimizers take a tensor of one element as well
     holds=lambda v: _FINITE.holds(v.squeeze() if isinstance(v, Tensor) else v)
 )
 _NUMBER_OR_AUTO = _Allowed(
-    "a number, at least 0, or 'auto'", lambda v: v == "auto" or (_number(v) and v >= 0)
+    "a number, at least 0, or 'auto'", lambda v: _is_auto(v) or (_number(v) and v >= 0)
 )
 _REGION = _Allowed(
     "a finite number above 0, None or 'auto'",
-    lambda v: v is None or v == "auto" or (_number(v) and 0 < v < math.inf),
+    lambda v: v is None or _is_auto(v) or (_number(v) and 0 < v < math.inf),
 )
 _UP_TO_1 = _Allowed("a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
 _BELOW_1 = _Allowed("a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
@@ -120,7 +127,7 @@ class Settings:
                 may_differ = ", ".join(n for n, other in _ALLOWED.items() if other.per_group)
                 raise ValueError(
                     f"{name} holds for the whole step, so all parameter groups must agree on it, "
-                    f"got {of_groups}; only {may_differ} may differ"
+                    f"got {show(of_groups)}; only {may_differ} may differ"
                 )
             values[name] = of_groups[0]
         return cls(**values)
@@ -142,7 +149,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     for name, allowed in _ALLOWED.items():
         if not allowed.holds(settings[name]):
-            raise ValueError(f"{name} must be {allowed.words}, got {settings[name]!r}")
+            raise ValueError(f"{name} must be {allowed.words}, got {show(settings[name])}")
     lowest, highest = settings["min_damping"], settings["max_damping"]
     if "auto" not in (lowest, highest) and lowest > highest:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")

@@ -129,9 +129,23 @@ class TRPO(sb3_contrib.TRPO):
                 raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
     def _setup_policy_optimizer(self) -> None:
+        self._trainable = self._find_trainable()
         self.policy_optimizer = NaturalCG(
             self._actor_parameters(), **{"damping": self.cg_damping, **self._settings()}
         )
+
+    def _find_trainable(self) -> list[int]:
+        return [id(p) for p in self.policy.parameters() if p.requires_grad]
+
+    def _follow_policy(self) -> None:
+        """Step the parameters that the policy has now: a part of it may have been replaced, such as its head."""
+        if self._trainable == self._find_trainable():
+            return
+        self._trainable = self._find_trainable()
+        parameters = self._actor_parameters()
+        self.policy_optimizer.param_groups[0]["params"] = parameters
+        for gone in self.policy_optimizer.state.keys() - set(parameters):
+            del self.policy_optimizer.state[gone]
 
     def _settings(self) -> dict[str, Any]:
         """What NaturalCG calls the settings, which may change while training."""
@@ -203,6 +217,7 @@ class TRPO(sb3_contrib.TRPO):
 
     def train(self) -> None:
         """Update policy and critic with the rollout."""
+        self._follow_policy()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         report = self._update_policy()

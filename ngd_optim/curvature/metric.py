@@ -113,7 +113,8 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
     """
     if curvature == "fisher" and evaluation.metric is None:
         raise ValueError(
-            "curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl)"
+            "curvature='fisher' needs a closure that returns (loss, distribution) or (loss, kl); "
+            "return one of them, or use curvature='auto'"
         )
     # What the closure returns beside the loss comes first: it says what distance is.
     if curvature in ("auto", "fisher") and evaluation.metric is not None:
@@ -174,7 +175,10 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
     """
     heads = list(distributions_in(evaluation.metric))
     if not heads:
-        raise TypeError("the metric that the closure returns holds no distribution")
+        raise TypeError(
+            "the metric that the closure returns holds no distribution; return "
+            "(loss, distribution), or the loss alone"
+        )
     values = [parameters_of(head) for head in heads]
     for head, of_head in zip(heads, values, strict=True):
         if not any(value.requires_grad for value in of_head.values()):
@@ -288,7 +292,7 @@ def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
     if not kl.requires_grad:
         raise ValueError(
             "the returned kl has no graph to differentiate: it was detached or computed under "
-            "no_grad"
+            "no_grad; return it as computed from the model's prediction in the closure"
         )
     # A KL has its minimum, zero, at the current parameters; only then is its Hessian the metric.
     if abs(kl.item()) > largest_kl_at_start(kl):

@@ -198,7 +198,8 @@ def conjugate_gradient(
     if reason == _INDEFINITE_PRECONDITIONER:
         value = float(previous)
         raise ValueError(
-            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}"
+            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}; "
+            "use one that is, or None"
         )
     # Along p the model falls without end: to the boundary, or all of p if it is the first (Steihaug
     # 1983).

@@ -9,6 +9,7 @@ from torch import Tensor
 from ngd_optim.linearization.point import Point, linearize_closure
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.shown import show
 from ngd_optim.tracing import ReplayedClosure, twice_differentiable
 
 
@@ -112,8 +113,8 @@ def linearize(
         ("curvature", curvature, Curvature),
         ("backend", backend, BackendChoice),
     ):
-        if value not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {get_args(allowed)}, got {value!r}")
+        if not isinstance(value, str) or value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
     parameters = FlatParameters([{"params": list(params)}])
     run = ReplayedClosure(closure, parameters.tensors)
     with twice_differentiable():

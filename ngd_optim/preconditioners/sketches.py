@@ -19,6 +19,7 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.base import Preconditioning, Solve
+from ngd_optim.shown import show
 from ngd_optim.solvers import QuadraticModel
 
 _SKETCH = ("sketch", "sketch_values", "sketch_age")
@@ -211,7 +212,7 @@ def _nystrom(basis: Tensor, images: Tensor) -> Sketch:
 def _at_least_one(**counts: int) -> None:
     for name, count in counts.items():
         if not (isinstance(count, int) and count >= 1):
-            raise ValueError(f"{name} must be an integer, at least 1, got {count!r}")
+            raise ValueError(f"{name} must be an integer, at least 1, got {show(count)}")
 
 
 # A saved optimizer names the one that it was made with; 0.1.0 kept them in another module.

@@ -24,6 +24,11 @@ _NEEDS_OUTPUTS = (
     "weights within the loss (weight_decay is allowed)"
 )
 
+_NOT_SEMIDEFINITE = (
+    "the metric at the model's outputs is not positive semidefinite; use solver='cg' with "
+    "damping_scale='identity'"
+)
+
 
 def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) -> Solver:
     """The solver of a step.
@@ -42,7 +47,7 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
             model.
     """
     if name == "sample" and not point.outputs:
-        raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}")
+        raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}; else use 'cg'")
     if not point.gradient.isfinite().all():
         return conjugate_gradients  # which say so
     if name == "auto":
@@ -72,7 +77,7 @@ def _direct_solver(name: SolverName, point: Point) -> Solver:
     if root is not None:
         return SampleSpace(root) if name == "sample" else LeastSquares(root)
     if name == "sample":
-        raise ValueError("the metric at the model's outputs is not positive semidefinite")
+        raise ValueError(_NOT_SEMIDEFINITE)
     return Matrix(point.product, point.gradient)
 
 
@@ -90,5 +95,5 @@ def curvature_diagonal(solver: Solver, point: Point) -> Tensor:
         )
     root = point.square_root()
     if root is None:
-        raise ValueError("the metric at the model's outputs is not positive semidefinite")
+        raise ValueError(_NOT_SEMIDEFINITE)
     return root.rows.square().sum(0)

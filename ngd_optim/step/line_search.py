@@ -90,7 +90,7 @@ def line_search(
             # f(θ + s d) ≤ f(θ) + c s gᵀd (Armijo).
             objective + SUFFICIENT_DECREASE * fraction * slope if requires_decrease else math.inf
         )
-        problem = _find_problem(found, kl, target, max_kl if requires_decrease else None)
+        problem = _find_problem(found, kl, objective, target, max_kl if requires_decrease else None)
         if problem is None:
             return Trial(fraction, found, kl, turned_down, True, overshot)
         # A KL above its bound does not speak against the quadratic model; a loss that rose does.
@@ -104,7 +104,7 @@ def _count_things(number: int, thing: str) -> str:
 
 
 def _find_problem(
-    objective: float, kl: float | None, target: float, max_kl: float | None
+    objective: float, kl: float | None, start: float, target: float, max_kl: float | None
 ) -> str | None:
     """What speaks against a point, or None."""
     if not math.isfinite(objective):
@@ -117,7 +117,13 @@ def _find_problem(
             "((r - 1) - r.log()).mean() with r = new probability / old probability"
         )
     if objective > target:
-        return f"its loss {objective:.6g} is above {target:.6g}"
+        if objective > start:
+            return f"its loss {objective:.6g} is above {start:.6g}"
+        # The Armijo bound itself says little: of a steep slope it is far below any loss.
+        return (
+            f"its loss falls by {start - objective:.3g}, less than {SUFFICIENT_DECREASE:g} of what "
+            "the slope promises"
+        )
     if max_kl is not None and kl is not None and kl > max_kl:
         return f"its KL {kl:.3g} is above max_kl={max_kl:g}"
     return None

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ngd_optim.distributed import quiet_ddp
+from ngd_optim.shown import show
 from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.mode import Tracing
 from ngd_optim.tracing.side_effects import SideEffects
@@ -212,7 +213,7 @@ def wrap_closures(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosur
         if not callable(function):
             raise TypeError(
                 "step() needs a closure that computes the loss, or a list of them, got "
-                f"{function!r}"
+                f"{show(function)}"
             )
     return [ReplayedClosure(function, params) for function in closures]
 

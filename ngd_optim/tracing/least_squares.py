@@ -1,10 +1,13 @@
 """Least squares as a loss that the optimizer recognises."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
+
+from ngd_optim.shown import show
 
 
 def least_squares(*residuals: Tensor, weights: Sequence[float | Tensor] | None = None) -> Tensor:
@@ -59,7 +62,7 @@ def _check(residuals: Sequence[Tensor], weights: Sequence[float | Tensor] | None
             f"there must be one weight for each residual, got {len(weights)} for {len(residuals)}"
         )
     for w in weights or ():
-        if w.numel() != 1 if isinstance(w, Tensor) else not w >= 0:
+        if w.numel() != 1 if isinstance(w, Tensor) else not (isinstance(w, Real) and w >= 0):
             raise ValueError(
-                f"weights must be numbers, at least 0, or tensors of one element, got {w}"
+                f"weights must be numbers, at least 0, or tensors of one element, got {show(w)}"
             )

@@ -12,7 +12,7 @@ from helpers.problems import flatten, make_model
 from torch import nn
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from ngd_optim import Diagonal, NaturalCG, Nystrom, linearize
+from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares, linearize, plot_history
 
 SETTINGS = [
     ({"lr": -0.1}, "lr must be a finite number, at least 0, got -0.1"),
@@ -403,6 +403,60 @@ def test_training_goes_on_as_if_bad_batches_had_not_been_there(name, settings):
                 assert not optimizer.last_step.accepted
         losses.append(F.cross_entropy(model(x), labels).item())
     assert losses[0] == losses[1]
+
+
+LARGE = {
+    "tensor": torch.arange(235.0),
+    "parameter": nn.Parameter(torch.zeros(235)),
+    "array": np.arange(235.0),
+    "list": list(range(235)),
+    "text": "auto " * 100,
+    "module": nn.Sequential(*(nn.Linear(3, 3) for _ in range(20))),
+}
+ARGUMENTS = {
+    **{
+        name: lambda v, n=name: NaturalCG([nn.Parameter(torch.ones(2))], **{n: v})
+        for name in NaturalCG([nn.Parameter(torch.ones(2))]).param_groups[0]
+        if name not in ("params", "preconditioner")
+    },
+    "generator": lambda v: NaturalCG([nn.Parameter(torch.ones(2))], generator=v),
+    "rank": lambda v: Nystrom(rank=v),
+    "refresh": lambda v: Diagonal(refresh=v),
+    "backend": lambda v: linearize(lambda: None, [nn.Parameter(torch.ones(2))], backend=v),
+    "weights": lambda v: least_squares(torch.ones(3), weights=[v]),
+    "plot_history": lambda v: plot_history([v]),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_was_given_is_shown_in_a_few_words(name, kind):
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        ARGUMENTS[name](LARGE[kind])
+    message = str(refusal.value)
+    assert name in message
+    assert "got " in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("closure", LARGE.values())
+def test_what_is_no_closure_is_shown_in_a_few_words(closure):
+    if callable(closure):
+        pytest.skip("a module can be called")
+    with pytest.raises(TypeError, match="needs a closure") as refusal:
+        NaturalCG([nn.Parameter(torch.ones(2))]).step(closure)
+    assert len(str(refusal.value)) < 300
+
+
+def test_no_reason_has_a_bound_that_says_nothing():
+    """A steep slope asks for a decrease far beyond the loss."""
+    w = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    optimizer = NaturalCG([w], curvature="hessian", max_kl=None, max_backtracks=1, damping=1e-20)
+    optimizer.step(lambda: 1e3 * (1 + 1e-6 * (1e9 * (w - 1)).sin()))
+    reason = optimizer.last_step.reason
+    assert not optimizer.last_step.accepted
+    assert "e+" not in reason
+    assert "its loss falls by" in reason or "is above 1000" in reason
 
 
 def test_backtracks_out_of_a_region_that_is_not_finite():

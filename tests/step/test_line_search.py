@@ -55,7 +55,12 @@ def test_accepts_the_first_good_point(objective, kl, changed, fraction):
 
 REJECTED = [
     (lambda f: 1.5, lambda f: None, {}, "its loss 1.5 is above 1"),
-    (lambda f: 1.0, lambda f: None, {}, "is above"),
+    (
+        lambda f: 1.0,
+        lambda f: None,
+        {},
+        "its loss falls by 0, less than 0.0001 of what the slope promises",
+    ),
     (lambda f: math.nan, lambda f: None, {}, "its loss is nan"),
     (
         lambda f: math.nan,
