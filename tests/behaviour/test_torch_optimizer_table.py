@@ -218,7 +218,9 @@ def test_a_state_is_loaded_in_the_dtype_of_the_parameters():
 
 
 # What NaturalCG says in its own words, by the description in torch's table.
-OWN_WORDS = {"Tensor lr must be 1-element": "lr must be a finite number, at least 0, got tensor"}
+OWN_WORDS = {
+    "Tensor lr must be 1-element": "lr must be a finite number, at least 0, got a Tensor of shape (2,)"
+}
 REFUSED = {
     case.optimizer_error_input.desc: case
     for case in TABLE["LBFGS"].optim_error_inputs_func(device="cpu", dtype=torch.float32)
