@@ -13,13 +13,15 @@ Edge = tuple[Node, int]
 """A node and the number of one of its outputs in the forward pass."""
 
 
-def parents_first(roots: Sequence[Tensor]) -> list[tuple[Any, tuple[Edge, ...]]]:
+def parents_first(
+    roots: Sequence[Tensor], stop: Sequence[Any] = ()
+) -> list[tuple[Any, tuple[Edge, ...]]]:
     """The nodes of the graph that leads to some tensors, with their edges to parents.
 
-    Depth first, and not limited in depth.
+    Depth first, and not limited in depth; nodes of ``stop`` are left out, with all behind them.
     """
     order: list[tuple[Any, tuple[Edge, ...]]] = []
-    seen: set[Any] = {None}
+    seen: set[Any] = {None, *stop}
     pending: list[tuple[Any, tuple[Edge, ...] | None]] = [(root.grad_fn, None) for root in roots]
     while pending:
         node, edges = pending.pop()

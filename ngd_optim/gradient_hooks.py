@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import ReplayedClosure
+from ngd_optim.tracing import TracedClosure
 
 
 class GradientHooks:
@@ -27,7 +27,7 @@ class GradientHooks:
     def __call__(
         self,
         optimizer: Any,
-        run: ReplayedClosure,
+        run: TracedClosure,
         point: Point,
         parameters: FlatParameters,
     ) -> None:

@@ -8,8 +8,8 @@ Kind = Literal["fisher", "ggn", "hessian"]
 Curvature = Literal["auto", Kind]
 """What ``F`` is asked to be."""
 
-Backend = Literal["torch.func", "double-backward"]
-"""What forms the products ``F v``: forward mode, or the derivative of a gradient."""
+Backend = Literal["torch.func", "double-backward", "differences"]
+"""What forms the products ``F v``: forward mode, the derivative of a gradient, or differences."""
 
 BackendChoice = Literal["auto", Backend]
 

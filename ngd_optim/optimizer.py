@@ -44,7 +44,7 @@ from ngd_optim.solvers import (
 )
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import (
-    ReplayedClosure,
+    TracedClosure,
     twice_differentiable,
     undo_on_error,
     wrap_closures,
@@ -96,10 +96,11 @@ class NaturalCG(Optimizer):
         weight_decay: adds ``½ weight_decay ‖θ‖²`` to what is minimised.
         curvature: ``"auto"``, ``"fisher"``, ``"ggn"`` or ``"hessian"``; see
             :func:`~ngd_optim.linearize`.
-        backend: what forms the products: ``"torch.func"``, forward mode through the closure;
-            ``"double-backward"``, the derivative of a gradient through the graph that is there.
-            ``"auto"``: the latter where both are right, unless hooks look at gradients or the
-            closure has convolutions; else the one that is right.
+        backend: what forms the products: ``"double-backward"``, the derivative of a gradient
+            through the graph that is there; ``"torch.func"``, forward mode through what was
+            recorded of the closure; ``"differences"`` of outputs or gradients, less exact.
+            ``"auto"``: the first that is right; forward mode first if hooks look at gradients or
+            the closure has convolutions.
         solver: how the system is solved: ``"cg"``; ``"dense"``, exactly, for few parameters;
             ``"sample"``, exactly, in the space of the model's outputs, for fewer outputs than
             parameters. ``"auto"``: one of the direct solvers where the loss is
@@ -239,9 +240,9 @@ class NaturalCG(Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss, and returns it alone or with a metric. It runs several
-                times, always with the same random numbers. A list of closures stands for the mean
-                of their losses and metrics, with the memory of one at a time.
+            closure: computes the loss, and returns it alone or with a metric. It runs once; see the
+                README for when it runs again. A list of closures stands for the mean of their
+                losses and metrics, with the memory of one at a time.
             curvature_closure: gives the curvature in place of ``closure``, for example on a part of
                 its data.
 
@@ -259,12 +260,8 @@ class NaturalCG(Optimizer):
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         last = LastStep(parameters, self.state)
-        closures = wrap_closures(closure, parameters.tensors)
-        others = (
-            []
-            if curvature_closure is None
-            else wrap_closures(curvature_closure, parameters.tensors)
-        )
+        closures = wrap_closures(closure, parameters)
+        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters)
         with _transaction(parameters, [*closures, *others]) as theta:
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
@@ -391,9 +388,7 @@ class NaturalCG(Optimizer):
 
 
 @contextmanager
-def _transaction(
-    parameters: FlatParameters, closures: Sequence[ReplayedClosure]
-) -> Iterator[Tensor]:
+def _transaction(parameters: FlatParameters, closures: Sequence[TracedClosure]) -> Iterator[Tensor]:
     """Parameters, ``.grad``, random state and buffers: all or nothing. Yields the flat parameters."""
     with parameters.restored_on_error() as theta, undo_on_error(closures), twice_differentiable():
         yield theta

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.torch_internals import keep_versions
+
 
 class FlatParameters:
     """The trainable parameters of some groups, addressed as one vector in the order of the groups.
@@ -120,6 +122,19 @@ class FlatParameters:
             self.tensors, start.split(self._sizes), step.split(self._sizes), strict=True
         ):
             p.copy_(torch.add(at, d, alpha=fraction).view(p.shape))
+
+    @contextmanager
+    def displaced(self, start: Tensor, step: Tensor, fraction: float) -> Iterator[None]:
+        """Have the values ``start + fraction · step`` in the block, and ``start`` again after it.
+
+        Autograd's graphs at ``start`` stay valid.
+        """
+        with keep_versions(self.tensors):
+            self.move(start, step, fraction)
+            try:
+                yield
+            finally:
+                self.write(start)
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:

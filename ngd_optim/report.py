@@ -47,7 +47,7 @@ class StepReport:
             (the derivative of a gradient).
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
             ``"nystrom"``, ``"callable"`` or ``"none"``.
-        n_forward: how often the closure ran.
+        n_forward: forward passes: the closure's run, and a replay for each trial point.
         n_product: how many curvature products were formed. Neither counts the check at the first
             step with a closure, nor what a direct solver needs.
 

@@ -5,10 +5,14 @@ What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says 
 
 import importlib
 import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.distributions import kl
 from torch.nn import _reduction
@@ -23,6 +27,11 @@ class DispatchMode(TorchDispatchMode):
         # Closures run without the compiler; the guard against it would import it, and cost time at
         # each call.
         return False
+
+
+def is_transformed(values: Iterable[Any]) -> bool:
+    """``is_functorch_wrapped_tensor``: whether a tensor belongs to a running ``torch.func`` transform."""
+    return any(isinstance(v, Tensor) and is_functorch_wrapped_tensor(v) for v in values)
 
 
 @cache
@@ -44,6 +53,14 @@ def schema_of(operation: Any) -> Any:
 def version_of(tensor: Tensor) -> int:
     """``Tensor._version``: how often it was written to in place; what autograd itself compares."""
     return tensor._version
+
+
+def keep_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """``_unsafe_preserve_version_counter``: writes are not counted, for values that are put back.
+
+    Autograd refuses a graph that has saved a tensor which was written to since.
+    """
+    return _unsafe_preserve_version_counter(tuple(tensors))
 
 
 def base_of(tensor: Tensor) -> Tensor | None:

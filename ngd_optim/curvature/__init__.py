@@ -1,13 +1,14 @@
-"""What the curvature is, and how a KL is measured."""
+"""What the curvature is, how its products are formed, and how a KL is measured."""
 
-from ngd_optim.curvature.metric import OutputMetric, ScalarMetric, build_kl, metric_of, penalty_of
-from ngd_optim.curvature.vector_products import pull_back
+from ngd_optim.curvature.graph import Graph
+from ngd_optim.curvature.metric import OutputMetric, ScalarMetric, build_kl
+from ngd_optim.curvature.vector_products import difference_along, pull_back
 
 __all__ = [
+    "Graph",
     "OutputMetric",
     "ScalarMetric",
     "build_kl",
-    "metric_of",
-    "penalty_of",
+    "difference_along",
     "pull_back",
 ]

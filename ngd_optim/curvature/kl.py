@@ -1,7 +1,8 @@
 """``torch.distributions`` objects as differentiable functions of their parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,10 @@ def distributions_in(metric: object) -> Iterator[Distribution]:
         )
 
 
+_FOUND: WeakKeyDictionary[Distribution, dict[str, Tensor]] = WeakKeyDictionary()
+"""The parameters of distributions, as they were when first asked for: some are made anew each time."""
+
+
 def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
     """The tensors that define a distribution, by constructor argument.
 
@@ -70,6 +75,8 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
     base = _unwrap(distribution)
     if base is not None:
         return parameters_of(base)
+    if distribution in _FOUND:
+        return _FOUND[distribution]
     arguments = _arguments_of(distribution)
     names = arguments if arguments == {"probs"} else arguments - _REDUNDANT
     values = {name: getattr(distribution, name) for name in sorted(names)}
@@ -79,7 +86,7 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
             f"{type(distribution).__name__} names no tensors as its parameters in arg_constraints; "
             f"{USE_FORM_C}"
         )
-    return tensors
+    return _FOUND.setdefault(distribution, tensors)
 
 
 def _arguments_of(distribution: Distribution) -> set[str]:
@@ -91,6 +98,25 @@ def _arguments_of(distribution: Distribution) -> set[str]:
         return set()
     # Of a class it may be a property.
     return set(constraints) if isinstance(constraints, Mapping) else set()
+
+
+def tensors_of(metric: object) -> list[Tensor]:
+    """The tensors that define what a closure returned beside the loss; none, where they cannot tell."""
+    if metric is None or isinstance(metric, Tensor):
+        return [] if metric is None else [metric]
+    try:
+        return [t for head in distributions_in(metric) for t in parameters_of(head).values()]
+    except NotImplementedError:
+        return []
+
+
+def with_tensors(metric: object, tensors: Sequence[Tensor]) -> object:
+    """The same with other tensors, in the order of :func:`tensors_of`; distributions come as a list."""
+    if metric is None or isinstance(metric, Tensor):
+        return tensors[0] if tensors else None
+    rest = iter(tensors)
+    names = [(head, parameters_of(head)) for head in distributions_in(metric)]
+    return [rebuild(head, {name: next(rest) for name in values}) for head, values in names]
 
 
 def rebuild(distribution: Distribution, values: Mapping[str, Tensor]) -> Distribution:
@@ -187,10 +213,7 @@ def _require_same(old: list[Transform], new: list[Transform]) -> None:
     for a, b in zip(old, new, strict=True):
         cannot_be_compared = type(a).__eq__ is Transform.__eq__  # but with themselves
         if not (a == b or (cannot_be_compared and type(a) is type(b))):
-            raise NotImplementedError(
-                f"the {type(a).__name__} of the returned distribution changes with the parameters, "
-                f"and only the base distribution can be followed; {USE_FORM_C}"
-            )
+            raise NotImplementedError(_moving(a))
 
 
 def _expect(probability: Tensor, value: Tensor) -> Tensor:
@@ -231,7 +254,7 @@ def _unwrap(distribution: Distribution) -> Distribution | None:
         return distribution.base_dist
     if kind is TransformedDistribution and isinstance(distribution, TransformedDistribution):
         for transform in distribution.transforms:
-            if _has_parameters(transform):
+            if any(t.requires_grad for t in _tensors_in(transform)):
                 raise NotImplementedError(
                     f"{type(transform).__name__} has learned parameters, and only the base "
                     f"distribution's can be followed; {USE_FORM_C}"
@@ -240,21 +263,45 @@ def _unwrap(distribution: Distribution) -> Distribution | None:
     return None
 
 
-def _has_parameters(part: object, seen: frozenset[int] = frozenset()) -> bool:
-    """Whether a transform, or something inside it, holds what requires a gradient."""
+def _tensors_in(part: object, seen: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """What a transform, or something inside it, holds."""
     if isinstance(part, Tensor):
-        return part.requires_grad
-    if isinstance(part, nn.Module):
-        return any(p.requires_grad for p in part.parameters())
-    if isinstance(part, Mapping):
-        return _has_parameters(list(part.values()), seen)
-    if isinstance(part, list | tuple):
-        return any(_has_parameters(piece, seen) for piece in part)
+        yield part
+    elif isinstance(part, nn.Module):
+        yield from part.parameters()
+    elif isinstance(part, Mapping):
+        yield from _tensors_in(list(part.values()), seen)
+    elif isinstance(part, list | tuple):
+        for piece in part:
+            yield from _tensors_in(piece, seen)
     # A transform and its inverse know each other.
-    if not isinstance(part, Transform) or id(part) in seen:
-        return False
-    return any(
-        _has_parameters(value, seen | {id(part)})
-        for name, value in vars(part).items()
-        if name != "_cached_x_y"
+    elif isinstance(part, Transform) and id(part) not in seen:
+        for name, value in vars(part).items():
+            if name != "_cached_x_y":
+                yield from _tensors_in(value, seen | {id(part)})
+
+
+def refuse_moving_transforms(metric: object, depends: Callable[[Tensor], bool]) -> None:
+    """Refuse distributions whose transforms follow the parameters in a way that autograd does not see.
+
+    Args:
+        metric: what the closure returned.
+        depends: whether a tensor was computed from the parameters.
+
+    Raises:
+        NotImplementedError: there is one; the message names the way out.
+    """
+    for head in () if metric is None or isinstance(metric, Tensor) else distributions_in(metric):
+        inner: Any = head
+        while (kind := _kind_of(inner)) in (Independent, TransformedDistribution):
+            for transform in inner.transforms if kind is TransformedDistribution else ():
+                if any(depends(t) and not t.requires_grad for t in _tensors_in(transform)):
+                    raise NotImplementedError(_moving(transform))
+            inner = inner.base_dist
+
+
+def _moving(transform: Transform) -> str:
+    return (
+        f"the {type(transform).__name__} of the returned distribution changes with the parameters, "
+        f"and only the base distribution's can be followed; {USE_FORM_C}"
     )

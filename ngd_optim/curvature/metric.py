@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ngd_optim.autograd_graph import find_reached
+from ngd_optim.autograd_graph import parents_first
 from ngd_optim.curvature.kl import (
     USE_FORM_C,
     distributions_in,
@@ -24,16 +24,9 @@ from ngd_optim.curvature.kl_checks import (
     check_returned_kl,
     largest_kl_at_start,
 )
-from ngd_optim.curvature.vector_products import (
-    Map,
-    hessian,
-    hessian_by_forward_mode,
-    pull_back,
-    push_by_double_backward,
-    push_forward,
-)
-from ngd_optim.names import Backend, Curvature, Kind
-from ngd_optim.tracing import Evaluation, ReplayedClosure
+from ngd_optim.curvature.vector_products import Map, hessian
+from ngd_optim.names import Curvature, Kind
+from ngd_optim.tracing import Evaluation
 
 Tensors = Sequence[Tensor]
 
@@ -59,19 +52,6 @@ class OutputMetric:
     kind: Kind
     check: Check = check_nothing
 
-    def push(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
-        """``v ↦ J v``."""
-        match backend:
-            case "torch.func":
-                return push_forward(lambda *stand_ins: tuple(self.select(run(stand_ins))), params)
-            case "double-backward":
-                return push_by_double_backward(self.outputs, params)
-
-    def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
-        """``v ↦ Jᵀ H_z J v``, one tensor per parameter."""
-        push, pull = self.push(run, params, backend), pull_back(self.outputs, params)
-        return lambda v: pull(self.apply_hessian(push(v)))
-
 
 @dataclass(frozen=True)
 class ScalarMetric:
@@ -93,14 +73,6 @@ class ScalarMetric:
     def outputs(self) -> Tensors:
         """What depends on the parameters."""
         return [self.scalar]
-
-    def product(self, run: ReplayedClosure, params: Tensors, backend: Backend) -> Map:
-        """``v ↦ (∂² scalar / ∂θ²) v``, one tensor per parameter."""
-        match backend:
-            case "torch.func":
-                return hessian_by_forward_mode(lambda *tensors: self.select(run(tensors)), params)
-            case "double-backward":
-                return hessian(self.scalar, params)
 
 
 def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | ScalarMetric:
@@ -229,15 +201,30 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     """The generalised Gauss-Newton metric: the Hessian of all that the loss does after the model's outputs.
 
     Weights, reductions, label smoothing and sums of several losses are followed by autograd
-    (Schraudolph 2002). None if the loss depends on no recognised loss function's input.
+    (Schraudolph 2002). None if the loss depends on no recognised loss function's input, or on its
+    derivatives.
     """
-    candidates = [i for i, z in enumerate(evaluation.outputs) if z.requires_grad]
-    if not candidates:
+    calls = [call for call in evaluation.losses if call.result.requires_grad]
+    if not calls:
         return None
-    reached = find_reached([evaluation.loss], [evaluation.outputs[i] for i in candidates])
-    used = [i for i, flag in zip(candidates, reached, strict=True) if flag]
-    if not used:
+    # How the loss depends on what the loss functions gave: w of a mean, a sum, a weighted sum.
+    weights = torch.autograd.grad(
+        evaluation.loss, [call.result for call in calls], retain_graph=True, allow_unused=True
+    )
+    used = [
+        (call, weight) for call, weight in zip(calls, weights, strict=True) if weight is not None
+    ]
+    outputs = [z for call, _ in used for z in call.outputs if z.requires_grad]
+    results = [call.result for call, _ in used]
+    if not used or _depends_on_derivatives(evaluation, results, outputs):
         return None
+    if any(call.replaces_hessian for call, _ in used):
+        loss = add_scalars((weight * call.with_own_hessian()).sum() for call, weight in used)
+    else:
+        loss = evaluation.loss
+    indices = [
+        i for i, z in enumerate(evaluation.outputs) if any(z is output for output in outputs)
+    ]
 
     def select(other: Evaluation) -> Tensors:
         if len(other.outputs) != len(evaluation.outputs):
@@ -246,18 +233,18 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
                 f"one run and {len(other.outputs)} in the next; it must compute the same thing "
                 "each time that it runs"
             )
-        return [other.outputs[i] for i in used]
+        return [other.outputs[i] for i in indices]
 
-    outputs = select(evaluation)
-    return OutputMetric(outputs, hessian(evaluation.loss, outputs), select, "ggn")
+    return OutputMetric(outputs, hessian(loss, outputs), select, "ggn")
 
 
-def penalty_of(run: ReplayedClosure, params: Tensors) -> Map | None:
-    """The Hessian of what the loss takes from the parameters around the outputs, such as a weight penalty, if any."""
-    loss = run(cut=True).loss
-    if not loss.requires_grad:
-        return None
-    return hessian(loss, params) if any(find_reached([loss], params)) else None
+def _depends_on_derivatives(evaluation: Evaluation, results: Tensors, outputs: Tensors) -> bool:
+    """Whether the loss depends on the outputs by more than the results of loss functions: by their gradients."""
+    if not evaluation.differentiates:
+        return False
+    beside = parents_first([evaluation.loss], stop=[result.grad_fn for result in results])
+    found = {node for node, _ in beside}
+    return any(z.grad_fn in found for z in outputs)
 
 
 def add_scalars(scalars: Iterable[Tensor]) -> Tensor:
@@ -275,7 +262,7 @@ def _without_rounding(kl: Tensor) -> Tensor:
 
 
 def _returned_kl(other: Evaluation) -> Tensor | None:
-    kl = other.metric.detach().reshape(())
+    kl = other.metric.detach()
     # A prediction that is compared with itself gives zero everywhere, and bounds nothing.
     if kl != 0:
         return _without_rounding(kl)
@@ -288,7 +275,7 @@ def _returned_kl(other: Evaluation) -> Tensor | None:
 
 
 def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
-    kl = evaluation.metric.reshape(())
+    kl = evaluation.metric
     if not kl.requires_grad:
         raise ValueError(
             "the returned kl has no graph to differentiate: it was detached or computed under "
@@ -300,6 +287,4 @@ def _hessian_of_kl(evaluation: Evaluation) -> ScalarMetric:
             f"the returned kl must be zero at the current parameters, got {kl.item():.3g}; "
             "measure it from a detached copy of the current prediction, made anew before each step"
         )
-    return ScalarMetric(
-        kl, lambda other: other.metric.reshape(()), "fisher", check=check_returned_kl(kl)
-    )
+    return ScalarMetric(kl, lambda other: other.metric, "fisher", check=check_returned_kl(kl))

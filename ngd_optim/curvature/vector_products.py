@@ -1,8 +1,8 @@
-"""Curvature products, by forward mode (torch.func) and by double-backward (autograd).
+"""Curvature products, by forward mode (torch.func), by double-backward (autograd), and by differences.
 
 Both forms take and return one tensor per parameter. ``Jᵀ H J v`` needs three parts: pushing a
 tangent of the parameters to the outputs, weighting it, and pulling it back; the pull-back is
-autograd's for both.
+autograd's for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,3 +84,22 @@ def hessian_by_forward_mode(function: Callable[..., Tensor], params: Tensors) ->
     """``v ↦ (∂² function / ∂ params²) v``, by pushing ``v`` through the gradient."""
     gradient = torch.func.grad(function, argnums=tuple(range(len(params))))
     return push_forward(gradient, params)
+
+
+def difference_along(
+    function: Callable[[Tensor], Tensors], v: Tensor, scale: float
+) -> list[Tensor]:
+    """The derivative of ``d ↦ function(d)`` at zero along ``v``, by a central difference.
+
+    Args:
+        function: of a flat displacement of the parameters.
+        v: the direction, flat.
+        scale: the norm of the parameters, in whose measure the displacement is small.
+    """
+    norm = torch.dot(v, v).item() ** 0.5
+    if not norm:
+        return [torch.zeros_like(t) for t in function(v)]
+    # (f(hv) − f(−hv)) / 2h errs by h² f‴/6 and by ε |f| / h: h = ε^⅓ balances them.
+    h = torch.finfo(v.dtype).eps ** (1 / 3) * max(scale, 1e-3) / norm
+    pairs = zip(function(h * v), function(-h * v), strict=True)
+    return [(ahead - behind) / (2 * h) for ahead, behind in pairs]

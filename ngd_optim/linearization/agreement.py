@@ -1,23 +1,24 @@
-"""Which ways of forming products are right: they are compared with each other, and with autograd.
+"""What is compared at the first step with a closure: the loss with its gradient, and products with what they must be.
 
-The backends are independent. A product that both give is right. Where they differ, the plain
-pull-back decides: ``v ↦ J v`` must be its adjoint. A recording must give what it was recorded from.
+All witnesses are independent of what they judge: differences of the loss, of the outputs and of the
+gradient; the plain pull-back, whose adjoint ``v ↦ J v`` is; the symmetry of the curvature.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import get_args
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ngd_optim.autograd_graph import find_reached
-from ngd_optim.curvature import OutputMetric, ScalarMetric, pull_back
+from ngd_optim.curvature import Graph, OutputMetric, pull_back
 from ngd_optim.linearization.backend import Product, explain_failure, reraise_own_kinds
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import record
-from ngd_optim.tracing import ReplayedClosure
+
+logger = logging.getLogger("ngd_optim")
 
 _LONG, _SMALL = 400, 2**18
 """Operations, and bytes that each computes on average.
@@ -26,102 +27,202 @@ To note so many small operations pays after some forty products only: autograd's
 pushes through a graph that is there, is almost as fast as a replay.
 """
 
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_PLAIN = 1e-3
+"""A slope is right that agrees with the gradient to this part."""
 
-_MISSES = "{} misses a dependence on parameters that autograd sees"
+_COARSE = 0.05
+"""Products by differences are as exact as this, in float32 and along kinks."""
 
 
-def find_problems_of_backends(
-    run: ReplayedClosure,
-    metric: OutputMetric | ScalarMetric,
-    flat: Tensor,
-    parameters: FlatParameters,
-    eps: float,
-) -> dict[Backend, str]:
-    """For each backend whose products are not right, a reason.
+class Motion(NamedTuple):
+    """How a closure's loss is found at other parameters, and whether it moves there as its gradient says.
 
-    The backends are independent. Where they differ, or only some of them work, autograd's plain
-    pull-back decides, whose adjoint they must be.
+    Attributes:
+        replays: by what was recorded of the closure; else by running it.
+        is_repeatable: whether the closure is known to compute the same each time that it runs.
+        problem: in what way the loss does not follow its gradient; None if it does, or if rounding
+            hides it.
+    """
+
+    replays: bool
+    is_repeatable: bool
+    problem: str | None
+
+
+def find_motion(graph: Graph, gradient: Tensor, parameters: FlatParameters, eps: float) -> Motion:
+    """Choose how the loss is found at trial points, and compare it with the gradient along a random direction.
 
     Raises:
-        RuntimeError: there is something wrong with all of them.
+        RuntimeError: it can be found in no way, or it does not depend on the parameters.
     """
-    v = parameters.unflatten(flat)
-    products: dict[Backend, Tensor] = {}
-    problems: dict[Backend, str] = {}
-    for backend in BACKENDS:
-        try:
-            products[backend] = parameters.flatten(
-                metric.product(run, parameters.tensors, backend)(v)
-            )
-            if backend == "torch.func" and not _all_are_substituted(run, metric, parameters):
-                # Equal numbers prove nothing: a gate that is zero now hides what is missed.
-                problems[backend] = _MISSES.format(backend)
-        except RuntimeError as error:
-            reraise_own_kinds(error)
-            problems[backend] = explain_failure(error, backend)
-
-    def disagree(backend: Backend, other: Backend) -> bool:
-        return not are_close(products[backend], products[other], eps, eps)
-
-    first: Backend | None = next(iter(products), None)
-    if first is not None and not problems and not any(disagree(b, first) for b in products):
-        return {}
-    errors: dict[Backend, float] = {
-        b: _adjoint_error(b, products, run, metric, v, parameters) for b in products
-    }
-    best = min(errors.values(), default=math.inf)
-    for backend, error in errors.items():
-        # Wrong products miss whole terms: errors of 1e-1 to 1; right ones agree to rounding.
-        if not error <= min(50 * eps**0.5, 10 * max(best, eps)):
-            problems[backend] = _MISSES.format(backend)
-    reference: Backend | None = next((b for b in products if b not in problems), None)
-    if reference is None and not all(product.isfinite().all() for product in products.values()):
-        reference = first  # a product that is not finite is no witness: the step will be refused
-    if reference is None:
-        raise RuntimeError(f"no curvature product can be formed: {'; '.join(problems.values())}")
-    others = list(BACKENDS)
-    others.remove(reference)
-    return {
-        b: problems.get(b, f"it disagrees with {reference}")
-        for b in others
-        if b in problems or disagree(b, reference)
-    }
-
-
-def _all_are_substituted(
-    run: ReplayedClosure, metric: OutputMetric | ScalarMetric, parameters: FlatParameters
-) -> bool:
-    """Whether forward mode has moved every parameter that the metric depends on."""
-    reached = find_reached(metric.outputs, parameters.tensors)
-    pairs = zip(parameters.tensors, reached, strict=True)
-    return all(id(p) in run.substituted for p, flag in pairs if flag)
-
-
-def _adjoint_error(
-    backend: Backend,
-    products: Mapping[Backend, Tensor],
-    run: ReplayedClosure,
-    metric: OutputMetric | ScalarMetric,
-    v: Sequence[Tensor],
-    parameters: FlatParameters,
-) -> float:
-    """By how much ``⟨u, J v⟩ ≠ ⟨Jᵀu, v⟩``; a Hessian is believed to double-backward, which sees what autograd sees."""
-    if isinstance(metric, ScalarMetric):
-        return (
-            0.0 if backend == "double-backward" or "double-backward" not in products else math.inf
+    traced, _ = graph.get()
+    recorder = graph.recorder
+    if not gradient.any():  # nothing can be seen
+        return Motion(recorder.problem is None, False, None)
+    loss = traced.loss.item()
+    walk = _Walk(graph, gradient, parameters, eps)
+    by_replay = None if recorder.problem else walk.compare(by_replay=True)
+    if recorder.problem is None and by_replay is None and not recorder.reads_values:
+        # A condition that changes at a trial point sends that point to the closure itself.
+        return Motion(True, recorder.has_conditions and _is_repeatable(graph, loss), None)
+    is_repeatable = _is_repeatable(graph, loss)
+    if recorder.problem and not is_repeatable:
+        raise RuntimeError(
+            f"trial points must run the closure again, because {recorder.problem}, and it does not "
+            "compute the same loss again; take the batch and all random numbers that are not "
+            "torch's before the step, not in the closure"
         )
+    # What it read may not have been for the loss.
+    agree = is_repeatable and not recorder.problem and walk.agree()
+    by_run = walk.compare(by_replay=False) if is_repeatable and not agree else by_replay
+    if by_run == _CONSTANT and not recorder.depends(traced.loss):
+        raise RuntimeError(
+            "the loss does not change with the parameters: it was computed before the closure ran; "
+            "compute it in the closure, from the parameters as they are then"
+        )
+    if agree:
+        return Motion(True, True, by_replay)
+    # What is read from the parameters is held fixed by autograd; a closure that goes its own way by
+    # it is judged by what it does.
+    replays = not recorder.problem and (by_run is not None or not is_repeatable)
+    if not replays:
+        logger.info(
+            "trial points run the closure again, because %s",
+            recorder.problem or "it reads numbers that depend on the parameters",
+        )
+    return Motion(replays, is_repeatable, by_replay if replays else by_run)
+
+
+_CONSTANT = "it does not change at all"
+
+
+class _Walk:
+    """A closure's loss along one direction, in which its slope is known."""
+
+    def __init__(
+        self, graph: Graph, gradient: Tensor, parameters: FlatParameters, eps: float
+    ) -> None:
+        self._graph = graph
+        self._parameters = parameters
+        self._theta = parameters.read()
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        # Mostly along the gradient, where there is something to see, each part of it by its own
+        # weight; and a little into all directions.
+        direction = torch.randn(gradient.shape, generator=generator, device="cpu").to(gradient)
+        direction.add_(1).mul_(gradient).div_(gradient.norm())
+        other = torch.randn(gradient.shape, generator=generator, device="cpu").to(gradient)
+        direction.add_(other.div_(other.norm()))
+        self._direction = direction.div_(direction.norm())
+        self._slope = torch.dot(gradient, self._direction).item()
+        self._length = max(eps ** (1 / 3) * self._theta.norm().item(), eps**0.5)
+
+    def compare(self, *, by_replay: bool) -> str | None:
+        """How the slope of the loss differs from that of the gradient; None if it does not, or nobody can tell."""
+        slopes: list[float] = []
+        # Rounding falls with the length, and what is not linear grows: a difference that stays the
+        # same is neither.
+        for factor in (1, 4, 16):
+            ahead, behind = (self._loss(side * factor, by_replay=by_replay) for side in (1, -1))
+            if not math.isfinite(ahead - behind):
+                return None
+            slopes.append((ahead - behind) / (2 * factor * self._length))
+            if abs(slopes[-1] - self._slope) <= _PLAIN * abs(self._slope):
+                return None
+        if not any(slopes):
+            return _CONSTANT
+        closest = min(abs(slope - self._slope) for slope in slopes)
+        if closest <= 3 * (max(slopes) - min(slopes)):
+            return None
+        return f"its slope is {slopes[1]:.3g} where its gradient says {self._slope:.3g}"
+
+    def agree(self) -> bool:
+        """Whether replaying and running give the same loss beside the parameters as they are."""
+        here = self._graph.get()[0].loss.item()
+        replayed, run = (self._loss(4, by_replay=by_replay) for by_replay in (True, False))
+        if not math.isfinite(replayed - run):
+            return not math.isfinite(replayed) and not math.isfinite(run)
+        return abs(replayed - run) <= _PLAIN * abs(replayed - here)
+
+    def _loss(self, factor: float, *, by_replay: bool) -> float:
+        with self._parameters.displaced(self._theta, self._direction, factor * self._length):
+            there = self._graph.evaluate(by_replay=by_replay)
+        return math.inf if there is None else there.loss.item()
+
+
+def _is_repeatable(graph: Graph, loss: float) -> bool:
+    """Whether the closure gives the same loss when it runs again, at the same parameters."""
+    again = graph.evaluate(by_replay=False)
+    return again is not None and math.isclose(again.loss.item(), loss, rel_tol=1e-6)
+
+
+class Verdict(NamedTuple):
+    """On the products of a backend.
+
+    Attributes:
+        product: that with the vector of the test, flat; None if it cannot be formed.
+        error: by how much it misses what an independent witness says, relative.
+        is_right: whether that is rounding.
+        problem: what is wrong otherwise.
+    """
+
+    product: Tensor | None
+    error: float
+    is_right: bool
+    problem: str
+
+
+def judge_backend(
+    backend: Backend, graph: Graph, v: Tensor, parameters: FlatParameters, eps: float
+) -> Verdict:
+    """Compare the product of a backend with an independent witness."""
+    _, metric = graph.get()
+    judge = _judge_push if isinstance(metric, OutputMetric) else _judge_hessian
+    try:
+        return judge(backend, graph, v, parameters, eps)
+    except RuntimeError as error:
+        reraise_own_kinds(error)
+        return Verdict(None, math.inf, False, explain_failure(error, backend))
+
+
+def _judge_push(
+    backend: Backend, graph: Graph, v: Tensor, parameters: FlatParameters, eps: float
+) -> Verdict:
+    _, metric = graph.get()
     generator = torch.Generator(device="cpu").manual_seed(1)
     u = [torch.randn(z.shape, generator=generator, device="cpu").to(z) for z in metric.outputs]
-    pushed = metric.push(run, parameters.tensors, backend)(v)
-    pulled = pull_back(metric.outputs, parameters.tensors)(u)
-    (at_outputs, size_there), (at_parameters, size_here) = (
-        _inner_product(u, pushed),
-        _inner_product(pulled, v),
-    )
+    pieces, pull = parameters.unflatten(v), pull_back(metric.outputs, parameters.tensors)
+    pushed = graph.push(backend)(pieces)
     # ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for random u and v, with the pull-back that autograd has.
-    error = abs(at_outputs - at_parameters)
-    return error / (size_there + size_here) if error else 0.0
+    at_outputs, size_there = _inner_product(u, pushed)
+    at_parameters, size_here = _inner_product(pull(u), pieces)
+    difference = abs(at_outputs - at_parameters)
+    error = difference / (size_there + size_here) if difference else 0.0
+    is_right = error <= min(100 * eps, eps**0.5)
+    if backend == "differences":
+        is_right |= error <= _COARSE
+    problem = f"{backend} misses a dependence on parameters that autograd sees"
+    return Verdict(torch.cat([t.flatten() for t in pushed]), error, is_right, problem)
+
+
+def _judge_hessian(
+    backend: Backend, graph: Graph, v: Tensor, parameters: FlatParameters, eps: float
+) -> Verdict:
+    pieces = parameters.unflatten(v)
+    product = parameters.flatten(graph.product(backend)(pieces))
+    if backend == "differences":
+        return Verdict(product, 0.0, True, "")
+    problem = f"{backend} does not give the derivatives of the gradient"
+    try:
+        witness = parameters.flatten(graph.product("differences")(pieces))
+    except RuntimeError as error:  # nobody can tell
+        reraise_own_kinds(error)
+        return Verdict(product, 0.0, True, problem)
+    # A gradient is known to ε, its differences to ε^⅔.
+    noise = eps ** (2 / 3) * v.norm() / (1e-3 + parameters.read().norm())
+    floor = 10 * (noise * graph.compute_gradient().norm()).item()
+    difference = max(0.0, (product - witness).norm().item() - floor)
+    error = difference / witness.norm().item() if difference else 0.0
+    return Verdict(product, error, error <= eps**0.25, problem)
 
 
 def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
@@ -131,19 +232,28 @@ def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, flo
 
 
 def find_problem_of_recording(
-    direct: Product, v: Tensor, eps: float, metric: OutputMetric | ScalarMetric, backend: Backend
+    direct: Product, v: Tensor, eps: float, graph: Graph, backend: Backend
 ) -> str | None:
     """None where a recording agrees with the product that it records, and saves time."""
-    if isinstance(metric, ScalarMetric) and backend == "torch.func":
+    _, metric = graph.get()
+    if backend == "differences":
+        return "differences move the parameters"
+    if backend == "torch.func" and not isinstance(metric, OutputMetric):
         # jvp(grad(mse_loss(reduction="sum"))) in a dispatch mode ends the process (torch 2.13).
         return "forward mode through a gradient cannot be watched safely"
-    other = v.flip(0)
     try:
-        _, recording = record(direct, v)
+        image, recording = record(direct, v)
         is_small = recording.bytes < _SMALL * recording.length
         if backend == "double-backward" and recording.length > _LONG and is_small:
             return f"to record their {recording.length} small operations takes longer than it saves"
-        agrees = are_close(recording(other), direct(other), eps, eps)
+        other = v.flip(0)
+        there = torch.dot(other, image)
+        noise = eps**0.5 * (image.norm() * other.norm() / len(v) ** 0.5)
+        del image
+        replayed = recording(other)
+        # ⟨F w, v⟩ = ⟨w, F v⟩; hooks may make a product that is not symmetric.
+        is_symmetric = (torch.dot(replayed, v) - there).abs() <= noise
+        agrees = bool(is_symmetric) or are_close(replayed, direct(other), eps**0.5, eps)
     except RuntimeError as error:
         reraise_own_kinds(error)
         return f"they cannot be recorded: {error}".splitlines()[0]
@@ -155,6 +265,6 @@ def coarsest_eps(dtypes: Iterable[torch.dtype]) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 
-def are_close(a: Tensor, b: Tensor, eps: float, floor: float) -> bool:
-    """``‖a − b‖ ≤ √eps ‖b‖ + floor``."""
-    return bool((a - b).norm() <= eps**0.5 * b.norm() + floor)
+def are_close(a: Tensor, b: Tensor, tolerance: float, floor: float | Tensor) -> bool:
+    """``‖a − b‖ ≤ tolerance · ‖b‖ + floor``."""
+    return bool((a - b).norm() <= tolerance * b.norm() + floor)

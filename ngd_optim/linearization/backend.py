@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of
+from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError, record
 from ngd_optim.torch_internals import version_of
-from ngd_optim.tracing import ReplayedClosure, twice_differentiable
+from ngd_optim.tracing import twice_differentiable
 
 logger = logging.getLogger("ngd_optim")
 
@@ -62,32 +62,27 @@ class Formed(NamedTuple):
 
 def form_product(
     ways: tuple[Way, ...], direct: Callable[[Backend], Product], v: Tensor, ranks: Ranks
-) -> tuple[Formed, tuple[Way, ...]]:
+) -> tuple[Formed | None, tuple[Way, ...]]:
     """The product by the first way that works, on all ranks the same, and the ways that are left for later steps.
+
+    None if no way works any longer.
 
     Args:
         ways: those that were found right, in order of preference.
         direct: makes the product of a backend.
         v: the vector that it is formed with, of its first product.
         ranks: those that must agree.
-
-    Raises:
-        RuntimeError: what the last way raises.
     """
     for i, way in enumerate(ways):
-        is_last = i == len(ways) - 1
 
-        def attempt(way: Way = way, is_last: bool = is_last) -> Formed | str:
+        def attempt(way: Way = way) -> Formed | str:
             try:
                 product = direct(way.backend)
                 if way.recorded:
                     image, product = record(product, v)
                     return Formed.of(product, v, image)
                 return Formed.of(product, v, product(v))
-            # The last way has no other to give way to: its error is the user's.
             except RuntimeError as error:
-                if is_last:
-                    raise
                 reraise_own_kinds(error)
                 return explain_failure(error, way.backend)
 
@@ -96,32 +91,26 @@ def form_product(
         if ranks.all(isinstance(formed, Formed)):
             assert isinstance(formed, Formed)
             return formed, ways[i:]
-        reason = formed if isinstance(formed, str) else ON_ANOTHER_RANK
-        log_change(way, ways[i + 1], reason)
-    raise AssertionError("there is no way to form products")
+        if i + 1 < len(ways):
+            log_change(way, ways[i + 1], formed if isinstance(formed, str) else ON_ANOTHER_RANK)
+    return None, ()
 
 
 def direct_product(
-    backend: Backend,
-    run: ReplayedClosure,
-    metric: OutputMetric | ScalarMetric,
-    parameters: FlatParameters,
-    *,
-    penalty: bool,
+    backend: Backend, graph: Graph, parameters: FlatParameters, *, penalty: bool
 ) -> Product:
     """``v ↦ F v`` for flat vectors, formed anew at each call.
 
     Args:
         backend: what forms it.
-        run: the closure.
-        metric: of its graph.
+        graph: of the closure.
         parameters: what it is a function of.
         penalty: whether the Hessian of what the loss takes from parameters around the outputs is
             added.
     """
     with twice_differentiable():
-        products = [metric.product(run, parameters.tensors, backend)]
-        around = penalty_of(run, parameters.tensors) if penalty else None
+        products = [graph.product(backend)]
+        around = graph.penalty() if penalty else None
     product = flat_product(products if around is None else [*products, around], parameters)
 
     def in_context(v: Tensor) -> Tensor:

@@ -1,28 +1,29 @@
 """What is checked at the first step with a closure, and remembered.
 
-Tracing sees torch functions. What a closure hides from it (TorchScript, extensions, gradients
-changed after backward) would give silently wrong steps, so the first step compares with plain
-autograd.
+What a closure hides from autograd, or changes behind its back, would give silently wrong steps. So
+the first step compares what it is made of with differences and with plain autograd.
 """
 
-import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ngd_optim.autograd_graph import dtypes, leaves, nodes
-from ngd_optim.curvature import OutputMetric, ScalarMetric, penalty_of, pull_back
+from ngd_optim.autograd_graph import dtypes, nodes
+from ngd_optim.curvature import Graph, OutputMetric, ScalarMetric, pull_back
 from ngd_optim.distributed import Ranks
 from ngd_optim.linalg import conjugate_gradient
 from ngd_optim.linearization.agreement import (
-    BACKENDS,
+    Verdict,
     are_close,
     coarsest_eps,
+    find_motion,
     find_problem_of_recording,
-    find_problems_of_backends,
+    judge_backend,
 )
 from ngd_optim.linearization.backend import (
     ON_ANOTHER_RANK,
@@ -34,12 +35,12 @@ from ngd_optim.linearization.backend import (
 from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.torch_internals import hooks_of
-from ngd_optim.tracing import Evaluation, ReplayedClosure
+from ngd_optim.tracing import Evaluation
 
 logger = logging.getLogger("ngd_optim")
 
-_PREFERENCE: tuple[Backend, ...] = ("double-backward", "torch.func")
-"""Double-backward needs no other run of the closure."""
+_PREFERENCE: tuple[Backend, ...] = ("double-backward", "torch.func", "differences")
+"""Double-backward uses the graph that is there; differences are the way of last resort."""
 
 _PREFER_FORWARD = {
     # Double-backward gives hooks gradients with a graph of their own, which they may keep.
@@ -65,40 +66,63 @@ class Checked:
         ways: those to form products that were found right, in order of preference.
         penalty: whether the loss depends on parameters around the outputs by a positive
             semidefinite Hessian.
+        replays: whether trial points replay what was recorded of the closure; else they run it.
+        is_repeatable: whether the closure is known to compute the same each time that it runs.
     """
 
     ways: tuple[Way, ...]
     penalty: bool = False
+    replays: bool = True
+    is_repeatable: bool = False
 
 
 class Signature(NamedTuple):
     """What must be the same for what was learnt of a closure to hold.
 
     Attributes:
-        operations: of its graph.
+        operations: the kinds of operations in its graph.
         differentiable: which of the outputs are.
         metric: of what type it returned one.
+        hooks: those on the parameters' gradients.
+        recorded: what the recording says of it: that it depends on the parameters, why it cannot
+            be replayed, whether it reads values, asks conditions, calls Functions.
         prefers_forward: whether forward mode is the better way where both are right.
     """
 
-    operations: tuple[str, ...]
+    operations: frozenset[str]
     differentiable: tuple[bool, ...]
     metric: type
+    hooks: tuple[int, ...]
+    recorded: tuple[bool | str | None, ...]
     prefers_forward: bool
 
 
-def signature_of(traced: Evaluation, parameters: FlatParameters) -> Signature:
+def signature_of(graph: Graph, parameters: FlatParameters) -> Signature:
     """That of a closure that was traced."""
-    operations = tuple(node.name() for node in nodes([traced.loss]))
-    differentiable = tuple(z.requires_grad for z in traced.outputs)
-    has_hooks = traced.has_hooks or any(hooks_of(p) for p in parameters.tensors)
-    prefers_forward = has_hooks or not _PREFER_FORWARD.isdisjoint(operations)
-    return Signature(operations, differentiable, type(traced.metric), prefers_forward)
+    traced, _ = graph.get()
+    recorder = graph.recorder
+    operations = frozenset(node.name() for node in nodes([traced.loss]))
+    hooks = tuple(key for p in parameters.tensors for key in hooks_of(p) or ())
+    has_hooks = traced.has_hooks or bool(hooks)
+    return Signature(
+        operations,
+        tuple(sorted({z.requires_grad for z in traced.outputs})),
+        type(traced.metric),
+        hooks,
+        (
+            recorder.depends(traced.loss),
+            recorder.problem,
+            recorder.reads_values,
+            recorder.has_conditions,
+            recorder.calls_functions,
+        ),
+        has_hooks or not _PREFER_FORWARD.isdisjoint(operations),
+    )
 
 
 def assume_unchecked(backend: BackendChoice) -> Checked:
     """What is assumed of a closure whose loss or gradient is not finite: there is nothing to compare."""
-    backends = BACKENDS if backend == "auto" else (backend,)
+    backends = _PREFERENCE if backend == "auto" else (backend,)
     return Checked(tuple(Way(b, recorded=False) for b in backends))
 
 
@@ -119,9 +143,7 @@ def refuse_unsupported(traced: Evaluation) -> None:
 
 
 def check_closure(
-    run: ReplayedClosure,
-    traced: Evaluation,
-    metric: OutputMetric | ScalarMetric,
+    graph: Graph,
     gradient: Tensor,
     parameters: FlatParameters,
     ranks: Ranks,
@@ -132,10 +154,8 @@ def check_closure(
     """Learn what the products of a closure need, and check them and the gradient.
 
     Args:
-        run: the closure.
-        traced: its evaluation at the parameters.
-        metric: of that.
-        gradient: of that, flat.
+        graph: of the closure.
+        gradient: of its loss, flat.
         parameters: what the closure is a function of.
         ranks: those that take the same step.
         backend: what the user asks for.
@@ -145,71 +165,125 @@ def check_closure(
         None where the loss or the gradient is not finite, so that nothing is learnt.
 
     Raises:
-        RuntimeError: the gradient is not what the closure gives without tracing, or no product can
-            be formed as asked.
+        RuntimeError: the loss does not follow the parameters, or no product can be formed as asked.
         ValueError: the parameters differ between ranks.
     """
-    run = copy.copy(run)  # these runs do not count as the step's
-    ends = [traced.loss, *traced.outputs, *parameters.tensors]
+    traced, metric = graph.get()
     # The gradient is known to the rounding of its ends; what happens in between (autocast) rounds
     # products as well.
-    noise = coarsest_eps({t.dtype for t in ends})
+    noise = coarsest_eps({t.dtype for t in (traced.loss, *traced.outputs, *parameters.tensors)})
     eps = max(noise, coarsest_eps(dtypes([traced.loss, *metric.outputs])))
     ranks.require_equal(parameters.read())
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
-    plain = ranks.average(
-        ranks.together(lambda: parameters.flatten(run.compute_plain_gradients(leaves(traced.loss))))
-    )
-    floor = 100 * noise * (1 + ranks.average(traced.loss.detach().abs()).item())
-    _check_gradient(ranks.average(gradient), plain, eps, floor)
     # A random vector meets every direction; a generator of its own leaves the user's alone.
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = torch.randn(gradient.shape, generator=generator, device="cpu").to(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
-    problems = ranks.together(lambda: find_problems_of_backends(run, metric, v, parameters, eps))
-    # Sorting is stable: the others keep their order.
-    preferred = sorted(_PREFERENCE, key=lambda b: prefers_forward and b != "torch.func")
-    right: list[Backend] = [b for b in preferred if ranks.all(b not in problems)]
-    if not right:
-        raise RuntimeError("no curvature product can be formed by one backend on all ranks")
-    if backend == "auto" and right[0] != preferred[0]:
-        logger.info(
-            "products by %s, because %s", right[0], problems.get(preferred[0], ON_ANOTHER_RANK)
+    motion = ranks.together(lambda: find_motion(graph, gradient, parameters, eps))
+    graph.replays, graph.is_repeatable = ranks.all(motion.replays), motion.is_repeatable
+    if motion.problem is not None:
+        logger.warning(
+            "the loss does not move as its gradient says: %s. Likely causes: a straight-through "
+            "estimator, weights that are projected or renormalised in forward, hooks on gradients, "
+            "something computed from the parameters before the closure ran. Steps are made for the "
+            "gradient and judged by the loss, and may be turned down",
+            motion.problem,
         )
-    elif backend != "auto" and backend not in right:
-        raise RuntimeError(
-            f"backend={backend!r} cannot form the products of this closure: "
-            f"{problems.get(backend, ON_ANOTHER_RANK)}; use backend='auto'"
-        )
-    if backend != "auto":
-        right = [backend]
-    first = right[0]
-    penalty = metric.kind == "ggn" and ranks.all(
-        ranks.together(lambda: _has_semidefinite_penalty(run, v, parameters))
+    first = _choose_backend(
+        graph, v, parameters, eps, ranks, backend=backend, prefers_forward=prefers_forward
     )
-    ways = [Way(b, recorded=False) for b in right]
-    direct = direct_product(first, run, metric, parameters, penalty=False)
+    penalty = metric.kind == "ggn" and ranks.all(
+        ranks.together(lambda: _has_semidefinite_penalty(graph, v, parameters))
+    )
+    ways = [Way(first, recorded=False)]
+    direct = direct_product(first, graph, parameters, penalty=False)
     ranks.together(lambda: metric.check(parameters, direct, v))
-    problem = ranks.together(lambda: find_problem_of_recording(direct, v, eps, metric, first))
+    problem = ranks.together(lambda: find_problem_of_recording(direct, v, eps, graph, first))
     if ranks.all(problem is None):
         ways.insert(0, Way(first, recorded=True))
     else:
         log_change(Way(first, recorded=True), ways[0], problem or ON_ANOTHER_RANK)
-    return Checked(tuple(ways), penalty)
+    return Checked(tuple(ways), penalty, graph.replays, graph.is_repeatable)
 
 
-def _check_gradient(gradient: Tensor, plain: Tensor, eps: float, floor: float) -> None:
-    if not are_close(gradient, plain, eps, floor):
-        difference = ((gradient - plain).norm() / plain.norm()).item()
+def _choose_backend(
+    graph: Graph,
+    v: Tensor,
+    parameters: FlatParameters,
+    eps: float,
+    ranks: Ranks,
+    *,
+    backend: BackendChoice,
+    prefers_forward: bool,
+) -> Backend:
+    """The first backend whose products are right on all ranks.
+
+    Raises:
+        RuntimeError: there is none, or it is not the one that the user asks for.
+    """
+    # Sorting is stable: the others keep their order.
+    preferred = sorted(_PREFERENCE, key=lambda b: prefers_forward and b != "torch.func")
+    candidates: list[Backend] = preferred if backend == "auto" else [backend]
+    verdicts: dict[Backend, Verdict] = {}
+    chosen: Backend | None = None
+    for candidate in candidates:
+        if candidate == "differences":
+            chosen = _choose_among(verdicts, eps, ranks)
+        if chosen is None:
+            judge = partial(judge_backend, candidate, graph, v, parameters, eps)
+            verdicts[candidate] = ranks.together(judge)
+            if ranks.all(verdicts[candidate].is_right):
+                chosen = candidate
+        if chosen is not None:
+            break
+    chosen = chosen or _choose_among(verdicts, eps, ranks)
+    problems = [
+        ON_ANOTHER_RANK if verdict.is_right else verdict.problem
+        for candidate, verdict in verdicts.items()
+        if candidate != chosen
+    ]
+    if chosen is None and backend != "auto":
         raise RuntimeError(
-            "the gradient of the traced closure differs from plain autograd's by "
-            f"{difference:.2g} (relative): the closure changes gradients after backward "
-            "(clipping, scaling, hooks), does not compute the same thing each time that it runs "
-            "(draw the batch before the step, not in the closure), or hides operations from torch "
-            "functions; return the loss that is to be minimised"
+            f"backend={backend!r} cannot form the products of this closure: {problems[0]}; use "
+            "backend='auto'"
         )
+    if chosen is None:
+        raise RuntimeError(
+            f"no curvature product can be formed: {'; '.join(problems)}; write the closure in "
+            "torch operations that can be differentiated, and let it compute the same each time "
+            "that it runs"
+        )
+    if chosen == "differences" and backend == "auto":
+        logger.warning(
+            "curvature products are formed by differences, which are less exact, because %s; write "
+            "the closure in torch operations that can be differentiated twice for exact ones",
+            "; ".join(problems),
+        )
+    elif problems:
+        logger.info("products by %s, because %s", chosen, problems[-1])
+    return chosen
+
+
+def _choose_among(verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks) -> Backend | None:
+    """A backend, where no witness is exact: one that is almost right, or that another one agrees with.
+
+    A witness is not exact in low precision, along kinks, and where hooks scale gradients.
+    """
+    formed: list[tuple[Backend, Verdict]] = [
+        (b, verdict) for b, verdict in verdicts.items() if verdict.product is not None
+    ]
+    for b, verdict in sorted(formed, key=lambda item: item[1].error):
+        if ranks.all(verdict.error <= 50 * eps**0.5):
+            return b
+    products = [verdict.product for _, verdict in formed if verdict.product is not None]
+    # Where no product is finite, the step will be refused.
+    agree = len(products) == 2 and (
+        are_close(products[0], products[1], eps**0.5, eps)
+        or not any(p.isfinite().all() for p in products)
+    )
+    return formed[0][0] if ranks.all(agree) else None
 
 
 def _refuse_nonlinear_hooks(
@@ -224,7 +298,7 @@ def _refuse_nonlinear_hooks(
         parameters.flatten(pull([torch.full_like(z, scale) for z in metric.outputs])) / scale
         for scale in (1, 1e4, 1e8)
     )
-    if not all(are_close(pulled, once, eps, eps) for pulled in scaled):
+    if not all(are_close(pulled, once, eps**0.5, eps) for pulled in scaled):
         raise RuntimeError(
             "a hook on a parameter changes gradients by a function that is not linear, such as "
             "clipping or normalising, and no curvature product survives that; remove it, the "
@@ -232,8 +306,8 @@ def _refuse_nonlinear_hooks(
         )
 
 
-def _has_semidefinite_penalty(run: ReplayedClosure, v: Tensor, parameters: FlatParameters) -> bool:
-    penalty = penalty_of(run, parameters.tensors)
+def _has_semidefinite_penalty(graph: Graph, v: Tensor, parameters: FlatParameters) -> bool:
+    penalty = graph.penalty()
     if penalty is None:
         return False
 

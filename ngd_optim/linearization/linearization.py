@@ -10,7 +10,7 @@ from ngd_optim.linearization.point import Point, linearize_closure
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.shown import show
-from ngd_optim.tracing import ReplayedClosure, twice_differentiable
+from ngd_optim.tracing import TracedClosure, twice_differentiable
 
 
 class Linearization:
@@ -20,7 +20,8 @@ class Linearization:
         loss: the loss, detached, 0-dim.
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         kind: what the curvature is: ``"fisher"``, ``"ggn"`` or ``"hessian"``.
-        backend: what forms the products: ``"torch.func"`` or ``"double-backward"``.
+        backend: what forms the products: ``"double-backward"``, ``"torch.func"`` or
+            ``"differences"``.
 
     Examples:
         >>> import torch
@@ -50,7 +51,8 @@ class Linearization:
             raise ValueError(
                 f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}"
             )
-        return self._point.product(v.to(self.gradient))
+        with twice_differentiable():
+            return self._point.product(v.to(self.gradient))
 
     def diagonal(self) -> Tensor:
         """The diagonal of the curvature, shape ``(n,)``.
@@ -116,7 +118,7 @@ def linearize(
         if not isinstance(value, str) or value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
     parameters = FlatParameters([{"params": list(params)}])
-    run = ReplayedClosure(closure, parameters.tensors)
+    run = TracedClosure(closure, parameters)
     with twice_differentiable():
         point = linearize_closure(run, parameters, curvature, backend, {})
         point.product.form(point.gradient)

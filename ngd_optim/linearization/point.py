@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from ngd_optim.autograd_graph import find_reached
-from ngd_optim.curvature import OutputMetric, ScalarMetric, build_kl
+from ngd_optim.curvature import Graph, OutputMetric, ScalarMetric, build_kl
 from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.jacobian import SqrtGGN, compute_cheap_diagonal, square_root_of
 from ngd_optim.linearization.backend import Way
@@ -23,17 +23,22 @@ from ngd_optim.linearization.checks import (
     refuse_unsupported,
     signature_of,
 )
-from ngd_optim.linearization.product import ClosureProduct, Graph, MeanProduct, RanksProduct
+from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
 from ngd_optim.names import BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import ReplayedClosure
+from ngd_optim.tracing import TracedClosure
 
 Observer = Callable[[OutputMetric | ScalarMetric], None]
 """Is shown a closure's metric while its graph is at hand."""
 
 
+_CHECKPOINT_CHANGED = (
+    "a checkpointed part of the closure was not the same when it ran again; with an LSTM in it, set "
+    "torch.backends.mkldnn.enabled = False"
+)
+
 Learnt = dict[Any, Checked]
-"""What was learnt of closures, by their code, how they are linearised, and the signature of their trace.
+"""What was learnt of closures, by how they are linearised and the signature of their trace.
 
 It is not saved, and learnt anew if lost.
 """
@@ -60,10 +65,10 @@ class Point:
             closures or processes.
         graph: of the closure whose outputs these are.
         parameters: what the vectors are in the order of.
-        measure: runs the closure at the parameters as they are then, and gives the loss (infinite
-            where the closure raises a ``ValueError`` or ``LinAlgError``: outside its domain) and
-            the KL from the prediction here, in nats per sample; None where the metric has only its
-            second-order model.
+        measure: evaluates the closure at the parameters as they are then, and gives the loss
+            (infinite outside of its domain, where it raises an exception) and the KL from the
+            prediction here, in nats per sample; None where the metric has only its second-order
+            model.
     """
 
     loss: Tensor
@@ -83,13 +88,12 @@ class Point:
         """The matrix ``A`` with ``F = AᵀA``, where there are outputs; None if ``F`` is indefinite."""
         traced, metric = self.graph.get()
         assert isinstance(metric, OutputMetric)
-        run, select = self.graph.run, metric.select
 
-        def outputs_now() -> Sequence[Tensor] | None:
-            there = run.evaluate_trial()
-            return None if there is None else select(there)
+        def evaluate_outputs() -> Sequence[Tensor] | None:
+            self.graph.run.count += 1
+            return self.graph.evaluate_outputs()
 
-        return square_root_of(metric, traced.loss, self.parameters, outputs_now)
+        return square_root_of(metric, traced.loss, self.parameters, evaluate_outputs)
 
     def compute_cheap_diagonal(self) -> Tensor | None:
         """The diagonal of ``F``, where it takes as little as some products; else None."""
@@ -147,7 +151,7 @@ class Point:
 
 @torch.enable_grad()
 def linearize_closure(
-    run: ReplayedClosure,
+    run: TracedClosure,
     parameters: FlatParameters,
     curvature: Curvature,
     backend: BackendChoice,
@@ -172,50 +176,48 @@ def linearize_closure(
         keep_graph: hold the graph; else each product traces the closure anew.
     """
     params = parameters.tensors
-    graph = Graph(run, curvature)
+    graph = Graph(run, parameters, curvature)
 
     def differentiate() -> tuple[Signature, list[bool], Tensor]:
         traced, _ = graph.get()
-        signature = signature_of(traced, parameters)
-        if (run.code, curvature, backend, signature) not in learnt:
+        signature = signature_of(graph, parameters)
+        if (curvature, backend, signature) not in learnt:
             refuse_unsupported(traced)
+        if run.gradient is not None:  # by the closure's own backward
+            return signature, find_reached([traced.loss], params), run.gradient
         try:
             gradients = torch.autograd.grad(
                 traced.loss, params, retain_graph=True, allow_unused=True
             )
         except CheckpointError as error:
-            raise RuntimeError(
-                "a checkpointed part of the closure was not the same when it ran again; "
-                "with an LSTM in it, set torch.backends.mkldnn.enabled = False"
-            ) from error
-        return (
-            signature,
-            [gradient is not None for gradient in gradients],
-            parameters.flatten(gradients),
-        )
+            raise RuntimeError(_CHECKPOINT_CHANGED) from error
+        reached = [gradient is not None for gradient in gradients]
+        return signature, reached, parameters.flatten(gradients)
 
     signature, reached, gradient = ranks.together(differentiate)
     traced, metric = graph.get()
-    key = run.code, curvature, backend, signature
-    checked = learnt.get(key)
-    # A rank that does not know the closure takes the others along to the check, which communicates.
-    if not ranks.all(checked is not None):
+    key = curvature, backend, signature
+
+    def learn() -> Checked:
         checked = check_closure(
-            run,
-            traced,
-            metric,
+            graph,
             gradient,
             parameters,
             ranks,
             backend=backend,
             prefers_forward=signature.prefers_forward,
         )
-        if checked is not None:
-            learnt[key] = checked
-    found = checked or assume_unchecked(backend)
+        if checked is None:
+            return assume_unchecked(backend)
+        learnt[key] = checked
+        return checked
+
+    # A rank that does not know the closure takes the others along to the check, which communicates.
+    checked = learnt[key] if ranks.all(key in learnt) else learn()
+    graph.replays, graph.is_repeatable = checked.replays, checked.is_repeatable
 
     def keep_ways(ways: tuple[Way, ...]) -> None:
-        learnt[key] = replace(found, ways=ways)
+        learnt[key] = replace(learnt.get(key, checked), ways=ways)
 
     if observe is not None:
         ranks.together(lambda: observe(metric))
@@ -223,7 +225,7 @@ def linearize_closure(
     kl = build_kl(traced)
 
     def measure() -> tuple[float, float | None]:
-        there = run.evaluate_trial()
+        there = graph.evaluate_trial()
         if there is None:
             return math.inf, None
         divergence = kl(there)
@@ -233,20 +235,22 @@ def linearize_closure(
     point = Point(
         loss=traced.loss.detach(),
         gradient=gradient,
-        product=ClosureProduct(graph, parameters, found, ranks, keep_ways, keep_graph=keep_graph),
+        product=ClosureProduct(
+            graph, parameters, checked, ranks, keep_ways, learn, keep_graph=keep_graph
+        ),
         reached=reached,
         used=reached if all(reached) else find_reached([traced.loss, *metric.outputs], params),
         kind=metric.kind,
         has_kl=traced.metric is not None,
         is_least_squares=traced.is_least_squares and at_outputs,
-        outputs=sum(z.numel() for z in metric.outputs) if at_outputs and not found.penalty else 0,
+        outputs=sum(z.numel() for z in metric.outputs) if at_outputs and not checked.penalty else 0,
         graph=graph,
         parameters=parameters,
         measure=measure,
     )
     # Each product of a list traces its closure anew, so that one graph is in memory at a time.
     if not keep_graph:
-        graph.release()
+        graph.release(for_good=False)
     return point
 
 
@@ -256,7 +260,7 @@ def linearize_mean(
     backend: BackendChoice,
     learnt: Learnt,
     ranks: Ranks,
-    runs: Sequence[ReplayedClosure],
+    runs: Sequence[TracedClosure],
     observe: Observer | None = None,
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.

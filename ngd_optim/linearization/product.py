@@ -2,41 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from ngd_optim.curvature import OutputMetric, ScalarMetric, metric_of
+from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
 from ngd_optim.linearization.backend import Formed, Way, direct_product, form_product
 from ngd_optim.linearization.checks import Checked
-from ngd_optim.names import Backend, Curvature
+from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import Evaluation, ReplayedClosure
-
-
-class Graph:
-    """A closure's evaluation at the parameters as they are, and its metric, with the graph that leads to both.
-
-    The graph is kept until :meth:`release`. A later :meth:`get` traces the closure again. So the
-    order in which a point is asked for things does not matter.
-    """
-
-    def __init__(self, run: ReplayedClosure, curvature: Curvature) -> None:
-        self.run = run
-        self._curvature: Curvature = curvature
-        self._kept: tuple[Evaluation, OutputMetric | ScalarMetric] | None = None
-
-    def get(self) -> tuple[Evaluation, OutputMetric | ScalarMetric]:
-        """The evaluation and the metric."""
-        if self._kept is None:
-            with torch.enable_grad():
-                traced = self.run.trace()
-                self._kept = traced, metric_of(traced, self._curvature)
-        return self._kept
-
-    def release(self) -> None:
-        """Free the memory of the graph."""
-        self._kept = None
 
 
 class ClosureProduct:
@@ -51,6 +24,7 @@ class ClosureProduct:
         checked: what is known of it.
         ranks: those that choose alike.
         keep_ways: is told the ways that are left where one no longer works.
+        learn: checks the closure anew, where none works any longer.
         keep_graph: hold the graph for products that need it; else each of them traces the closure
             anew, and nothing is recorded.
 
@@ -65,16 +39,18 @@ class ClosureProduct:
         checked: Checked,
         ranks: Ranks,
         keep_ways: Callable[[tuple[Way, ...]], None],
+        learn: Callable[[], Checked],
         *,
         keep_graph: bool,
     ) -> None:
-        self.ways = tuple(way for way in checked.ways if keep_graph or not way.recorded)
         self._keep_ways = keep_ways
+        self._learn = learn
         self._graph = graph
         self._parameters = parameters
         self._penalty = checked.penalty
         self._ranks = ranks
         self._keep_graph = keep_graph
+        self.ways = self._usable(checked)
         self._formed: Formed | None = None
 
     @property
@@ -85,12 +61,23 @@ class ClosureProduct:
     def form(self, v: Tensor) -> None:
         """Choose how to form products, with ``v``, whose product is remembered until the next call."""
         formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+        if formed is None:
+            # What was learnt of the closure holds no longer.
+            checked = self._learn()
+            self._penalty = checked.penalty
+            self.ways = self._usable(checked)
+            formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+        if formed is None:
+            raise RuntimeError(
+                "curvature products that were right a moment ago can no longer be formed; let the "
+                "closure compute the same each time that it runs"
+            )
         if ways != self.ways:
             self.ways = ways
             self._keep_ways(ways)
         # A recording holds the constants that it needs; the graph's memory is for the solve.
         if self.ways[0].recorded or not self._keep_graph:
-            self._graph.release()
+            self._graph.release(for_good=self._keep_graph)
         self._formed = formed
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -102,20 +89,19 @@ class ClosureProduct:
         image = formed.image_of(v)
         return formed.product(v) if image is None else image
 
+    def _usable(self, checked: Checked) -> tuple[Way, ...]:
+        return tuple(way for way in checked.ways if self._keep_graph or not way.recorded)
+
     def _direct(self, backend: Backend) -> Callable[[Tensor], Tensor]:
         if self._keep_graph:
-            _, metric = self._graph.get()
-            return direct_product(
-                backend, self._graph.run, metric, self._parameters, penalty=self._penalty
-            )
+            return direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
 
         def retraced(v: Tensor) -> Tensor:
-            _, metric = self._ranks.together(self._graph.get)
-            product = direct_product(
-                backend, self._graph.run, metric, self._parameters, penalty=self._penalty
-            )
-            self._graph.release()
-            return product(v)
+            self._ranks.together(self._graph.get)
+            product = direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
+            image = product(v)
+            self._graph.release(for_good=False)
+            return image
 
         return retraced
 

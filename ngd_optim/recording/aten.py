@@ -14,6 +14,19 @@ _BY_CONSTANTS = {torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.defau
 
 _UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}
 
+STATISTICS: dict[Any, tuple[int, int, int]] = {
+    operation.default: (3, 4, 5)
+    for operation in (
+        torch.ops.aten.native_batch_norm,
+        torch.ops.aten.cudnn_batch_norm,
+        torch.ops.aten.miopen_batch_norm,
+    )
+}
+"""Operations that change running statistics, which their schema hides.
+
+Where these are among the arguments, and then whether they change.
+"""
+
 
 class Facts(NamedTuple):
     """Properties of an aten overload.
@@ -24,6 +37,7 @@ class Facts(NamedTuple):
         random: it draws random numbers.
         shares_memory: what it gives lies in an argument's memory.
         asks_about_shapes: it gives no tensor, and nothing that depends on values.
+        looks_at_shapes_only: it gives new tensors, whose values do not depend on its arguments'.
         replayable: it does the same for other values of its arguments (of the first, if
             ``by_constants``).
         by_constants: the shape of its result depends on the values of all arguments but the first.
@@ -34,6 +48,7 @@ class Facts(NamedTuple):
     random: bool
     shares_memory: bool
     asks_about_shapes: bool
+    looks_at_shapes_only: bool
     replayable: bool
     by_constants: bool
 
@@ -62,12 +77,14 @@ def _facts(func: Any) -> Facts:
         schema.is_mutable,
         any("Tensor" in str(r.type) for r in schema.returns),
     )
+    name = func.overloadpacket.__name__
     return Facts(
         in_place=in_place,
         pointwise=_TAGS.pointwise in func.tags,
         random=random,
         shares_memory=func.is_view or _TAGS.inplace_view in func.tags or func in _UNMARKED_VIEWS,
         asks_about_shapes=not (gives_tensors or reads_values or in_place),
+        looks_at_shapes_only=name.endswith("_like") or name.startswith("new_"),
         replayable=not (reads_values or random or _TAGS.dynamic_output_shape in func.tags),
         by_constants=func in _BY_CONSTANTS,
     )

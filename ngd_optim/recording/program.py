@@ -1,6 +1,6 @@
 """A straight-line program of aten operations, what it needs, and how it runs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Meta(NamedTuple):
         return self.shape, self.stride, self.offset
 
 
-@dataclass
+@dataclass(slots=True)
 class Operation:
     """One call. Tensors that the program computes are in numbered slots; everything else stands in the arguments.
 
@@ -49,8 +49,10 @@ class Operation:
         args, kwargs: its arguments, with None where a slot goes.
         inputs: the list or dict in them, the index or key, and the slot.
         outputs: the index in the result, or None where that is one tensor, and the slot.
+        held: as ``inputs``, for slots that it does not read, because autograd takes what was in them
+            as constants; these stand in the arguments.
+        expected: what it must give, for an operation that gives True or False; else None.
         slots: those that it reads, in the order of ``inputs``.
-        last_uses: slots that no later operation needs.
     """
 
     function: Any
@@ -58,8 +60,9 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: list[tuple[Any, Any, int]]
     outputs: list[tuple[int | None, int]]
+    held: list[tuple[Any, Any, int]] = field(default_factory=list)
+    expected: bool | None = None
     slots: list[int] = field(init=False)
-    last_uses: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.read(self.inputs)
@@ -67,6 +70,22 @@ class Operation:
     def read(self, inputs: list[tuple[Any, Any, int]]) -> None:
         """Let it have other inputs."""
         self.inputs, self.slots = inputs, [slot for _, _, slot in inputs]
+
+    def following_all(self) -> "Operation":
+        """The same, reading what it holds fixed as well; its arguments are copies."""
+        places: dict[int, Any] = {}
+
+        def copy(place: Any) -> Any:
+            items = place.items() if isinstance(place, dict) else enumerate(place)
+            copied = {
+                key: copy(value) if isinstance(value, list) else value for key, value in items
+            }
+            places[id(place)] = copied if isinstance(place, dict) else list(copied.values())
+            return places[id(place)]
+
+        args, kwargs = copy(self.args), copy(self.kwargs)
+        inputs = [(places[id(place)], key, slot) for place, key, slot in self.inputs + self.held]
+        return Operation(self.function, args, kwargs, inputs, self.outputs, expected=self.expected)
 
     @property
     def writes(self) -> bool:
@@ -89,6 +108,10 @@ class Operation:
         ]
 
 
+class CannotReplayError(RuntimeError):
+    """An operation would not do the same again."""
+
+
 class Sharing:
     """Which pieces of memory have been made one."""
 
@@ -109,48 +132,51 @@ class Sharing:
 
 
 def remove_dead_code(
-    program: list[Operation], metas: list[Meta], outputs: Iterable[int], sharing: Sharing
+    program: list[Operation], outputs: Iterable[int], memory: Callable[[int], int]
 ) -> list[Operation]:
-    """The operations that some slots need."""
-
-    def memory(slot: int) -> int:
-        return sharing.of(metas[slot].memory)
-
-    # Backwards, from what is wanted. An operation counts if it makes a needed slot, or writes to
-    # memory that one lies in.
+    """The operations that some slots need; ``memory`` numbers what a slot's tensor lies in."""
+    # Backwards, from what is wanted. An operation counts if it makes a needed slot, writes to
+    # memory that one lies in, or must give the same again.
     needed = set(outputs)
     memories = {memory(slot) for slot in needed}
     kept = []
     for operation in reversed(program):
         results = [slot for _, slot in operation.outputs]
-        if not needed.isdisjoint(results) or any(
-            memory(slot) in memories for slot in operation.written_slots
-        ):
+        is_needed = operation.expected is not None or not needed.isdisjoint(results)
+        if is_needed or any(memory(slot) in memories for slot in operation.written_slots):
             needed.update(operation.slots)
             memories.update(memory(slot) for slot in operation.slots)
             kept.append(operation)
     return kept[::-1]
 
 
-def note_last_uses(program: list[Operation], outputs: Iterable[int]) -> None:
-    """Let each operation know which slots nothing needs after it."""
-    needed = set(outputs)
+def find_last_uses(program: list[Operation], outputs: Iterable[int]) -> list[list[int]]:
+    """For each operation, the slots that nothing needs after it."""
+    needed, last_uses = set(outputs), []
     for operation in reversed(program):
-        used = {slot for _, slot in operation.outputs} | set(operation.slots)
-        operation.last_uses = list(used - needed)
+        used = {slot for _, slot in operation.outputs}
+        used.update(operation.slots)
+        last_uses.append(list(used - needed))
         needed |= used
+    return last_uses[::-1]
 
 
-def run(program: list[Operation], values: list[Any]) -> None:
-    """Compute the slots of a program, in place; each is emptied after its last use."""
-    for operation in program:
+def run(program: list[Operation], last_uses: list[list[int]], values: list[Any]) -> None:
+    """Compute the slots of a program, in place; each is emptied after its last use.
+
+    Raises:
+        CannotReplayError: an operation gives False where it gave True, or the other way round.
+    """
+    for operation, slots in zip(program, last_uses, strict=True):
         for place, key, slot in operation.inputs:
             place[key] = values[slot]
         result = operation.function(*operation.args, **operation.kwargs)
         # Or the arguments would keep every intermediate result alive.
         for place, key, _ in operation.inputs:
             place[key] = None
+        if operation.expected is not None and result != operation.expected:
+            raise CannotReplayError(f"{operation.function} gives {result} here")
         for index, slot in operation.outputs:
             values[slot] = result if index is None else result[index]
-        for slot in operation.last_uses:
+        for slot in slots:
             values[slot] = None

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ngd_optim.recording.aten import facts, find_written, tensors_of
 from ngd_optim.recording.passes import optimise
-from ngd_optim.recording.program import Meta, Operation, run
+from ngd_optim.recording.program import (
+    CannotReplayError,
+    Meta,
+    Operation,
+    find_last_uses,
+    run,
+)
 from ngd_optim.torch_internals import DispatchMode
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
-
-
-class CannotReplayError(RuntimeError):
-    """An operation that depends on the vector would not do the same again."""
 
 
 class Recording:
@@ -40,9 +42,11 @@ class Recording:
     def __init__(self, recorder: "Recorder", result: Tensor) -> None:
         metas = recorder.metas
         self._output = recorder.slot_of(result)
-        self._views, self._program = [], []
+        self._views, self._program, self._last_uses = [], [], ([], [])
         if self._output is not None:
             self._views, self._program = optimise(recorder.program, metas, self._output)
+            last_uses = find_last_uses([*self._views, *self._program], [self._output])
+            self._last_uses = last_uses[: len(self._views)], last_uses[len(self._views) :]
         self._values: list[Any] = [None] * len(metas)
         self.length = len(self._program)
         computed = [op for op in self._program if not facts(op.function).shares_memory]
@@ -62,10 +66,10 @@ class Recording:
         if self._seen[0] is not v or self._seen[1] != v.data_ptr():
             self._seen = v, v.data_ptr()
             self._values[0] = v
-            run(self._views, self._values)
+            run(self._views, self._last_uses[0], self._values)
         # Slots of constants and of the vector's views; the program fills the others.
         values = self._values.copy()
-        run(self._program, values)
+        run(self._program, self._last_uses[1], values)
         return values[self._output]
 
 
@@ -114,8 +118,8 @@ class Recorder(DispatchMode):
         if fact.asks_about_shapes:
             return func(*args, **kwargs)
         inputs: list[tuple[Any, Any, int]] = []
-        own_args = self._take_slots_out(list(args), inputs)
-        own_kwargs = self._take_slots_out(dict(kwargs), inputs) if kwargs else {}
+        own_args = take_slots_out(list(args), inputs, self.slot_of)
+        own_kwargs = take_slots_out(dict(kwargs), inputs, self.slot_of) if kwargs else {}
         # It does not depend on the vector: its result is a constant of the program.
         if not inputs:
             return func(*args, **kwargs)
@@ -140,20 +144,6 @@ class Recorder(DispatchMode):
         slots = [(index, self._new_slot(tensor, anew=anew)) for index, tensor in tensors_of(result)]
         self.program.append(Operation(func, own_args, own_kwargs, inputs, slots))
         return result
-
-    def _take_slots_out(self, place: Any, inputs: list[tuple[Any, Any, int]]) -> Any:
-        """A copy of nested arguments with the tensors that depend on the vector taken out, and their places noted."""
-        for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
-            if isinstance(value, Tensor):
-                slot = self.slot_of(value)
-                if slot is not None:
-                    inputs.append((place, key, slot))
-                    place[key] = None
-            elif isinstance(value, list | tuple) and any(
-                isinstance(part, Tensor) for part in value
-            ):
-                place[key] = self._take_slots_out(list(value), inputs)
-        return place
 
     def _new_slot(self, tensor: Tensor, *, anew: bool = False) -> int:
         slot = self.slot_of(tensor)
@@ -181,3 +171,24 @@ class Recorder(DispatchMode):
     def _read_mark(self, thing: Tensor | torch.UntypedStorage, name: str) -> int | None:
         mark, number = getattr(thing, name, (None, None))
         return number if mark is self._mark else None
+
+
+def take_slots_out(
+    place: Any, inputs: list[tuple[Any, Any, int]], slot_of: Callable[[Tensor], int | None]
+) -> Any:
+    """Nested arguments, with None where a tensor has a slot; such places are added to ``inputs``.
+
+    Args:
+        place: a list or dict of arguments; it is changed. Lists of tensors in it are copied.
+        inputs: places, as in :class:`Operation`.
+        slot_of: tells the slot of a tensor, or None.
+    """
+    for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
+        if isinstance(value, Tensor):
+            slot = slot_of(value)
+            if slot is not None:
+                inputs.append((place, key, slot))
+                place[key] = None
+        elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+            place[key] = take_slots_out(list(value), inputs, slot_of)
+    return place

@@ -31,6 +31,8 @@ class ConjugateGradients(Solver):
     def solve(self, model: QuadraticModel) -> LinearSolution:
         """By products with the curvature only."""
         b = model.right_side
+        # It may need the graph, which recorded products let go.
+        preconditioner = self.precondition(model)
         # CG multiplies x0 first or, without a preconditioner, b.
         if b.isfinite().all():
             self.form(self.x0 if self.x0.any() else b)
@@ -42,5 +44,5 @@ class ConjugateGradients(Solver):
             tol=self.tol,
             progress_tol=self.progress_tol,
             boundary=self.boundary,
-            preconditioner=self.precondition(model),
+            preconditioner=preconditioner,
         )

@@ -2,7 +2,7 @@
 
 from ngd_optim.tracing.closure import (
     Evaluation,
-    ReplayedClosure,
+    TracedClosure,
     twice_differentiable,
     undo_on_error,
     wrap_closures,
@@ -11,7 +11,7 @@ from ngd_optim.tracing.least_squares import least_squares
 
 __all__ = [
     "Evaluation",
-    "ReplayedClosure",
+    "TracedClosure",
     "least_squares",
     "twice_differentiable",
     "undo_on_error",

@@ -1,10 +1,11 @@
-"""Run a training closure again and again, as if it ran once."""
+"""Run a training closure, once a step, and record it."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Number
 from typing import Any
@@ -15,14 +16,19 @@ from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ngd_optim.distributed import quiet_ddp
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
 from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing.losses import LOSSES, LossCall
 from ngd_optim.tracing.mode import Tracing
 from ngd_optim.tracing.side_effects import SideEffects
 
 logger = logging.getLogger("ngd_optim")
 
 Closure = Callable[[], Any]
+
+_AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True)
@@ -32,159 +38,125 @@ class Evaluation:
     Attributes:
         loss: what is minimised, a 0-dim tensor: the sum of all that the closure called ``backward``
             on, or what it returned if it called ``backward`` on nothing.
-        outputs: the model's outputs, as the recognised loss functions saw them, in call order.
-        is_least_squares: whether they are the residuals of :func:`~ngd_optim.least_squares`, all of
-            them.
+        losses: the calls of recognised loss functions.
         metric: what the closure returned beside the loss: distributions, a scalar tensor, or None.
+        differentiates: whether the closure called ``torch.autograd.grad``.
         has_hooks: whether it registered hooks on gradients.
+        recorder: has noted how all this depends on the parameters; None for a run that is not the
+            first.
     """
 
     loss: Tensor
-    outputs: tuple[Tensor, ...]
-    is_least_squares: bool
     metric: Any
-    has_hooks: bool
+    losses: tuple[LossCall, ...] = ()
+    differentiates: bool = False
+    has_hooks: bool = False
+    recorder: ForwardRecorder | None = None
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The model's outputs, as the recognised loss functions saw them, in call order."""
+        return [z for call in self.losses for z in call.outputs]
+
+    @property
+    def is_least_squares(self) -> bool:
+        """Whether they are the residuals of :func:`~ngd_optim.least_squares`, all of them."""
+        return bool(self.losses) and all(c.loss is LOSSES[least_squares] for c in self.losses)
 
 
-class ReplayedClosure:
-    """A closure that can run many times, with the side effects of running once.
+class TracedClosure:
+    """A closure that runs once a step. Where it must run again, it has the side effects of running once.
 
     Args:
         function: the user's closure, without arguments.
-        params: the parameters that it is a function of.
+        parameters: what it is a function of.
 
     Attributes:
         function: that closure.
-        count: how often it ran.
-        called_backward: whether its last run called ``backward``, which is noted and not carried
-            out.
-        substituted: the ``id`` of each parameter that its last run took a stand-in for.
+        count: forward passes: how often it ran, or what was recorded of it was replayed.
+        called_backward: whether its first run called ``backward``.
+        gradient: what that run's calls of ``backward`` gave, flat; None if there were none.
     """
 
-    def __init__(self, function: Closure, params: Sequence[Tensor]) -> None:
+    def __init__(self, function: Closure, parameters: FlatParameters) -> None:
         self.function = function
-        self._params = params
-        self._effects = SideEffects(p.device for p in params)
+        self._parameters = parameters
+        self._autocast = _find_autocast()
+        self._effects = SideEffects([parameters.device])
         self._differentiates = False
-        self._left_gradients: list[Tensor | None] | None = None
+        self._gradients_before: list[Tensor | None] = []
         self.called_backward = False
-        self.substituted: set[int] = set()
+        self.gradient: Tensor | None = None
         self.count = 0
 
-    @property
-    def code(self) -> Any:
-        """The same for closures that are written at the same place of the user's program."""
-        function: Any = self.function
-        while isinstance(function, partial) or hasattr(function, "__wrapped__"):
-            function = function.func if isinstance(function, partial) else function.__wrapped__
-        return getattr(function, "__code__", type(function))
-
-    def __call__(
-        self, stand_ins: Sequence[Tensor] | None = None, *, graph: bool = True, cut: bool = False
-    ) -> Evaluation:
-        """Run the closure.
-
-        Args:
-            stand_ins: used wherever a torch function is given one of the parameters.
-            graph: build the graph that leads to the loss. Without it, only a closure that itself
-                differentiates builds what it needs.
-            cut: let the loss depend on the model's outputs as on constants, and on parameters only
-                around them.
+    def trace(self) -> Evaluation:
+        """Run the closure for the first time, and record it; what it calls ``backward`` on is differentiated.
 
         Raises:
+            ValueError: there is nothing to differentiate.
+            RuntimeError: it changes the gradients.
             TypeError, ValueError: the closure returned something that is not a loss or a metric.
             Exception: whatever the closure raises.
         """
-        replaced = (
-            {}
-            if stand_ins is None
-            else {id(p): t for p, t in zip(self._params, stand_ins, strict=True)}
-        )
-        mode = Tracing(replaced, self._effects, cut=cut)
         self.count += 1
-        in_place = stand_ins is None
-        # torch.func runs on stand-ins: a write to a real buffer there fails, or would happen twice.
-        if not in_place and self._effects.changes_buffers:
-            raise RuntimeError("it changes buffers in place, such as running statistics")
-        # Every run finds the random numbers and buffers of the first one.
-        self._effects.rewind(tensors=in_place)
-        # An autocast around the step keeps casts of weights, of where they were at the last run.
-        torch.clear_autocast_cache()
+        recorder = ForwardRecorder(self._parameters.tensors)
+        accumulation = GradientAccumulation(self._parameters)
+
+        def differentiate(root: Tensor) -> None:
+            with recorder.paused():
+                accumulation.add(root)
+
+        mode = Tracing(self._effects, differentiate)
+        self._effects.begin()
         try:
-            with (
-                torch.set_grad_enabled(graph or self._differentiates),
-                quiet_ddp(broadcast=not self._effects.is_known),
-            ):
-                with twice_differentiable(), mode:
-                    returned = self.function()
-                loss, metric = _split_returned(mode.substitute(returned), mode.roots)
+            with recorder:
+                traced = self._run(mode, graph=True, broadcast=True)
+            self.called_backward = bool(mode.roots)
+            self._gradients_before = accumulation.finish()
+            self.gradient = accumulation.total
         finally:
-            self._effects.settle(tensors=in_place)
-        self._differentiates |= mode.differentiates
-        self.called_backward = bool(mode.roots)
-        self.substituted = mode.substituted
-        # The first run may have set them to zero or None: that is what a step leaves behind.
-        if self._left_gradients is None:
-            self._left_gradients = [p.grad for p in self._params]
-        return Evaluation(
-            loss, tuple(mode.outputs), mode.losses == {least_squares}, metric, mode.has_hooks
-        )
-
-    def trace(self) -> Evaluation:
-        """Run the closure, with a graph that leads to its loss.
-
-        Raises:
-            ValueError: there is none.
-        """
-        # All that comes later, products and square roots, hangs on this graph.
-        traced = self()
+            self._effects.is_known = True
+        self._differentiates = mode.differentiates
         if not traced.loss.requires_grad:
             raise ValueError(
                 "the loss has no graph to differentiate: it was detached, computed under no_grad, "
                 "or uses none of the parameters"
             )
-        return traced
+        return replace(traced, recorder=recorder)
 
-    def evaluate_trial(self) -> Evaluation | None:
-        """Run the closure without a graph, at the parameters as they are now; None outside of its domain."""
-        try:
-            return self(graph=False)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-            logger.warning(
-                "the loss is not defined at a trial point, which is turned down: %s", error
-            )
-            return None
+    def run_again(self, *, graph: bool) -> Evaluation:
+        """Run the closure once more, at the parameters as they are now, with the side effects of the first run.
 
-    def compute_plain_gradients(self, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The gradients that the closure gives when nothing is traced; ``.grad`` of all leaves is left alone."""
-        before = [
-            (leaf, leaf.grad) for leaf in {id(t): t for t in [*self._params, *leaves]}.values()
-        ]
-        self.count += 1
+        Args:
+            graph: build the graph that leads to the loss. Without it, only a closure that itself
+                differentiates builds what it needs.
+        """
+        # A closure may look at the gradients that it has just computed.
+        gradients = [p.grad for p in self._parameters.tensors]
         self._effects.rewind()
         try:
-            # So that what backward leaves is this run's gradient, and not added to an older one.
-            for leaf, _ in before:
-                leaf.grad = None
-            with torch.enable_grad():
-                with quiet_ddp(broadcast=False):
-                    returned = self.function()
-                # Backward may be called in it, or left to the optimizer.
-                gradients = [p.grad for p in self._params]
-                if all(gradient is None for gradient in gradients):  # it called no backward
-                    loss, _ = _split_returned(returned, [])
-                    gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
-            return gradients
+            mode = Tracing(self._effects, None)
+            return self._run(mode, graph=graph or self._differentiates, broadcast=False)
         finally:
             self._effects.settle()
-            for leaf, gradient in before:
-                leaf.grad = gradient
+            for p, gradient in zip(self._parameters.tensors, gradients, strict=True):
+                p.grad = gradient
+
+    def _run(self, mode: Tracing, *, graph: bool, broadcast: bool) -> Evaluation:
+        # An autocast around the step keeps casts of weights, of where they were at the last run.
+        torch.clear_autocast_cache()
+        with torch.set_grad_enabled(graph), quiet_ddp(broadcast=broadcast), ExitStack() as stack:
+            for context in self._autocast:
+                stack.enter_context(context())
+            with mode:
+                returned = self.function()
+            loss, metric = _split_returned(returned, mode.roots)
+        return Evaluation(loss, metric, tuple(mode.losses), mode.differentiates, mode.has_hooks)
 
     def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
         """Set ``.grad`` as one run of the closure leaves it: with the gradients added, if it calls ``backward``."""
-        assert self._left_gradients is not None
         for p, old, new, flag in zip(
-            self._params, self._left_gradients, gradients, reached, strict=True
+            self._parameters.tensors, self._gradients_before, gradients, reached, strict=True
         ):
             p.grad = (
                 old if not (flag and self.called_backward) else new if old is None else old + new
@@ -199,7 +171,69 @@ class ReplayedClosure:
         self._effects.rewind()
 
 
-def wrap_closures(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosure]:
+class GradientAccumulation:
+    """Carries out ``backward`` while a closure runs, so that it finds ``.grad`` as torch leaves it.
+
+    Args:
+        parameters: whose gradients they are.
+
+    Attributes:
+        total: the sum of what was computed since the closure last cleared the gradients, flat; None
+            if nothing was.
+    """
+
+    def __init__(self, parameters: FlatParameters) -> None:
+        self._parameters = parameters
+        self._before: list[Tensor | None] = []
+        self.total: Tensor | None = None
+
+    def add(self, root: Tensor) -> None:
+        """Differentiate a scalar; its graph is kept."""
+        params = self._parameters.tensors
+        now = [p.grad for p in params]
+        if self.total is None or all(g is None for g in now):  # else it adds to what is there
+            self.total, self._before = None, now
+        for p in params:
+            p.grad = None
+        root.backward(retain_graph=True)
+        new = self._parameters.flatten(p.grad for p in params)
+        self.total = new if self.total is None else self.total + new
+        for p, old in zip(params, now, strict=True):
+            if old is not None:
+                p.grad = old if p.grad is None else old + p.grad
+
+    def finish(self) -> list[Tensor | None]:
+        """After the run: put ``.grad`` to where it was before what counts, and return that.
+
+        Raises:
+            RuntimeError: the closure changed the gradients after ``backward``.
+        """
+        params = self._parameters.tensors
+        if self.total is None:
+            return [p.grad for p in params]
+        left = [p.grad for p in params]
+        for p, old in zip(params, self._before, strict=True):
+            p.grad = old
+        expected = self._parameters.unflatten(self.total)
+        difference = total = 0.0
+        for found, old, new in zip(left, self._before, expected, strict=True):
+            right = new if old is None else old + new
+            # It may clear them again.
+            if found is None or torch.equal(found, right):
+                continue
+            difference += (found - right).norm().item() ** 2
+            total += right.norm().item() ** 2
+        if difference > 1e-10 * total:
+            raise RuntimeError(
+                "the closure changes the gradients after backward, by "
+                f"{math.sqrt(difference / total):.2g} (relative): a step is made for a loss, and "
+                "they are no longer the gradient of one; use max_kl, the trust region, in place of "
+                "clipping, and write all that is to be minimised into the loss"
+            )
+        return self._before
+
+
+def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosure]:
     """A closure, or each of a list of them.
 
     Raises:
@@ -215,11 +249,11 @@ def wrap_closures(closure: Any, params: Sequence[Tensor]) -> list[ReplayedClosur
                 "step() needs a closure that computes the loss, or a list of them, got "
                 f"{show(function)}"
             )
-    return [ReplayedClosure(function, params) for function in closures]
+    return [TracedClosure(function, parameters) for function in closures]
 
 
 @contextmanager
-def undo_on_error(runs: Sequence[ReplayedClosure]) -> Iterator[None]:
+def undo_on_error(runs: Sequence[TracedClosure]) -> Iterator[None]:
     """Undo the side effects of closures, which first ran in this order, if the block raises."""
     try:
         yield
@@ -235,9 +269,12 @@ def twice_differentiable() -> Iterator[None]:
     """Choose kernels that have second derivatives and forward mode, and modules that torch functions can be seen in.
 
     Where the closure uses checkpointing, derivatives run parts of it again, and must find the same
-    kernels.
+    kernels. An autocast around it is for the closure alone: it would round the solve as well.
     """
     with ExitStack() as stack:
+        for kind in _AUTOCAST_KINDS:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         # Fused attention has no second derivative and no forward mode (torch 2.13, CPU and CUDA).
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Compiled graphs hide their operations. Nobody has compiled anything if it is not imported,
@@ -245,6 +282,20 @@ def twice_differentiable() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def _find_autocast() -> list[Callable[[], torch.autocast]]:
+    """What makes each kind of device's autocast as it is now."""
+    return [
+        partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+        for kind in _AUTOCAST_KINDS
+        if torch.is_autocast_enabled(kind)
+    ]
 
 
 def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
@@ -255,10 +306,13 @@ def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
                 f"the closure must return a loss or (loss, metric), got a tuple of {len(returned)}"
             )
         loss, metric = returned
-    if isinstance(metric, Tensor) and metric.numel() != 1:
-        raise ValueError(
-            f"a tensor returned as the metric must be a scalar KL, got shape {tuple(metric.shape)}"
-        )
+    if isinstance(metric, Tensor):
+        if metric.numel() != 1:
+            raise ValueError(
+                "a tensor returned as the metric must be a scalar KL, got shape "
+                f"{tuple(metric.shape)}"
+            )
+        metric = metric.reshape(())
     if roots and isinstance(loss, Tensor | Number):
         return torch.stack([root.reshape(()) for root in roots]).sum(), metric
     if isinstance(loss, Distribution):

@@ -6,9 +6,11 @@ likelihood (or least squares) that they stand for: the Fisher information, which
 matrix of an exponential family (Martens 2020, section 9).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from inspect import Signature, signature
+from inspect import BoundArguments, Signature, signature
 from typing import Any
 
 import torch
@@ -193,53 +195,60 @@ LOSSES: dict[Callable[..., Any], Loss] = {
 """The recognised loss functions."""
 
 
-def call_loss(
-    func: Callable[..., Any], args: Any, kwargs: Any, *, cut: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """Call a recognised loss function; return its result and the outputs of the model that it saw.
+@dataclass(frozen=True)
+class LossCall:
+    """A call of a recognised loss function.
 
-    It sees an alias of each output: differentiating at the alias leaves out the output's other
-    uses. With ``cut`` the alias has no history, so that the result depends on the outputs and on
-    nothing before them.
+    Attributes:
+        loss: how it is differentiated twice.
+        arguments: what it was given, with an alias of each output of the model: differentiating at
+            the alias leaves out the output's other uses.
+        outputs: these aliases.
+        result: what it gave.
     """
+
+    loss: Loss
+    arguments: BoundArguments
+    outputs: tuple[Tensor, ...]
+    result: Tensor
+
+    @property
+    def replaces_hessian(self) -> bool:
+        """Whether another Hessian than autograd's is the loss's."""
+        return self.loss.replace_hessian is not None and any(z.requires_grad for z in self.outputs)
+
+    def with_own_hessian(self) -> Tensor:
+        """The result, with a graph from the outputs whose second derivative is the loss's own Hessian."""
+        if self.loss.replace_hessian is None or not self.replaces_hessian:
+            return self.result
+        arguments = dict(self.arguments.arguments)
+        if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
+            flags = arguments.pop("size_average", None), arguments.pop("reduce", None)
+            arguments["reduction"] = reduction_of(*flags)
+        call = BoundArguments(self.arguments.signature, OrderedDict(arguments))
+        return self.loss.replace_hessian(self.result, *call.args, **call.kwargs)
+
+
+def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
+    """Call a recognised loss function."""
     loss = LOSSES[func]
     call = _signature(func).bind(*args, **kwargs)
     outputs: list[Tensor] = []
     for name in loss.outputs:
         z = call.arguments.get(name)
         if isinstance(z, tuple):
-            call.arguments[name] = tuple(_alias(part, cut) for part in z)
+            call.arguments[name] = tuple(_alias(part) for part in z)
             outputs += call.arguments[name]
         elif isinstance(z, Tensor):
-            call.arguments[name] = _alias(z, cut)
+            call.arguments[name] = _alias(z)
             outputs.append(call.arguments[name])
-    result = func(*call.args, **call.kwargs)
-    if loss.replace_hessian is not None and any(z.requires_grad for z in outputs):
-        if (
-            call.arguments.get("size_average") is not None
-            or call.arguments.get("reduce") is not None
-        ):
-            flags = call.arguments.pop("size_average", None), call.arguments.pop("reduce", None)
-            call.arguments["reduction"] = reduction_of(*flags)
-        others = [t for t in call.arguments.values() if isinstance(t, Tensor) and t.requires_grad]
-        others = [t for t in others if not any(t is z for z in outputs)]
-        replaced = loss.replace_hessian(result, *call.args, **call.kwargs)
-        return _add_first_order(replaced, result, others), outputs
-    return result, outputs
+    return LossCall(loss, call, tuple(outputs), func(*call.args, **call.kwargs))
 
 
-def _alias(z: Any, cut: bool) -> Any:
+def _alias(z: Any) -> Any:
     if not isinstance(z, Tensor):
         return z  # the loss function refuses it
-    return z.detach().requires_grad_(z.requires_grad) if cut else z.view_as(z)
-
-
-def _add_first_order(replaced: Tensor, loss: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """Add the gradient that ``loss`` has in other arguments, such as a learned target."""
-    for t in others:
-        (gradient,) = torch.autograd.grad(loss.sum(), t, retain_graph=True)
-        replaced = replaced + (gradient * (t - t.detach())).sum_to_size(replaced.shape)
-    return replaced
+    return z.view_as(z)
 
 
 @cache

@@ -82,21 +82,6 @@ def test_batch_norm_statistics_move_once_a_step():
             assert torch.equal(mine, plain)
 
 
-def test_a_hidden_dependence_is_found_and_named(caplog):
-    model = torch.jit.script(mlp())
-    x, y = vector(), torch.randint(0, CLASSES, (BATCH,))
-    with caplog.at_level("INFO", logger="ngd_optim"):
-        optimizer = NaturalCG(model.parameters())
-        for _ in range(2):
-            optimizer.step(lambda: F.cross_entropy(model(x), y))
-    assert optimizer.last_step.backend == "double-backward"
-    assert not caplog.records  # double-backward is what is taken first
-    with pytest.raises(
-        RuntimeError, match=r"torch\.func misses a dependence on parameters that autograd sees"
-    ):
-        linearize(lambda: F.cross_entropy(model(x), y), model.parameters(), backend="torch.func")
-
-
 def test_a_gradient_changed_after_backward_is_refused():
     model, x, y = mlp(), vector(), torch.randint(0, CLASSES, (BATCH,))
     optimizer = NaturalCG(model.parameters())
@@ -109,7 +94,7 @@ def test_a_gradient_changed_after_backward_is_refused():
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         return loss
 
-    with pytest.raises(RuntimeError, match="differs from plain autograd's"):
+    with pytest.raises(RuntimeError, match="the closure changes the gradients after backward"):
         optimizer.step(closure)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 

@@ -208,8 +208,8 @@ def test_runs_of_the_closure_and_products_are_counted(form, lr, products):
         optimizer.step(problem.closure)
         report = optimizer.last_step
         assert report.n_product == len(products) == report.cg_iters + (step > 0)
-        # The first step with a closure checks it, which is not counted.
-        assert problem.calls >= report.n_forward if step == 0 else problem.calls == report.n_forward
+        # Trial points replay what was recorded. The first step with a closure may run it to check.
+        assert problem.calls == 1 or step == 0
         assert report.n_forward >= 1 + report.backtracks
         assert (report.backtracks > 0) == (lr > 1) or step > 0
 
@@ -438,8 +438,8 @@ def test_masks_agree_within_a_step_and_are_fresh_in_the_next(own_generator):
         optimizer.step(lambda: loss(model(x)))
         report = optimizer.last_step
         assert report.accepted
-        assert len(model.masks) >= report.n_forward > 1
-        assert all(torch.equal(m, mask) for m in model.masks)
+        assert report.n_forward > len(model.masks) == 1
+        assert torch.equal(model.masks[0], mask)
         assert torch.equal(source.get_state(), after)
         assert torch.equal(torch.get_rng_state(), untouched) == own_generator
         assert not any(torch.equal(mask, earlier) for earlier in used)

@@ -5,14 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ngd_optim.curvature import OutputMetric, metric_of
+from ngd_optim.curvature import Graph, OutputMetric
 from ngd_optim.names import Curvature
-from ngd_optim.tracing import ReplayedClosure
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.tracing import TracedClosure
 
 
 def output_metric_of(
     closure: Callable[[], Any], params: Iterable[Tensor], curvature: Curvature = "ggn"
 ) -> OutputMetric:
-    metric = metric_of(ReplayedClosure(closure, list(params))(), curvature)
+    parameters = FlatParameters([{"params": list(params)}])
+    _, metric = Graph(TracedClosure(closure, parameters), parameters, curvature).get()
     assert isinstance(metric, OutputMetric)
     return metric

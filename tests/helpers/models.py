@@ -151,7 +151,6 @@ CASES = {
         lambda: nn.Sequential(
             nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)
         ),
-        backend="double-backward",
     ),
     "batch_norm_eval": Case(
         "BatchNorm in eval mode",
@@ -213,12 +212,10 @@ CASES = {
     "spectral_norm": Case(
         "spectral_norm",
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(FEATURES, CLASSES))),
-        backend="double-backward",
     ),
     "custom_function": Case(
         "autograd.Function without jvp",
         lambda: Apply(lambda m, x: Square.apply(m.layer(x)), layer=nn.Linear(FEATURES, CLASSES)),
-        backend="double-backward",
     ),
     "checkpoint": Case(
         "Non-reentrant checkpointing",
@@ -235,11 +232,10 @@ CASES = {
         ),
     ),
     "compiled": Case("torch.compile", lambda: torch.compile(mlp(), backend="eager")),
-    "scripted": Case("TorchScript", lambda: torch.jit.script(mlp()), backend="double-backward"),
+    "scripted": Case("TorchScript", lambda: torch.jit.script(mlp())),
     "autograd_inside": Case(
         "torch.autograd.grad inside the closure",
         lambda: Apply(physics, net=mlp()),
-        backend="double-backward",
     ),
     "func_inside": Case(
         "torch.func derivatives inside the closure", lambda: Apply(physics_by_func, net=mlp())

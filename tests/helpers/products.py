@@ -5,20 +5,22 @@ from typing import Any
 
 from torch import Tensor
 
+from ngd_optim.curvature import Graph
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import Checked
-from ngd_optim.linearization.product import ClosureProduct, Graph
+from ngd_optim.linearization.product import ClosureProduct
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import ReplayedClosure
+from ngd_optim.tracing import TracedClosure
 
 
 def product_by(
     way: Way, closure: Callable[[], Any], params: Sequence[Tensor], *, keep_graph: bool = True
 ) -> ClosureProduct:
     """The Gauss-Newton product of a closure, with nothing checked."""
-    graph = Graph(ReplayedClosure(closure, params), "ggn")
     parameters = FlatParameters([{"params": params}])
+    graph = Graph(TracedClosure(closure, parameters), parameters, "ggn")
+    checked = Checked((way,))
     return ClosureProduct(
-        graph, parameters, Checked((way,)), ALONE, lambda ways: None, keep_graph=keep_graph
+        graph, parameters, checked, ALONE, lambda ways: None, lambda: checked, keep_graph=keep_graph
     )

@@ -242,7 +242,7 @@ def test_what_training_step_logs_is_logged_once_at_the_point_before_the_step(
 
     module = Counting()
     trainer, reports = fit(module, logger=CSVLogger(tmp_path), log_every_n_steps=1, max_epochs=2)
-    assert module.runs > 2 * len(reports)
+    assert module.runs <= len(reports) + 2  # the first step with a closure checks it
     assert {report.backend for report in reports} == {"double-backward"}
     assert module.seen == (48 * 4, 3, 3)
     last_epoch = [report.loss for report in reports[3:]]
@@ -512,7 +512,7 @@ def test_two_optimizers_under_manual_optimization() -> None:
     assert all(same_steps(a, b) for a, b in zip(noted.reports, expected, strict=True))
     assert torch.equal(vector(module), vector(plain))
     assert trainer.global_step == 6
-    assert module.evaluations > 6
+    assert module.evaluations == 3
     assert hooks.calls == {"before_backward": 3, "after_backward": 3, "optimizer_step": 6}
     for i, name in enumerate(["first", "second"]):
         assert trainer.callback_metrics[name] == pytest.approx(

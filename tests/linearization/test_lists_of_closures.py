@@ -10,7 +10,7 @@ from ngd_optim import NaturalCG
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization import linearize_mean
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing.closure import ReplayedClosure
+from ngd_optim.tracing.closure import TracedClosure
 
 
 @pytest.mark.parametrize("form", [cross_entropy, policy_gradient])
@@ -63,10 +63,9 @@ def test_micro_batches_hold_one_graph_at_a_time():
     learnt = {}
 
     def form_a_product():
-        runs = [ReplayedClosure(function, params) for function in closures]
-        point = linearize_mean(
-            FlatParameters([{"params": params}]), "ggn", "double-backward", learnt, ALONE, runs
-        )
+        parameters = FlatParameters([{"params": params}])
+        runs = [TracedClosure(function, parameters) for function in closures]
+        point = linearize_mean(parameters, "ggn", "double-backward", learnt, ALONE, runs)
         point.product(point.gradient)
 
     form_a_product()

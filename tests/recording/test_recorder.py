@@ -190,35 +190,36 @@ def test_what_cannot_be_replayed_is_refused(name):
         record(UNREPLAYABLE[name], vector())
 
 
-class ReadsTangent(torch.autograd.Function):
-    """Its forward mode reads the tangent's values."""
+class ReadsGradient(torch.autograd.Function):
+    """Its backward's backward reads values of what it is given."""
 
     @staticmethod
-    def forward(x):
+    def forward(ctx, x):
         return x * 1.0
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
     def backward(ctx, g):
-        return g
+        return Again.apply(g)
+
+
+class Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g):
+        return g * 1.0
 
     @staticmethod
-    def jvp(ctx, t):
+    def backward(ctx, t):
         return t * 1.0 if t.abs().sum().item() >= 0 else t
 
 
 def test_a_product_that_cannot_be_recorded_is_formed_directly(caplog):
     model, x, y = nn.Linear(3, 2).double(), vector().view(2, 3), torch.tensor([0, 1])
-    optimizer = NaturalCG(model.parameters(), backend="torch.func")
+    optimizer = NaturalCG(model.parameters(), backend="double-backward")
     with caplog.at_level("INFO", logger="ngd_optim"):
         for _ in range(3):
-            optimizer.step(lambda: F.cross_entropy(ReadsTangent.apply(model(x)), y))
+            optimizer.step(lambda: F.cross_entropy(ReadsGradient.apply(model(x)), y))
             assert optimizer.last_step.accepted
     assert len([r for r in caplog.records if "cannot be recorded" in r.message]) == 1
-    assert optimizer.last_step.n_forward == optimizer.last_step.n_product + 2
 
 
 def test_long_chains_of_small_operations_are_not_recorded(caplog):
@@ -287,7 +288,7 @@ def test_memory_is_released():
     try:
         optimizer.step(lambda: F.cross_entropy(Held.apply(model(x)), y))
         optimizer.step(lambda: F.cross_entropy(Held.apply(model(x)), y))
-        assert len(tokens) >= 4
+        assert len(tokens) == 2
         assert not [token for token in tokens if token() is not None]
     finally:
         gc.enable()
@@ -342,18 +343,15 @@ class TestOperationCounts:
         return optimizer, closure, calls
 
     @pytest.mark.parametrize("backend", ["torch.func", "double-backward"])
-    def test_forwards_are_the_trace_the_recording_and_the_trials(self, backend):
+    def test_a_closure_runs_once_a_step(self, backend):
         optimizer, closure, calls = self.counted(backend)
         for _ in range(3):
             calls[0] = 0
             optimizer.step(closure)
             report = optimizer.last_step
             assert report.backend == backend
-            assert (
-                report.n_forward
-                == calls[0]
-                == 1 + (backend == "torch.func") + (report.backtracks + 1)
-            )
+            assert calls[0] == 1
+            assert report.n_forward == 1 + report.backtracks + 1
             assert report.n_product == report.cg_iters + 1
 
     def test_backwards_are_the_gradient_and_the_recording(self, monkeypatch):

@@ -1,0 +1,404 @@
+"""Record what a closure computes from the parameters, once, and replay it at other parameters.
+
+The program is the function whose gradient autograd gives. What autograd holds fixed is a constant
+of it: detached tensors, all that is computed under ``no_grad``, random numbers. The closure's own
+code runs once, and whatever else it does happens once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.recording.aten import STATISTICS, facts, find_written, tensors_of
+from ngd_optim.recording.program import (
+    CannotReplayError,
+    Operation,
+    find_last_uses,
+    remove_dead_code,
+    run,
+)
+from ngd_optim.recording.recorder import take_slots_out
+from ngd_optim.torch_internals import DispatchMode
+
+_aten = torch.ops.aten
+_RECORDERS = count(1)
+
+_Mark = tuple[int, str]
+"""The slot of a tensor that depends on the parameters, and why autograd does not follow it.
+
+That is ``"detached"``, ``"no_grad"`` or ``"random"``; empty if autograd follows it. A tensor of
+which autograd learnt later has a history, and is followed.
+"""
+
+
+class ForwardProgram:
+    """``parameters ↦ tensors``, a pure function: it writes to nothing that was there before.
+
+    Args:
+        program: the operations, which fill slots; the parameters are in the first ones.
+        last_uses: of each operation, slots that are not needed after it.
+        values: of the slots that are constants, None in the others.
+        outputs: of each output, its slot, or its value if it is a constant.
+        has_functions: whether an ``autograd.Function`` is on the way, whose backward need not be
+            its forward's.
+        holds: whether it holds something fixed that depends on the parameters.
+    """
+
+    def __init__(
+        self,
+        program: list[Operation],
+        last_uses: list[list[int]],
+        values: list[Any],
+        outputs: list[int | Tensor],
+        *,
+        has_functions: bool,
+        holds: bool,
+    ) -> None:
+        self.has_functions = has_functions
+        self.holds = holds
+        self._program = program
+        self._last_uses = last_uses
+        self._values = values
+        self._outputs = outputs
+
+    def __call__(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs at other parameters, with a graph if gradients are enabled.
+
+        Raises:
+            CannotReplayError: a condition that the closure asks about does not hold there.
+            RuntimeError: an operation is not possible there.
+        """
+        values = [*parameters, *self._values[len(parameters) :]]
+        run(self._program, self._last_uses, values)
+        return [values[out] if isinstance(out, int) else out for out in self._outputs]
+
+
+class ForwardRecorder(DispatchMode):
+    """Notes the operations on the parameters while a closure runs, in the order of the run.
+
+    It follows what autograd follows, by marks on tensors, and memory where a tensor is written to.
+
+    Args:
+        parameters: what the program is a function of.
+
+    Attributes:
+        reads_values: whether the closure read a number that depends on the parameters, other than
+            True or False.
+        has_conditions: whether it went one way of several, depending on the parameters.
+        problem: why there is no program; None if there is one.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._number = next(_RECORDERS)
+        self._inputs: dict[int, _Mark] = {id(p): (slot, "") for slot, p in enumerate(parameters)}
+        self._parameters = {_memory_of(p) for p in parameters}
+        self._memories = list(range(len(parameters)))  # of each slot, a number
+        self._owned: dict[Any, int] = {}  # memory that was written to, and its first slot
+        self._operations: list[Operation] = []
+        self._constants: dict[Any, list[tuple[Any, Any, Tensor]]] = {}  # by memory
+        self._searched = 0  # so many operations, for constants
+        self._paused = False
+        self.reads_values = False
+        self.has_conditions = False
+        self._of_functions: set[int] = set()  # slots of what they gave
+        self.problem: str | None = None
+
+    def program(
+        self,
+        outputs: Sequence[Tensor],
+        *,
+        fixed: Sequence[Tensor] = (),
+        conditions: bool = False,
+        follows_all: bool = False,
+    ) -> ForwardProgram:
+        """What computes some tensors of the run.
+
+        Args:
+            outputs: those tensors.
+            fixed: tensors that it takes as constants.
+            conditions: whether a replay fails where the closure would go another way.
+            follows_all: whether it computes anew what autograd holds fixed.
+
+        Raises:
+            CannotReplayError: there is a problem; the message says which.
+        """
+        slots = [self._slot(out) if follows_all else self._followed_slot(out) for out in outputs]
+        constants = {self._followed_slot(t): t.detach() for t in fixed}
+        if self.problem is not None:
+            raise CannotReplayError(self.problem)
+        needed = [slot for slot in slots if slot is not None]
+        candidates = [
+            operation.following_all() if follows_all and operation.held else operation
+            for operation in self._operations
+            if (operation.expected is None or conditions)
+            and not any(slot in constants for _, slot in operation.outputs)
+        ]
+        kept = remove_dead_code(candidates, needed, self._memories.__getitem__)
+        values: list[Any] = [None] * len(self._memories)
+        for slot, constant in constants.items():
+            if slot is not None:
+                values[slot] = constant
+        result = [
+            out.detach() if slot is None else slot for slot, out in zip(slots, outputs, strict=True)
+        ]
+        has_functions = any(
+            slot in self._of_functions for operation in kept for _, slot in operation.outputs
+        )
+        holds = any(operation.held for operation in kept)
+        return ForwardProgram(
+            kept,
+            find_last_uses(kept, needed),
+            values,
+            result,
+            has_functions=has_functions,
+            holds=holds,
+        )
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the parameters in this run, in a way that autograd follows."""
+        return self._followed_slot(tensor) is not None
+
+    def has_seen(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the parameters in any way."""
+        return self._find(tensor) is not None
+
+    @property
+    def calls_functions(self) -> bool:
+        """Whether an ``autograd.Function`` was met."""
+        return bool(self._of_functions)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is noted."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fact = facts(func)
+        if self._paused or fact.asks_about_shapes:
+            return func(*args, **kwargs)
+        if func is _aten.detach.default:  # autograd calls it too, for what it saves
+            return self._detach(args[0])
+        written = list(find_written(func, args, kwargs)) if fact.in_place else []
+        call = self._find_inputs(func, args, kwargs, written)
+        if call is None:
+            for tensor in written:
+                self._keep_constants(tensor)
+            return func(*args, **kwargs)
+        if written and self._own_all(written):
+            call = self._find_inputs(func, args, kwargs, written) or call
+        operation, cut = call
+        if fact.looks_at_shapes_only:
+            return func(*args, **kwargs)
+        if fact.random:
+            if written:
+                self._fail(f"{func} changes what depends on the parameters at random")
+            cut = "random"
+        if func in STATISTICS:
+            _leave_statistics_alone(operation)
+        result = func(*args, **kwargs)
+        tensors = tensors_of(result)
+        if not tensors and not written:
+            return self._note_reading(operation, result)
+        if func is _aten.native_dropout.default and cut == "random" and torch.is_grad_enabled():
+            _fix_mask(operation, result)
+            tensors, cut = [(None, result[0])], ""
+        memory = self._memories[operation.slots[0]] if fact.shares_memory else None
+        is_new = not written or fact.shares_memory
+        operation.outputs = [
+            (index, self._new_slot(tensor, memory, cut) if is_new else self._rewrite(tensor, cut))
+            for index, tensor in tensors
+        ]
+        self._operations.append(operation)
+        return result
+
+    def _find_inputs(
+        self, func: Any, args: Any, kwargs: Any, written: list[Tensor]
+    ) -> tuple[Operation, str] | None:
+        """The operation, without outputs, and why autograd does not follow it; None if it has no inputs.
+
+        What autograd does not follow is a constant to an operation that it does follow.
+        """
+        found: list[tuple[Tensor, str]] = []
+
+        def slot_of(tensor: Tensor) -> int | None:
+            mark = self._find(tensor)
+            if mark is None:
+                return None
+            found.append((tensor, mark[1]))
+            return mark[0]
+
+        inputs: list[tuple[Any, Any, int]] = []
+        own_args = take_slots_out(list(args), inputs, slot_of)
+        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else {}
+        if not found:
+            return None
+        cuts = [cut for _, cut in found]
+        is_followed = torch.is_grad_enabled() and "" in cuts
+        held: list[tuple[Any, Any, int]] = []
+        if is_followed and any(cuts):
+            inputs, held = _put_back(inputs, found, written)
+        cut = "" if is_followed else "detached" if torch.is_grad_enabled() else "no_grad"
+        return Operation(func, own_args, own_kwargs, inputs, [], held), cut
+
+    def _detach(self, tensor: Tensor) -> Tensor:
+        result, mark = _aten.detach.default(tensor), self._find(tensor)
+        if mark is not None:
+            self._mark(result, mark[0], mark[1] or "detached")
+        return result
+
+    def _note_reading(self, operation: Operation, result: Any) -> Any:
+        # The closure does the same wherever it gets the same answer. Other numbers may be read to
+        # be shown, or to compute with.
+        if isinstance(result, bool):
+            operation.expected = result
+            self._operations.append(operation)
+            self.has_conditions = True
+        else:
+            self.reads_values = True
+        return result
+
+    def _slot(self, tensor: Tensor) -> int | None:
+        mark = self._find(tensor)
+        return None if mark is None else mark[0]
+
+    def _followed_slot(self, tensor: Tensor) -> int | None:
+        mark = self._find(tensor)
+        return None if mark is None or mark[1] else mark[0]
+
+    def _find(self, tensor: Tensor) -> _Mark | None:
+        """The mark of a tensor that depends on the parameters."""
+        number, slot, cut = getattr(tensor, "_ngd_mark", (0, 0, ""))
+        if number != self._number:
+            return self._inputs.get(id(tensor)) or self._find_by_memory(tensor)
+        if cut and _has_history(tensor):
+            if cut == "random":
+                self._fail("random numbers are drawn in a way that is differentiated")
+            # An autograd.Function runs under no_grad, and autograd follows what it gives.
+            if cut == "no_grad":
+                self._of_functions.add(slot)
+            return slot, ""
+        return slot, cut
+
+    def _find_by_memory(self, tensor: Tensor) -> _Mark | None:
+        """The mark of a tensor that had none when it was made, in memory that was written to since."""
+        if self._owned and (base := self._owned.get(_memory_of(tensor))) is not None:
+            return self._view(tensor, base, "" if _has_history(tensor) else "no_grad")
+        if _has_history(tensor) and _memory_of(tensor) in self._parameters:
+            self._fail("a view of a parameter was made before the closure ran")
+        return None
+
+    def _own_all(self, written: list[Tensor]) -> bool:
+        """Before tensors are written to: let them lie in memory that each replay makes anew; whether some did not."""
+        if any(_memory_of(tensor) in self._parameters for tensor in written):
+            self._fail("the closure writes to its parameters")
+            return False
+        foreign = [tensor for tensor in written if self._find(tensor) is None]
+        for tensor in foreign:
+            self._keep_constants(tensor)
+            with self.paused():
+                length = tensor.untyped_storage().nbytes() // tensor.element_size()
+                flat = tensor.detach().as_strided((length,), (1,), 0).clone()
+            base = len(self._memories)
+            self._memories.append(base)
+            self._owned[_memory_of(tensor)] = base
+            self._operations.append(Operation(_aten.clone.default, [flat], {}, [], [(None, base)]))
+            self._view(tensor, base, "no_grad")
+        return bool(foreign)
+
+    def _view(self, tensor: Tensor, base: int, cut: str) -> _Mark:
+        """The mark of a tensor as a view of the memory that another slot lies in."""
+        args = [None, tensor.shape, tensor.stride(), int(tensor.storage_offset())]
+        slot = self._new_slot(tensor, self._memories[base], cut)
+        self._operations.append(
+            Operation(_aten.as_strided.default, args, {}, [(args, 0, base)], [(None, slot)])
+        )
+        return slot, cut
+
+    def _rewrite(self, tensor: Tensor, cut: str) -> int:
+        """The slot of a tensor that has another value now."""
+        found = self._find(tensor)
+        if found is None:  # an output that was no argument
+            return self._new_slot(tensor, None, cut)
+        slot, before = found
+        self._mark(tensor, slot, before and cut)
+        return slot
+
+    def _new_slot(self, tensor: Tensor, memory: int | None, cut: str) -> int:
+        slot = len(self._memories)
+        self._memories.append(slot if memory is None else memory)
+        self._mark(tensor, slot, cut)
+        return slot
+
+    def _mark(self, tensor: Tensor, slot: int, cut: str) -> None:
+        tensor._ngd_mark = (self._number, slot, cut)  # pyright: ignore
+
+    def _keep_constants(self, tensor: Tensor) -> None:
+        """Before memory is written to: the program keeps what its constants hold now."""
+        for operation in self._operations[self._searched :]:
+            self._note_constants(operation.args)
+            self._note_constants(operation.kwargs)
+        self._searched = len(self._operations)
+        with self.paused():
+            for place, key, value in self._constants.pop(_memory_of(tensor), ()):
+                place[key] = value.detach().clone()
+
+    def _note_constants(self, place: Any) -> None:
+        for key, value in place.items() if isinstance(place, dict) else enumerate(place):
+            if isinstance(value, Tensor):
+                self._constants.setdefault(_memory_of(value), []).append((place, key, value))
+            elif isinstance(value, list):
+                self._note_constants(value)
+
+    def _fail(self, problem: str) -> None:
+        self.problem = self.problem or problem
+
+
+def _memory_of(tensor: Tensor) -> Any:
+    """The same for tensors that share memory, while one of them is held."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper
+        return None
+
+
+def _has_history(tensor: Tensor) -> bool:
+    return tensor.requires_grad and not tensor.is_leaf
+
+
+def _put_back(
+    inputs: list[tuple[Any, Any, int]], found: list[tuple[Tensor, str]], written: list[Tensor]
+) -> tuple[list[tuple[Any, Any, int]], list[tuple[Any, Any, int]]]:
+    """The inputs that autograd follows or that are written to, and the others, put back as constants."""
+    kept, held = [], []
+    for (place, key, slot), (tensor, cut) in zip(inputs, found, strict=True):
+        if cut and not any(tensor is w for w in written):
+            place[key] = tensor
+            held.append((place, key, slot))
+        else:
+            kept.append((place, key, slot))
+    return kept, held
+
+
+def _leave_statistics_alone(norm: Operation) -> None:
+    mean, variance, change = STATISTICS[norm.function]
+    if norm.args[change]:
+        norm.args[mean] = norm.args[variance] = None
+
+
+def _fix_mask(dropout: Operation, result: Any) -> None:
+    """Make it a product with the mask that was drawn."""
+    (_, _, slot), *_ = dropout.inputs
+    keep = 1 - dropout.args[1]
+    dropout.function = _aten.mul.Tensor
+    dropout.args = [None, result[1] * (1 / keep if keep else 0.0)]
+    dropout.read([(dropout.args, 0, slot)])
