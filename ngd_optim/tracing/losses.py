@@ -5,7 +5,7 @@ the gradient are kept, and the Hessian is a positive semidefinite one that stand
 
 - of a likelihood (``nll_loss``, ``kl_div``, ``ctc_loss``, ``gaussian_nll_loss``) the Fisher
   information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9);
-- of unit vectors (``cosine_embedding_loss``) that of least squares;
+- of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
 - of absolute values and hinges, which are straight but for their kink, that of the parabola above
   them (:func:`~ngd_optim.tracing.majorisers.irls_weight`).
 """
@@ -218,14 +218,18 @@ def _cosine_embedding(
     reduction: str,
     **_: Any,
 ) -> Tensor:
-    # 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖²: least squares.
-    # Its weights are those of the samples that count: all matches, and mismatches within the
-    # margin.
     input1, input2 = torch.broadcast_tensors(input1, input2)
     per_sample = F.cosine_embedding_loss(input1, input2, target, margin, reduction="none")
-    share = _shares(torch.ones_like(per_sample), reduction)
-    weights = torch.where((target > 0) | (per_sample > 0), share, 0.0).unsqueeze(-1)
-    metric = [(_unit(input1) - _unit(input2), weights)]
+    share = _shares(torch.ones_like(per_sample), reduction).unsqueeze(-1)
+    matches = (target > 0).unsqueeze(-1)
+    a, b = _unit(input1), _unit(input2)
+    # A match is least squares: 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖². A mismatch is a hinge of cos(a, b).
+    cosine = (a * b).sum(-1, keepdim=True)
+    hinge = irls_weight(torch.where(matches, 0.0, cosine - margin), 0.5)
+    metric = [
+        (a - b, torch.where(matches, share, 0.0)),
+        (cosine, torch.where(matches, 0.0, share * hinge)),
+    ]
     return _replace_hessian(_reduce(per_sample, reduction), [input1, input2], metric, (-1,))
 
 

@@ -256,7 +256,7 @@ def gaussian_nll_loss(form, full, reduction):
 
 
 def cosine_embedding_loss(shape, margin, reduction):
-    """Least squares of unit vectors: all matches, and the mismatches within the margin."""
+    """Least squares of unit vectors for a match, the parabola of a hinge for a mismatch."""
     target = torch.tensor([1, 1, 1, -1, -1]) if len(shape) == 3 else torch.tensor(1)
 
     def call(z):
@@ -265,12 +265,19 @@ def cosine_embedding_loss(shape, margin, reduction):
     def difference(z):
         return F.normalize(z[0], dim=-1) - F.normalize(z[1], dim=-1)
 
-    def h(z):
-        active = (target > 0) | (F.cosine_similarity(z[0], z[1], dim=-1) > margin)
-        weights = share(target, reduction) * active.double()
+    def cosine(z):
+        return F.cosine_similarity(z[0], z[1], dim=-1)
+
+    def of_matches(z):
+        weights = share(target, reduction) * (target > 0).double()
         return weights.unsqueeze(-1).expand_as(z[0])
 
-    return shape, call, weighted_squares(difference, h)
+    def of_mismatches(z):
+        gap = (cosine(z) - margin) * (target < 0)
+        return share(target, reduction) * parabola(gap) / 2 * (target < 0)
+
+    parts = [weighted_squares(difference, of_matches), weighted_squares(cosine, of_mismatches)]
+    return shape, call, lambda z: sum(part(z) for part in parts)
 
 
 def ctc_loss(form, zero_infinity, reduction):
