@@ -1,17 +1,20 @@
 """The loss functions of torch that define a Gauss-Newton matrix, and the Hessian that each has at its inputs.
 
 Most are convex in the model's output, and autograd finds their Hessian. Of the others the value and
-the gradient are kept, and the Hessian is replaced by the positive semidefinite one of the
-likelihood (or least squares) that they stand for: the Fisher information, which is the Gauss-Newton
-matrix of an exponential family (Martens 2020, section 9).
+the gradient are kept, and the Hessian is a positive semidefinite one that stands for theirs:
+
+- of a likelihood (``nll_loss``, ``kl_div``, ``ctc_loss``, ``gaussian_nll_loss``) the Fisher
+  information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9);
+- of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
+- of absolute values and hinges, which are straight but for their kink, that of the parabola above
+  them (:func:`~ngd_optim.tracing.majorisers.irls_weight`).
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import BoundArguments, Signature, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,15 @@ from torch import Tensor
 
 from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing.majorisers import irls_weight
+
+
+class Call(NamedTuple):
+    """A loss function and its arguments."""
+
+    function: Callable[..., Tensor]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
 
 
 class Loss:
@@ -26,57 +38,86 @@ class Loss:
 
     Attributes:
         outputs: names of the arguments that are outputs of the model, or tuples of them.
-        replace_hessian: ``(result, *arguments) ↦ result`` with another Hessian; None for convex
+        replace_hessian: ``(result, **arguments) ↦ result`` with another Hessian; None for convex
             losses.
+        rewrite: ``(*args, **kwargs) ↦`` the call of another recognised loss that is the same, with
+            the outputs that this one computes from its arguments.
     """
 
-    def __init__(self, *outputs: str, replace_hessian: Callable[..., Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        *outputs: str,
+        replace_hessian: Callable[..., Tensor] | None = None,
+        rewrite: Callable[..., Call] | None = None,
+    ) -> None:
         self.outputs = outputs
         self.replace_hessian = replace_hessian
+        self.rewrite = rewrite
+
+
+Metric = Sequence[tuple[Tensor, Tensor]]
+"""Pairs of coordinates ``u``, computed from the outputs, and weights ``h``: the Hessian of ``½ Σ h (u − u₀)²``."""
 
 
 def _replace_hessian(
-    loss: Tensor,
-    outputs: Sequence[Tensor],
-    metric: Sequence[tuple[Tensor, Tensor]],
-    sample_dims: tuple[int, ...],
+    loss: Tensor, variables: Sequence[Tensor], metric: Metric, sample_dims: tuple[int, ...] = ()
 ) -> Tensor:
-    """A tensor with the value and the gradient of ``loss``, and the Hessian of ``½ Σ h (u − u₀)²``.
+    """A tensor with the value and the gradient of ``loss``, and the Hessian of ``metric``.
 
     Args:
         loss: scalar, or one value per sample.
-        outputs: what it is differentiated at, where they require a gradient.
-        metric: pairs of coordinates ``u``, computed from the outputs, and their weights ``h``.
-        sample_dims: the dimensions of outputs and coordinates that make up one sample's loss.
+        variables: what it is differentiated at, where they require a gradient.
+        metric: is added up.
+        sample_dims: the dimensions of variables and coordinates that make up one sample's loss.
     """
-    outputs = [z for z in outputs if z.requires_grad]
-    gradients = torch.autograd.grad(loss.sum(), outputs, retain_graph=True)
+    variables = [z for z in variables if z.requires_grad]
+    gradients = torch.autograd.grad(loss.sum(), variables, retain_graph=True)
     # loss₀ + Σ gᵀ(z − z₀) + ½ Σ h (u − u₀)²: at z₀ its value, its gradient, and the Hessian of the
     # last sum.
     result = loss.detach()
-    terms = [g * (z - z.detach()) for z, g in zip(outputs, gradients, strict=True)]
-    terms += [0.5 * h.detach() * (u - u.detach()).square() for u, h in metric]
-    for term in terms:
-        result = result + (
-            term.sum(sample_dims) if loss.ndim and sample_dims else term.sum_to_size(loss.shape)
-        )
-    return result
+    for z, g in zip(variables, gradients, strict=True):
+        result = result + _sum_to(g * _change(z), loss, sample_dims)
+    return _add_hessian(result, metric, sample_dims)
 
 
-def _sample_weights(per_sample: Tensor, reduction: str) -> Tensor:
-    """The weight of each sample in the result."""
-    return per_sample / per_sample.sum() if reduction == "mean" else per_sample
+def _add_hessian(loss: Tensor, metric: Metric, sample_dims: tuple[int, ...] = ()) -> Tensor:
+    """``loss + ½ Σ h (u − u₀)²``, summed over each sample: no other value, no other gradient."""
+    for u, h in metric:
+        loss = loss + _sum_to(0.5 * h.detach() * _change(u).square(), loss, sample_dims)
+    return loss
+
+
+def _change(z: Tensor) -> Tensor:
+    """``z − z₀``, which is zero; also at the −∞ of what is masked, which has no gradient."""
+    now = z.detach()
+    change = z - now
+    # One question here is cheaper than a mask in every product.
+    return change if now.isfinite().all() else torch.where(now.isfinite(), change, 0.0)
+
+
+def _sum_to(term: Tensor, loss: Tensor, sample_dims: tuple[int, ...]) -> Tensor:
+    if loss.ndim and sample_dims:
+        return term.sum(sample_dims)
+    return term.sum_to_size(loss.shape)
+
+
+def _shares(weights: Tensor, reduction: str) -> Tensor:
+    """The weight of each sample or element in the result; 0 where no sample has any."""
+    if reduction != "mean":
+        return weights
+    total = weights.sum()
+    return torch.where(total == 0, 0.0, weights / total)
 
 
 def _nll(
     loss: Tensor,
+    *,
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
-    size_average: object = None,
-    ignore_index: int = -100,
-    reduce: object = None,
-    reduction: str = "mean",
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    **_: Any,
 ) -> Tensor:
     # The Fisher information of a categorical in its log-probabilities: diag p (Martens 2020,
     # section 9).
@@ -84,59 +125,76 @@ def _nll(
     per_sample = F.nll_loss(
         -torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none"
     )
-    weight_of_sample = _sample_weights(per_sample, reduction).unsqueeze(class_dim)
-    return _replace_hessian(loss, [input], [(input, weight_of_sample * input.exp())], (class_dim,))
+    h = _shares(per_sample, reduction).unsqueeze(class_dim) * input.detach().softmax(class_dim)
+    return _replace_hessian(loss, [input], [(input, h)], (class_dim,))
 
 
 def _kl_div(
-    loss: Tensor,
-    input: Tensor,
-    target: Tensor,
-    size_average: object = None,
-    reduce: object = None,
-    reduction: str = "mean",
-    log_target: bool = False,
+    loss: Tensor, *, input: Tensor, target: Tensor, reduction: str, log_target: bool, **_: Any
 ) -> Tensor:
-    weight_of_sample = {"mean": 1 / input.numel(), "batchmean": 1 / input.shape[0]}.get(
-        reduction, 1.0
-    )
-    return _replace_hessian(loss, [input], [(input, weight_of_sample * input.exp())], ())
+    batch = len(input) if reduction == "batchmean" and input.ndim else 1
+    if input.shape != target.shape:
+        input, target = torch.broadcast_tensors(input, target)
+        pointwise = F.kl_div(input, target, reduction="none", log_target=log_target)
+        loss = _reduce(pointwise, reduction) / batch
+    # That of a categorical, m · diag p, where m is the target mass of its row.
+    mass, p = _rows(input.detach(), target.detach().exp() if log_target else target.detach())
+    share = 1 / input.numel() if reduction == "mean" else 1 / batch
+    return _replace_hessian(loss, [input, target], [(input, share * mass * p)])
+
+
+def _rows(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of ``target``, and the probabilities, over the dimension in which the latter add up to 1."""
+    if not log_probs.ndim:
+        return target, log_probs.exp()
+    dims = range(log_probs.ndim)
+    off = torch.stack([log_probs.logsumexp(dim).abs().amax() for dim in dims])
+    # Chosen without asking the device for a number. Of equals the last is taken.
+    best = off.flip(0).argmin()
+    masses = torch.stack([target.sum(dim, keepdim=True).expand_as(target) for dim in dims]).flip(0)
+    probs = torch.stack([log_probs.softmax(dim) for dim in dims]).flip(0)
+    return masses[best], probs[best]
 
 
 def _ctc(
     loss: Tensor,
+    *,
     log_probs: Tensor,
     targets: Tensor,
     input_lengths: Any,
     target_lengths: Any,
-    blank: int = 0,
-    reduction: str = "mean",
-    zero_infinity: bool = False,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
 ) -> Tensor:
     frames = log_probs.shape[0]
-    lengths, target_lengths = (
+    lengths, target_sizes = (
         torch.as_tensor(n, device=log_probs.device).reshape(-1)
         for n in (input_lengths, target_lengths)
     )
-    seen = torch.arange(frames, device=log_probs.device).unsqueeze(1) < lengths
-    targets_per_sample = target_lengths.clamp(min=1).to(log_probs.dtype)
-    weight_of_sample = (
-        1 / (len(lengths) * targets_per_sample) if reduction == "mean" else torch.ones_like(lengths)
-    )
-    weights = (seen * weight_of_sample).reshape(*log_probs.shape[:-1], 1)
-    return _replace_hessian(
-        loss, [log_probs], [(log_probs, weights * log_probs.exp())], (0, log_probs.ndim - 1)
-    )
+    counts = torch.arange(frames, device=log_probs.device).unsqueeze(1) < lengths
+    if zero_infinity:  # what has no alignment has no loss
+        per_sample = F.ctc_loss(
+            log_probs.detach(), targets, input_lengths, target_lengths, blank, reduction="none"
+        )
+        counts = counts & per_sample.isfinite().reshape(-1)
+    targets_per_sample = target_sizes.clamp(min=1).to(log_probs.dtype)
+    share = 1 / (len(lengths) * targets_per_sample) if reduction == "mean" else 1.0
+    weights = (counts * share).reshape(*log_probs.shape[:-1], 1)
+    # The Fisher information of each frame's categorical.
+    h = weights * log_probs.detach().softmax(-1)
+    return _replace_hessian(loss, [log_probs], [(log_probs, h)], (0, log_probs.ndim - 1))
 
 
 def _gaussian_nll(
     loss: Tensor,
+    *,
     input: Tensor,
     target: Tensor,
     var: Tensor | float,
-    full: bool = False,
-    eps: float = 1e-6,
-    reduction: str = "mean",
+    full: bool,
+    eps: float,
+    reduction: str,
 ) -> Tensor:
     if not isinstance(var, Tensor):
         return loss
@@ -144,35 +202,210 @@ def _gaussian_nll(
         var = var.unsqueeze(-1)
     mean, target, variance = torch.broadcast_tensors(input, target, var)
     loss = F.gaussian_nll_loss(mean, target, variance, full=full, eps=eps, reduction=reduction)
-    weight_of_sample = _sample_weights(torch.ones_like(mean), reduction)
+    share = _shares(torch.ones_like(mean), reduction)
     # Of a normal distribution in mean and variance: 1/σ² and 1/(2σ⁴).
     clamped = variance.detach().clamp(min=eps)
-    return _replace_hessian(
-        loss,
-        [mean, variance],
-        [(mean, weight_of_sample / clamped), (variance, weight_of_sample / (2 * clamped.square()))],
-        (),
-    )
+    metric = [(mean, share / clamped), (variance, share / (2 * clamped.square()))]
+    return _replace_hessian(loss, [mean, target, variance], metric)
 
 
 def _cosine_embedding(
     loss: Tensor,
+    *,
     input1: Tensor,
     input2: Tensor,
     target: Tensor,
-    margin: float = 0.0,
-    size_average: object = None,
-    reduce: object = None,
-    reduction: str = "mean",
+    margin: float,
+    reduction: str,
+    **_: Any,
 ) -> Tensor:
-    # 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖²: least squares.
-    # Its weights are those of the samples that count: all matches, and mismatches within the
-    # margin.
+    input1, input2 = torch.broadcast_tensors(input1, input2)
     per_sample = F.cosine_embedding_loss(input1, input2, target, margin, reduction="none")
-    weight_of_sample = _sample_weights(torch.ones_like(per_sample), reduction)
-    weights = torch.where((target > 0) | (per_sample > 0), weight_of_sample, 0.0).unsqueeze(-1)
-    difference = F.normalize(input1, dim=-1) - F.normalize(input2, dim=-1)
-    return _replace_hessian(loss, [input1, input2], [(difference, weights)], (-1,))
+    share = _shares(torch.ones_like(per_sample), reduction).unsqueeze(-1)
+    matches = (target > 0).unsqueeze(-1)
+    a, b = _unit(input1), _unit(input2)
+    # A match is least squares: 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖². A mismatch is a hinge of cos(a, b).
+    cosine = (a * b).sum(-1, keepdim=True)
+    hinge = irls_weight(torch.where(matches, 0.0, cosine - margin), 0.5)
+    metric = [
+        (a - b, torch.where(matches, share, 0.0)),
+        (cosine, torch.where(matches, 0.0, share * hinge)),
+    ]
+    return _replace_hessian(_reduce(per_sample, reduction), [input1, input2], metric, (-1,))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    # As torch does it in cosine_embedding_loss: finite at zero as well.
+    return vectors / (vectors.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+
+
+def _l1(
+    loss: Tensor,
+    *,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    weight: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    r = input - target
+    share = _shares(torch.ones_like(r) if weight is None else weight, reduction)
+    return _add_hessian(loss, [(r, share * irls_weight(r))])
+
+
+def _huber(
+    loss: Tensor,
+    *,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    delta: float,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r = input - target
+    share = _shares(torch.ones_like(r), reduction) * (1 if weight is None else weight)
+    return _add_hessian(loss, [(r, share * _far(r, delta))])
+
+
+def _smooth_l1(
+    loss: Tensor, *, input: Tensor, target: Tensor, reduction: str, beta: float, **_: Any
+) -> Tensor:
+    r = input - target
+    share = _shares(torch.ones_like(r), reduction)
+    return _add_hessian(loss, [(r, share * (_far(r, beta) / beta if beta else irls_weight(r)))])
+
+
+def _far(r: Tensor, delta: float) -> Tensor:
+    """``φ′(r) / r = δ / |r|`` where Huber's ``φ`` is straight, and 0 within, where it has its own Hessian."""
+    size = r.detach().abs()
+    return torch.where(size > delta, delta / size, 0.0)
+
+
+def _margin_ranking(
+    loss: Tensor,
+    *,
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float,
+    reduction: str,
+    **_: Any,
+) -> Tensor:
+    u = margin - target * (input1 - input2)
+    share = _shares(torch.ones_like(u), reduction)
+    return _add_hessian(loss, [(u, share * irls_weight(u, 0.5))])
+
+
+def _hinge_embedding(
+    loss: Tensor, *, input: Tensor, target: Tensor, margin: float, reduction: str, **_: Any
+) -> Tensor:
+    # A match costs the distance itself, which is its own absolute value.
+    x, target = torch.broadcast_tensors(input, target)
+    distance = irls_weight(torch.where(target != -1, x, 0.0))
+    hinge = irls_weight(torch.where(target != 1, margin - x, 0.0), 0.5)
+    h = torch.where(target != -1, distance, 0.0) + torch.where(target != 1, hinge, 0.0)
+    return _add_hessian(loss, [(x, _shares(torch.ones_like(x), reduction) * h)])
+
+
+def _multi_margin(
+    loss: Tensor,
+    *,
+    input: Tensor,
+    target: Tensor,
+    p: int,
+    margin: float,
+    weight: Tensor | None,
+    reduction: str,
+    **_: Any,
+) -> Tensor:
+    # Torch's kernel has no second derivative: the same loss in plain operations.
+    # Σ_{i ≠ y} w_y max(0, margin − z_y + z_i)ᵖ / C.
+    target = target.reshape(input.shape[:-1]).unsqueeze(-1)
+    u = margin - input.gather(-1, target) + input
+    counts = torch.ones_like(input).scatter(-1, target, 0.0) / input.shape[-1]
+    if weight is not None:
+        counts = counts * weight[target]
+    return _sum_of_hinges(u, counts, p, reduction, (-1,))
+
+
+def _multilabel_margin(
+    loss: Tensor, *, input: Tensor, target: Tensor, reduction: str, **_: Any
+) -> Tensor:
+    # Σ_{j label} Σ_{i no label} max(0, 1 − z_j + z_i) / C. The first −1 ends the list of labels.
+    listed = (target >= 0).cumprod(-1)
+    longest = int(listed.sum(-1).amax())
+    listed, labels = listed[..., :longest], target[..., :longest].clamp(min=0)
+    is_label = torch.zeros_like(input).scatter_add(-1, labels, listed.to(input.dtype)) > 0
+    u = 1 - input.gather(-1, labels).unsqueeze(-1) + input.unsqueeze(-2)
+    counts = (listed.unsqueeze(-1) * ~is_label.unsqueeze(-2)).to(input.dtype) / input.shape[-1]
+    return _sum_of_hinges(u, counts, 1, reduction, (-2, -1))
+
+
+def _sum_of_hinges(
+    u: Tensor, weights: Tensor, p: int, reduction: str, sample_dims: tuple[int, ...]
+) -> Tensor:
+    """``Σ w max(0, u)ᵖ`` of each sample, reduced; squares have their own Hessian."""
+    per_sample = (weights * u.relu() ** p).sum(sample_dims)
+    if p == 1:
+        h = weights * irls_weight(torch.where(weights != 0, u, 0.0), 0.5)
+        per_sample = _add_hessian(per_sample, [(u, h)], sample_dims)
+    return _reduce(per_sample, reduction)
+
+
+def _reduce(per_sample: Tensor, reduction: str) -> Tensor:
+    reduced = {"mean": per_sample.mean, "sum": per_sample.sum, "batchmean": per_sample.sum}.get(
+        reduction
+    )
+    return reduced() if reduced else per_sample
+
+
+def _triplet(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Call:
+    if size_average is not None or reduce is not None:
+        reduction = reduction_of(size_average, reduce)
+    return _triplet_with_distance(
+        anchor,
+        positive,
+        negative,
+        distance_function=lambda a, b: F.pairwise_distance(a, b, p, eps),
+        margin=margin,
+        swap=swap,
+        reduction=reduction,
+    )
+
+
+def _triplet_with_distance(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    distance_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+    margin: float = 1.0,
+    swap: bool = False,
+    reduction: str = "mean",
+) -> Call:
+    """max(0, margin + d₊ − d₋), a ranking of two distances, which it is convex in."""
+    if margin <= 0:
+        raise ValueError(f"margin must be greater than 0, got {margin}")  # as torch has it
+    distance = distance_function or F.pairwise_distance
+    near, far = distance(anchor, positive), distance(anchor, negative)
+    if swap:
+        far = torch.minimum(far, distance(positive, negative))
+    return Call(
+        F.margin_ranking_loss,
+        (far, near, torch.ones_like(near)),
+        {"margin": margin, "reduction": reduction},
+    )
 
 
 LOSSES: dict[Callable[..., Any], Loss] = {
@@ -182,14 +415,21 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.cross_entropy: Loss("input"),
     F.ctc_loss: Loss("log_probs", replace_hessian=_ctc),
     F.gaussian_nll_loss: Loss("input", "var", replace_hessian=_gaussian_nll),
-    F.huber_loss: Loss("input", "target"),
+    F.hinge_embedding_loss: Loss("input", replace_hessian=_hinge_embedding),
+    F.huber_loss: Loss("input", "target", replace_hessian=_huber),
     F.kl_div: Loss("input", replace_hessian=_kl_div),
+    F.l1_loss: Loss("input", "target", replace_hessian=_l1),
+    F.margin_ranking_loss: Loss("input1", "input2", replace_hessian=_margin_ranking),
     F.mse_loss: Loss("input", "target"),
+    F.multi_margin_loss: Loss("input", replace_hessian=_multi_margin),
+    F.multilabel_margin_loss: Loss("input", replace_hessian=_multilabel_margin),
     F.multilabel_soft_margin_loss: Loss("input"),
     F.nll_loss: Loss("input", replace_hessian=_nll),
     F.poisson_nll_loss: Loss("input"),
-    F.smooth_l1_loss: Loss("input", "target"),
+    F.smooth_l1_loss: Loss("input", "target", replace_hessian=_smooth_l1),
     F.soft_margin_loss: Loss("input"),
+    F.triplet_margin_loss: Loss(rewrite=_triplet),
+    F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
     least_squares: Loss("residuals"),
 }
 """The recognised loss functions."""
@@ -221,17 +461,14 @@ class LossCall:
         """The result, with a graph from the outputs whose second derivative is the loss's own Hessian."""
         if self.loss.replace_hessian is None or not self.replaces_hessian:
             return self.result
-        arguments = dict(self.arguments.arguments)
-        if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
-            flags = arguments.pop("size_average", None), arguments.pop("reduce", None)
-            arguments["reduction"] = reduction_of(*flags)
-        call = BoundArguments(self.arguments.signature, OrderedDict(arguments))
-        return self.loss.replace_hessian(self.result, *call.args, **call.kwargs)
+        return self.loss.replace_hessian(self.result, **_arguments(self.arguments))
 
 
 def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
     """Call a recognised loss function."""
     loss = LOSSES[func]
+    if loss.rewrite is not None:
+        return call_loss(*loss.rewrite(*args, **kwargs))
     call = _signature(func).bind(*args, **kwargs)
     outputs: list[Tensor] = []
     for name in loss.outputs:
@@ -245,10 +482,18 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
     return LossCall(loss, call, tuple(outputs), func(*call.args, **call.kwargs))
 
 
+def _arguments(call: BoundArguments) -> dict[str, Any]:
+    """All arguments by name, with defaults, and the two old flags as the reduction that they mean."""
+    call = BoundArguments(call.signature, call.arguments.copy())
+    call.apply_defaults()
+    flags = [call.arguments.pop(name, None) for name in ("size_average", "reduce")]
+    if flags != [None, None]:
+        call.arguments["reduction"] = reduction_of(*flags)
+    return dict(call.arguments)
+
+
 def _alias(z: Any) -> Any:
-    if not isinstance(z, Tensor):
-        return z  # the loss function refuses it
-    return z.view_as(z)
+    return z.view_as(z) if isinstance(z, Tensor) else z  # the loss function refuses what is none
 
 
 @cache
