@@ -62,3 +62,80 @@ def find_reached(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool
     zeros = [torch.zeros_like(root) for root in roots]
     gradients = torch.autograd.grad(roots, inputs, zeros, retain_graph=True, allow_unused=True)
     return [gradient is not None for gradient in gradients]
+
+
+_LINEAR = {
+    "Add",
+    "Alias",
+    "AsStrided",
+    "Cat",
+    "Clone",
+    "Copy",
+    "Cumsum",
+    "Diagonal",
+    "Expand",
+    "Flip",
+}
+_LINEAR |= {
+    "Gather",
+    "Index",
+    "IndexSelect",
+    "MaskedFill",
+    "Mean",
+    "Neg",
+    "Permute",
+    "Repeat",
+    "Roll",
+}
+_LINEAR |= {
+    "ReshapeAlias",
+    "Rsub",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Squeeze",
+    "Stack",
+}
+_LINEAR |= {
+    "Sub",
+    "Sum",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unbind",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+    "Where",
+}
+_LINEAR_IN_EACH = {"Addmm", "Addmv", "Baddbmm", "Bmm", "Div", "Dot", "Mm", "Mul", "Mv"}
+"""Linear in what has a graph, if that is one argument."""
+
+
+def find_linear_ends(root: Tensor, stop: set[Any]) -> list[Any]:
+    """The nodes that ``root`` is a linear function of: the first ones of ``stop`` or that are not linear.
+
+    Leaves are left out.
+    """
+    ends: list[Any] = []
+    seen: set[Any] = {None}
+    pending: list[Any] = [root.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = node.name().removesuffix("0").removesuffix("1").removesuffix("2")
+        name = name.removesuffix("Backward")
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        is_linear = name in _LINEAR or (
+            name in _LINEAR_IN_EACH
+            and len(parents) == 1
+            and not (name == "Div" and node.next_functions[0][0] is None)
+        )
+        if node in stop or not (is_linear or variable_of(node) is not None):
+            ends.append(node)
+        else:
+            pending += parents
+    return ends

@@ -108,7 +108,8 @@ class Graph:
         """The loss, with the metric's outputs fixed."""
         if self._around is None and self._is_at_hand:
             traced, metric = self.get()
-            self._around = self.recorder.program([traced.loss], fixed=metric.outputs)
+            inputs = metric.inputs if isinstance(metric, OutputMetric) else ()
+            self._around = self.recorder.program([traced.loss], fixed=inputs)
         return self._around
 
     @property

@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.distributions import Distribution
 
 from ngd_optim.autograd_graph import parents_first
@@ -44,6 +46,7 @@ class OutputMetric:
         kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the
             parameters around the outputs counts as well.
         check: at the first step with a closure, whether what serves as a KL is one.
+        inputs: what the loss takes of the outputs: it depends on parameters around these.
     """
 
     outputs: Tensors
@@ -51,6 +54,7 @@ class OutputMetric:
     select: Callable[[Evaluation], Tensors]
     kind: Kind
     check: Check = check_nothing
+    inputs: Tensors = ()
 
 
 @dataclass(frozen=True)
@@ -201,22 +205,21 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     """The generalised Gauss-Newton metric: the Hessian of all that the loss does after the model's outputs.
 
     Weights, reductions, label smoothing and sums of several losses are followed by autograd
-    (Schraudolph 2002). None if the loss depends on no recognised loss function's input, or on its
-    derivatives.
+    (Schraudolph 2002). What the loss has a kink in is an output as well, with the curvature of a
+    parabola. None if the loss depends on no recognised loss function's input and not on kinks
+    alone, or on derivatives of a loss function.
     """
     calls = [call for call in evaluation.losses if call.result.requires_grad]
-    if not calls:
-        return None
     # How the loss depends on what the loss functions gave: w of a mean, a sum, a weighted sum.
-    weights = torch.autograd.grad(
-        evaluation.loss, [call.result for call in calls], retain_graph=True, allow_unused=True
-    )
+    weights = _slopes(evaluation.loss, [call.result for call in calls])
     used = [
         (call, weight) for call, weight in zip(calls, weights, strict=True) if weight is not None
     ]
     outputs = [z for call, _ in used for z in call.outputs if z.requires_grad]
     results = [call.result for call, _ in used]
-    if not used or _depends_on_derivatives(evaluation, results, outputs):
+    if _depends_on_derivatives(evaluation, results, outputs):
+        return None
+    if not used and not evaluation.ends_in_kinks:
         return None
     if any(call.replaces_hessian for call, _ in used):
         loss = add_scalars((weight * call.with_own_hessian()).sum() for call, weight in used)
@@ -225,17 +228,46 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     indices = [
         i for i, z in enumerate(evaluation.outputs) if any(z is output for output in outputs)
     ]
+    # Beside a recognised loss, squares are a penalty: derivatives see their curvature.
+    kinks = [kink for kink in evaluation.kinks if not (used and kink.is_smooth)]
+    slopes = _slopes(evaluation.loss, [GradientEdge(kink.node, 0) for kink in kinks])
+    forms = [kink.form() for kink in kinks]
+    bends = [
+        weigh(slope).detach()
+        for (_, weigh), slope in zip(forms, slopes, strict=True)
+        if slope is not None
+    ]
+    at_outputs = hessian(loss, outputs) if outputs else None
+
+    def apply_hessian(u: Tensors) -> Tensors:
+        first, rest = u[: len(outputs)], u[len(outputs) :]
+        bent = [h * t for h, t in zip(bends, rest, strict=True)]
+        return bent if at_outputs is None else [*at_outputs(first), *bent]
 
     def select(other: Evaluation) -> Tensors:
-        if len(other.outputs) != len(evaluation.outputs):
+        found = [kink.form()[0] for kink in other.kinks if not (used and kink.is_smooth)]
+        if len(other.outputs) != len(evaluation.outputs) or len(found) != len(kinks):
             raise RuntimeError(
-                f"the closure saw {len(evaluation.outputs)} model outputs at loss functions in "
-                f"one run and {len(other.outputs)} in the next; it must compute the same thing "
-                "each time that it runs"
+                f"the closure saw {len(evaluation.outputs) + len(kinks)} model outputs at loss "
+                f"functions in one run and {len(other.outputs) + len(found)} in the next; it must "
+                "compute the same thing each time that it runs"
             )
-        return [other.outputs[i] for i in indices]
+        return [*(other.outputs[i] for i in indices), *found]
 
-    return OutputMetric(outputs, hessian(loss, outputs), select, "ggn")
+    return OutputMetric(
+        [*outputs, *(z for z, _ in forms)],
+        apply_hessian,
+        select,
+        "ggn",
+        inputs=[*outputs, *(t for kink in kinks for t in kink.inputs)],
+    )
+
+
+def _slopes(loss: Tensor, variables: Sequence[Any]) -> Sequence[Tensor | None]:
+    """``∂loss/∂variable`` for each, None where it does not depend on it."""
+    if not variables:
+        return []
+    return torch.autograd.grad(loss, variables, retain_graph=True, allow_unused=True)
 
 
 def _depends_on_derivatives(evaluation: Evaluation, results: Tensors, outputs: Tensors) -> bool:

@@ -19,6 +19,7 @@ from ngd_optim.distributed import quiet_ddp
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
+from ngd_optim.tracing.kinks import Kink, find_last_kinks
 from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.losses import LOSSES, LossCall
 from ngd_optim.tracing.mode import Tracing
@@ -40,6 +41,8 @@ class Evaluation:
             on, or what it returned if it called ``backward`` on nothing.
         losses: the calls of recognised loss functions.
         metric: what the closure returned beside the loss: distributions, a scalar tensor, or None.
+        kinks: calls of functions with a kink that the loss is a linear function of.
+        ends_in_kinks: whether it is a linear function of these, and of squares, alone.
         differentiates: whether the closure called ``torch.autograd.grad``.
         has_hooks: whether it registered hooks on gradients.
         recorder: has noted how all this depends on the parameters; None for a run that is not the
@@ -49,6 +52,8 @@ class Evaluation:
     loss: Tensor
     metric: Any
     losses: tuple[LossCall, ...] = ()
+    kinks: tuple[Kink, ...] = ()
+    ends_in_kinks: bool = False
     differentiates: bool = False
     has_hooks: bool = False
     recorder: ForwardRecorder | None = None
@@ -151,7 +156,17 @@ class TracedClosure:
             with mode:
                 returned = self.function()
             loss, metric = _split_returned(returned, mode.roots)
-        return Evaluation(loss, metric, tuple(mode.losses), mode.differentiates, mode.has_hooks)
+            results = [call.result.grad_fn for call in mode.losses]
+            kinks, is_all = find_last_kinks(loss, mode.kinks, results)
+        return Evaluation(
+            loss,
+            metric,
+            tuple(mode.losses),
+            kinks,
+            is_all and any(not kink.is_smooth for kink in kinks),
+            mode.differentiates,
+            mode.has_hooks,
+        )
 
     def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
         """Set ``.grad`` as one run of the closure leaves it: with the gradients added, if it calls ``backward``."""

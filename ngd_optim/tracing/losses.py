@@ -7,7 +7,7 @@ the gradient are kept, and the Hessian is a positive semidefinite one that stand
   information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9);
 - of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
 - of absolute values and hinges, which are straight but for their kink, that of the parabola above
-  them (:func:`~ngd_optim.tracing.majorisers.irls_weight`).
+  them (:func:`~ngd_optim.tracing.kinks.irls_weight`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngd_optim.torch_internals import reduction_of
+from ngd_optim.tracing.kinks import irls_weight
 from ngd_optim.tracing.least_squares import least_squares
-from ngd_optim.tracing.majorisers import irls_weight
 
 
 class Call(NamedTuple):

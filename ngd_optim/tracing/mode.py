@@ -1,6 +1,7 @@
 """See, and change, every torch function that a closure calls."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ngd_optim.torch_internals import base_of, is_transformed
+from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
 
@@ -21,6 +23,9 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
+_HELD = 16
+"""So many inputs of functions with a kink are held until the run ends: a loss ends in the last ones."""
+
 _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
@@ -46,10 +51,17 @@ class Tracing(TorchFunctionMode):
         self._effects = effects
         self._backward = backward
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
+        self._kinks: list[Kink] = []
+        self._held: deque[Kink] = deque(maxlen=_HELD)
         self.losses: list[LossCall] = []
         self.roots: list[Tensor] = []
         self.differentiates = False
         self.has_hooks = False
+
+    @property
+    def kinks(self) -> list[Kink]:
+        """The calls of functions that have a kink, but for those long ago that would take memory."""
+        return [*self._kinks, *self._held]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,6 +84,11 @@ class Tracing(TorchFunctionMode):
             call = call_loss(func, args, kwargs)
             self.losses.append(call)
             return call.result
+        if func in KINKS and torch.is_grad_enabled() and not is_transformed(args):
+            result, kink = call_with_kink(func, args, kwargs)
+            if kink is not None:
+                (self._held if kink.takes_memory else self._kinks).append(kink)
+            return result
         # Native kernels are slower forward, and can be differentiated as often as one likes.
         if getattr(func, "__name__", None) in _RECURRENT:
             with _native_kernels():

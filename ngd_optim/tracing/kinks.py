@@ -1,0 +1,257 @@
+"""What has a kink has no curvature there that derivatives see: the loss takes that of the parabola above it.
+
+That is what iteratively reweighted least squares does. It is for functions with a kink that a loss
+ends in: absolute values, norms, hinges and maxima, of which it takes sums with constant weights.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ngd_optim.autograd_graph import find_linear_ends
+
+Weigh = Callable[[Tensor], Tensor]
+
+_FLOOR = 0.1
+"""Share of the median residual below which residuals count as no smaller: from 0.03 to 0.3 serve as well."""
+
+
+def irls_weight(residual: Tensor, slope: Tensor | float = 1.0) -> Tensor:
+    """``h = c / max(|r|, floor)``, the second derivative of the parabola above ``c |r|``.
+
+    For any ``r₀ ≠ 0``, ``c |r| ≤ ½ h r² + ½ c |r₀|`` with ``h = φ′(r₀) / r₀ = c / |r₀|``; both
+    sides have the same value and the same slope at ``r₀``. So the minimum of the sum of parabolas
+    lowers the sum of ``|r|`` too. A hinge is ``max(0, u) = ½ u + ½ |u|``: ``irls_weight(u, 0.5)``.
+    ``max(a, b) = ½ (a + b) + ½ |a − b|``: ``irls_weight(a − b, 0.5)``. A Euclidean norm ``‖z‖`` has
+    the parabola ``½ h ‖z‖² + …`` of its length: ``irls_weight(‖z‖)``.
+
+    The floor keeps residuals that are near zero from ruling all others. It is a tenth of the median
+    ``|r|`` of those that are not zero, and at least a hundredth of the mean: where most of them
+    vanish, as weights under an L1 penalty do, the median says nothing.
+
+    Sources: Huber & Ronchetti (2009), Robust Statistics, section 7.8; Hunter & Lange (2004), A
+    tutorial on MM algorithms, section 3.1.
+
+    Args:
+        residual: ``r``, of any shape; zeros, such as elements that do not count, do not move the
+            floor.
+        slope: ``c ≥ 0``, a number or a tensor that broadcasts with ``r``.
+
+    Returns:
+        The weights ``h``, finite and at least 0, without a graph.
+    """
+    size = residual.detach().abs()
+    if not size.numel():
+        return size
+    mean = size.mean()
+    median = torch.where(size > 0, size, torch.nan).nanmedian()
+    # Without a residual there is no gradient either, and any weight will do.
+    floor = torch.where(mean > 0, torch.maximum(_FLOOR * median, 0.01 * mean), 1.0)
+    return slope / torch.maximum(size, floor)
+
+
+@dataclass(frozen=True)
+class Kink:
+    """A call of a function with a kink.
+
+    Attributes:
+        node: of its result in the graph.
+        inputs: what it was given, where that requires a gradient.
+        form: gives the coordinate ``z``, which is zero at the kink, and ``c ↦ h`` for the slope
+            ``c = ∂loss/∂result``: the second derivatives in ``z``, one for each element, at least 0.
+            Where the loss is concave there they are 0.
+        takes_memory: whether the inputs would be let go after the call.
+        is_smooth: whether it has no kink after all: a square, which that parabola is.
+    """
+
+    node: Any
+    inputs: tuple[Tensor, ...]
+    form: Callable[[], tuple[Tensor, Weigh]]
+    takes_memory: bool
+    is_smooth: bool
+
+    def formed(self) -> "Kink":
+        """The same, with the coordinate computed: while the run is recorded."""
+        found = self.form()
+        return replace(self, form=lambda: found)
+
+
+class Reading(NamedTuple):
+    """How the arguments of a call are read: what the kink is in, and :attr:`Kink.form` as a function of that."""
+
+    inputs: list[Tensor]
+    form: Callable[..., tuple[Tensor, Weigh]]
+    takes_memory: bool = False
+    is_smooth: bool = False
+
+
+_LARGEST = 2**20
+"""Bytes. Inputs that take memory beyond that are inside of a network."""
+
+
+def call_with_kink(func: Any, args: Any, kwargs: Any) -> tuple[Any, Kink | None]:
+    """Call one of :data:`KINKS`; also give the kink, unless it is of no use."""
+    reading = None
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        try:
+            reading = KINKS[func](*args, **kwargs)
+        except TypeError:  # another form of the call
+            reading = None
+    if reading is None or not any(t.requires_grad for t in reading.inputs):
+        return func(*args, **kwargs), None
+    inputs = reading.inputs
+    if reading.takes_memory:
+        if any(t.numel() * t.element_size() > _LARGEST for t in inputs):
+            return func(*args, **kwargs), None
+    else:  # aliases leave out other uses of the inputs
+        aliases = {id(t): t.view_as(t) for t in inputs}
+        inputs = list(aliases.values())
+        args = [aliases.get(id(a), a) for a in args]
+        kwargs = {name: aliases.get(id(a), a) for name, a in kwargs.items()}
+    result = func(*args, **kwargs)
+    curved = tuple(t for t in inputs if t.requires_grad)
+    form = partial(reading.form, *inputs)
+    return result, Kink(result.grad_fn, curved, form, reading.takes_memory, reading.is_smooth)
+
+
+def _abs(x: Tensor) -> Reading:
+    return Reading([x], lambda x: (x, lambda c: irls_weight(x, c.clamp(min=0))))
+
+
+def _norm(
+    x: Tensor,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    out: Any = None,
+    dtype: Any = None,
+) -> Reading | None:
+    if dtype is not None or p not in (None, "fro", 1, 2):
+        return None
+    dims = list(range(x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+
+    def form(x: Tensor) -> tuple[Tensor, Weigh]:
+        length = torch.linalg.vector_norm(x.detach(), 1 if p == 1 else 2, dims, keepdim=True)
+
+        def weigh(c: Tensor) -> Tensor:
+            slope = c.reshape(length.shape).clamp(min=0)
+            return irls_weight(x if p == 1 else length, slope).expand_as(x)
+
+        return x, weigh
+
+    return Reading([x], form)
+
+
+def _vector_norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Reading | None:
+    return _norm(x, ord, dim, keepdim, dtype=dtype)
+
+
+def _matrix_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
+    is_vector = x.ndim == 1 or isinstance(dim, int)
+    return _norm(x, ord, dim, keepdim) if ord in (None, "fro") or is_vector else None
+
+
+def _maximum(a: Tensor, b: Any = None, sign: int = 1) -> Reading | None:
+    if not isinstance(b, Tensor):
+        return None  # of one tensor along a dimension
+
+    def form(a: Tensor, b: Tensor) -> tuple[Tensor, Weigh]:
+        z = a - b
+        return z, lambda c: irls_weight(z, 0.5 * (sign * c).clamp(min=0))
+
+    return Reading([a, b], form, takes_memory=True)
+
+
+def _minimum(a: Tensor, b: Any = None) -> Reading | None:
+    return _maximum(a, b, sign=-1)
+
+
+def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Reading | None:
+    if (min is None) == (max is None):
+        return None
+    edge, sign = (min, 1) if max is None else (max, -1)
+
+    def form(x: Tensor) -> tuple[Tensor, Weigh]:
+        z = x - edge
+        return z, lambda c: irls_weight(z, 0.5 * (sign * c).clamp(min=0))
+
+    return Reading([x], form, takes_memory=True)
+
+
+def _clamp_max(x: Tensor, max: Any) -> Reading | None:
+    return _clamp(x, None, max)
+
+
+def _relu(x: Tensor, inplace: bool = False) -> Reading | None:
+    return None if inplace else _clamp(x, 0.0)
+
+
+def _power(x: Tensor, exponent: Any = 2) -> Reading | None:
+    if not isinstance(exponent, int | float) or not 1 <= exponent <= 2:
+        return None
+
+    def form(x: Tensor) -> tuple[Tensor, Weigh]:
+        # φ = |z|ᵉ has φ′/z = e |z|ᵉ⁻².
+        return x, lambda c: exponent * c.clamp(min=0) * irls_weight(x) ** (2 - exponent)
+
+    return Reading([x], form, is_smooth=exponent == 2)
+
+
+KINKS: dict[Any, Callable[..., Reading | None]] = {
+    torch.abs: _abs,
+    torch.Tensor.abs: _abs,
+    torch.Tensor.__abs__: _abs,
+    torch.absolute: _abs,
+    torch.norm: _norm,
+    torch.Tensor.norm: _norm,
+    torch.linalg.norm: _matrix_norm,
+    torch.linalg.vector_norm: _vector_norm,
+    torch.maximum: _maximum,
+    torch.Tensor.maximum: _maximum,
+    torch.max: _maximum,
+    torch.Tensor.max: _maximum,
+    torch.minimum: _minimum,
+    torch.Tensor.minimum: _minimum,
+    torch.min: _minimum,
+    torch.Tensor.min: _minimum,
+    torch.relu: _relu,
+    torch.Tensor.relu: _relu,
+    F.relu: _relu,
+    torch.clamp: _clamp,
+    torch.Tensor.clamp: _clamp,
+    torch.clamp_min: _clamp,
+    torch.Tensor.clamp_min: _clamp,
+    torch.clamp_max: _clamp_max,
+    torch.Tensor.clamp_max: _clamp_max,
+    torch.pow: _power,
+    torch.Tensor.pow: _power,
+    torch.Tensor.__pow__: _power,
+    torch.square: _power,
+    torch.Tensor.square: _power,
+}
+"""Functions with a kink, and how their arguments are read."""
+
+
+def find_last_kinks(
+    loss: Tensor, kinks: Iterable[Kink], others: Iterable[Any]
+) -> tuple[tuple[Kink, ...], bool]:
+    """The kinks that the loss ends in, with their coordinates, and whether it ends in nothing else that is curved.
+
+    Args:
+        loss: 0-dim, with its graph, if it has one.
+        kinks: all that were met.
+        others: nodes of the results of recognised loss functions.
+    """
+    by_node = {kink.node: kink for kink in kinks}
+    if not by_node or loss.grad_fn is None:
+        return (), False
+    ends = find_linear_ends(loss, {*by_node, *others})
+    last = tuple(by_node[node] for node in ends if node in by_node)
+    return tuple(kink.formed() for kink in last), all(node in by_node for node in ends)

@@ -1,0 +1,156 @@
+"""Losses by hand that end in a kink: Gauss-Newton with the parabola of iteratively reweighted least squares."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.problems import real
+from torch import nn
+
+from ngd_optim import NaturalCG, linearize
+from ngd_optim.tracing.kinks import irls_weight
+
+N, C = 6, 3
+TARGET = real(N, C)
+SIGNS = real(N, C).sign()
+
+
+def pinball(z):
+    return torch.maximum(0.9 * (TARGET - z), 0.1 * (z - TARGET)).mean()
+
+
+def huber(z):
+    r = z - TARGET
+    return torch.where(r.abs() < 0.5, 0.5 * r**2, 0.5 * (r.abs() - 0.25)).mean()
+
+
+def each(h, size):
+    """The diagonal of weights that are the mean's."""
+    return torch.diag(h.expand(N, C).flatten() / size)
+
+
+# name: loss of the output z, shape (N, C), and the dense Hessian that it takes at z
+CURVED = {
+    "abs": (lambda z: (z - TARGET).abs().mean(), lambda z: each(irls_weight(z - TARGET), N * C)),
+    "abs_operator": (
+        lambda z: 3 * abs(TARGET - z).sum() / N,
+        lambda z: each(3 * irls_weight(z - TARGET), N),
+    ),
+    "weights": (
+        lambda z: ((z - TARGET).abs() * TARGET.square()).sum(),
+        lambda z: each(irls_weight(z - TARGET, TARGET.square()), 1),
+    ),
+    "pinball": (pinball, lambda z: each(irls_weight(z - TARGET, 0.5), N * C)),
+    "minimum": (
+        lambda z: -torch.minimum(z, TARGET).mean(),
+        lambda z: each(irls_weight(z - TARGET, 0.5), N * C),
+    ),
+    "hinge": (
+        lambda z: F.relu(1 - SIGNS * z).mean(),
+        lambda z: each(irls_weight(1 - SIGNS * z, 0.5), N * C),
+    ),
+    "hinge_by_clamp": (
+        lambda z: (1 - SIGNS * z).clamp(min=0).mean(),
+        lambda z: each(irls_weight(1 - SIGNS * z, 0.5), N * C),
+    ),
+    "power": (
+        lambda z: (z - TARGET).abs().pow(1.5).mean(),
+        lambda z: each(1.5 * irls_weight(z - TARGET).sqrt(), N * C),
+    ),
+    "rows": (
+        lambda z: (z - TARGET).norm(dim=1).mean(),
+        lambda z: each(irls_weight((z - TARGET).norm(dim=1, keepdim=True)), N),
+    ),
+    "huber": (
+        huber,
+        lambda z: each(
+            torch.where(
+                (z - TARGET).abs() < 0.5,
+                1.0,
+                irls_weight(z - TARGET, 0.5 * ((z - TARGET).abs() >= 0.5)),
+            ),
+            N * C,
+        ),
+    ),
+    "concave": (lambda z: (z - TARGET).square().mean() - 2 * z.abs().mean(), None),
+}
+
+
+@pytest.mark.parametrize("backend", ["double-backward", "torch.func"])
+@pytest.mark.parametrize("name", CURVED)
+def test_the_matrix_is_that_of_the_parabola(name, backend):
+    loss, hessian = CURVED[name]
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)).double(), real(N, 4)
+    params = list(model.parameters())
+    point = linearize(lambda: loss(model(x)), params, backend=backend)
+    assert point.kind == "ggn"
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(z, params, retain_graph=True)])
+        for z in model(x).flatten()
+    ]
+    jacobian, z = torch.stack(rows), model(x).detach()
+    dense = 2 * torch.eye(N * C).double() / (N * C) if hessian is None else hessian(z)
+    v = real(jacobian.shape[1])
+    expected = jacobian.T @ (dense @ (jacobian @ v))
+    assert (point.curvature(v) - expected).norm() <= 1e-9 * expected.norm()
+    gradient = torch.autograd.grad(loss(model(x)), params)
+    assert torch.allclose(point.gradient, torch.cat([g.flatten() for g in gradient]))
+
+
+PENALTIES = {
+    "l1": lambda w: (w.abs().sum(), irls_weight(w)),
+    "norm": lambda w: (torch.norm(w), irls_weight(w.norm()).expand_as(w)),
+    "groups": lambda w: (w.norm(dim=0).sum(), irls_weight(w.norm(dim=0)).expand_as(w)),
+    "elastic": lambda w: (w.abs().sum() + 2 * w.square().sum(), irls_weight(w) + 4),
+}
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_beside_a_recognised_loss_has_its_parabola(name, zero):
+    layer, x, y = nn.Linear(4, C).double(), real(N, 4), torch.arange(N) % C
+    if zero and name != "l1":  # finite gradients, but no second derivative
+        nn.init.zeros_(layer.weight)
+
+    def curvature(closure):
+        return linearize(closure, [layer.weight]).curvature(v)
+
+    v = real(C * 4)
+    both = curvature(lambda: F.cross_entropy(layer(x), y) + 0.1 * PENALTIES[name](layer.weight)[0])
+    alone = curvature(lambda: F.cross_entropy(layer(x), y))
+    expected = alone + 0.1 * PENALTIES[name](layer.weight.detach())[1].flatten() * v
+    assert (both - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_a_rectified_network_is_not_taken_for_a_hinge():
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, C)).double(), real(N, 4), 1
+    assert linearize(lambda: model(x).exp().mean() + y, model.parameters()).kind == "hessian"
+    point = linearize(lambda: F.mse_loss(model(x), TARGET), model.parameters())
+    assert point.kind == "ggn"
+    assert point._point.outputs == N * C
+
+
+def test_the_median_is_found_by_absolute_errors():
+    data = torch.cat([real(101), 1e3 + real(20)])
+    theta = nn.Parameter(torch.tensor(30.0, dtype=torch.float64))
+    optimizer = NaturalCG([theta])
+    for _ in range(30):
+        optimizer.step(lambda: (data - theta).abs().mean())
+    assert abs(theta.item() - data.median().item()) < 0.02
+
+
+def test_a_norm_at_zero_does_not_stop_the_step():
+    """Its gradient is finite, and its second derivative is not."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C)).double()
+    for layer in (model[0], model[2]):
+        nn.init.zeros_(layer.bias)
+    x, y = real(60, 4), torch.arange(60) % C
+    optimizer = NaturalCG(model.parameters())
+
+    def closure():
+        return F.cross_entropy(model(x), y) + 1e-3 * sum(torch.norm(p) for p in model.parameters())
+
+    first = optimizer.step(closure)
+    for _ in range(20):
+        optimizer.step(closure)
+        assert optimizer.last_step.accepted
+    assert optimizer.last_step.loss < 0.6 * first
