@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ngd_optim.autograd_graph import has_empty_tensors
@@ -87,8 +88,28 @@ class Descent:
                 or not (solves_again and self._is_worth_a_retry(step))
             )
             if is_over or not self.damping.retry(attempt):
+                if trial.accepted and self.point.graph.run.writes_parameters:
+                    step, trial = self._as_taken(step, model), replace(trial, fraction=1.0)
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
                 return Outcome(damping, model, solution, step, trial)
+
+    def _as_taken(self, step: Step, model: QuadraticModel) -> Step:
+        """The step to where the closure has put the parameters, such as back into their bounds.
+
+        What the model promises for that is what the decrease is compared with.
+        """
+        d = self.parameters.read() - self.theta
+        metric = torch.dot(d, model.curvature(d)).item()
+        return replace(
+            step,
+            direction=d,
+            slope=torch.dot(model.gradient, d).item(),
+            metric=metric,
+            objective_curvature=metric,
+            decay_slope=torch.dot(self.theta, model.decay * d).item(),
+            decay_quadratic=torch.dot(d, model.decay * d).item(),
+            products=step.products + 1,
+        )
 
     def _scale(self, solution: LinearSolution, model: QuadraticModel) -> Step:
         """The solution, cut to the trust region and times ``lr``; with a geodesic correction if it is all there."""

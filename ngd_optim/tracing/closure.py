@@ -19,6 +19,7 @@ from ngd_optim.distributed import quiet_ddp
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
+from ngd_optim.torch_internals import version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
 from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.losses import LOSSES, LossCall
@@ -80,6 +81,7 @@ class TracedClosure:
         function: that closure.
         count: forward passes: how often it ran, or what was recorded of it was replayed.
         called_backward: whether its first run called ``backward``.
+        writes_parameters: whether that run changed the parameters: projected, or renormalised them.
         gradient: what that run's calls of ``backward`` gave, flat; None if there were none.
     """
 
@@ -91,6 +93,7 @@ class TracedClosure:
         self._differentiates = False
         self._gradients_before: list[Tensor | None] = []
         self.called_backward = False
+        self.writes_parameters = False
         self.gradient: Tensor | None = None
         self.count = 0
 
@@ -113,9 +116,13 @@ class TracedClosure:
 
         mode = Tracing(self._effects, differentiate)
         self._effects.begin()
+        places = self._places()
         try:
             with recorder:
                 traced = self._run(mode, graph=True, broadcast=True)
+            self.writes_parameters = self._places() != places
+            if self.writes_parameters:
+                recorder.problem = "the closure writes to its parameters"
             self.called_backward = bool(mode.roots)
             self._gradients_before = accumulation.finish()
             self.gradient = accumulation.total
@@ -128,6 +135,10 @@ class TracedClosure:
                 "or uses none of the parameters"
             )
         return replace(traced, recorder=recorder)
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the parameters' values are, and how often they were written."""
+        return [(p.data_ptr(), version_of(p)) for p in self._parameters.tensors]
 
     def run_again(self, *, graph: bool) -> Evaluation:
         """Run the closure once more, at the parameters as they are now, with the side effects of the first run.

@@ -427,3 +427,27 @@ def test_a_sketch_of_what_is_not_finite_is_no_sketch():
     factor = 1.0
     optimizer.step(lambda: factor * F.cross_entropy(model(x), y))
     assert optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weights_that_are_put_back_into_bounds(in_place):
+    """The reduction ratio is that of the step as the closure leaves it, and the report tells that point."""
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 10, (60,)), torch.randint(0, 3, (60,))
+    table, head = nn.Embedding(10, 4).double(), nn.Linear(4, 3).double()
+
+    def closure():
+        if in_place:
+            with torch.no_grad():
+                table.weight.renorm_(2, 0, 0.5)
+        else:
+            table.weight.data = torch.renorm(table.weight.data, 2, 0, 0.5)
+        return F.cross_entropy(head(table(x)), y)
+
+    optimizer = NaturalCG([*table.parameters(), *head.parameters()])
+    for _ in range(40):
+        optimizer.step(closure)
+    with torch.no_grad():
+        assert closure().item() == pytest.approx(optimizer.last_step.new_loss, rel=1e-12)
+    assert table.weight.norm(dim=1).max() <= 0.5 + 1e-9
+    assert optimizer.last_step.new_loss < 0.71  # 0.684 at the minimum
