@@ -106,7 +106,7 @@ class TracedClosure:
             with recorder.paused():
                 accumulation.add(root)
 
-        mode = Tracing(self._effects, differentiate)
+        mode = Tracing(self._effects, differentiate, recorder.detach_in_place)
         self._effects.begin()
         try:
             with recorder:
@@ -135,7 +135,7 @@ class TracedClosure:
         gradients = [p.grad for p in self._parameters.tensors]
         self._effects.rewind()
         try:
-            mode = Tracing(self._effects, None)
+            mode = Tracing(self._effects)
             return self._run(mode, graph=graph or self._differentiates, broadcast=False)
         finally:
             self._effects.settle()

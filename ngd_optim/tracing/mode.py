@@ -33,6 +33,7 @@ class Tracing(TorchFunctionMode):
     Args:
         effects: is told of everything that the closure is about to change.
         backward: carries out a call of ``backward``; None: it is noted only.
+        detach: is told of tensors that are about to be detached in place.
 
     Attributes:
         losses: the calls of recognised loss functions.
@@ -41,10 +42,16 @@ class Tracing(TorchFunctionMode):
         has_hooks: whether it registered hooks on gradients.
     """
 
-    def __init__(self, effects: SideEffects, backward: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        effects: SideEffects,
+        backward: Callable[[Tensor], None] | None = None,
+        detach: Callable[[Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self._effects = effects
         self._backward = backward
+        self._detach = detach
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self.losses: list[LossCall] = []
         self.roots: list[Tensor] = []
@@ -59,6 +66,8 @@ class Tracing(TorchFunctionMode):
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
         self.has_hooks |= func is torch.Tensor.register_hook
+        if self._detach is not None and getattr(func, "__name__", None) == "detach_":
+            self._detach(args[0])
         if self._effects.is_known:
             return self._call(func, args, kwargs)
         self._note_changes(func, args, kwargs)
