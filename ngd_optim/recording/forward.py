@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import STATISTICS, facts, find_written, tensors_of
+from ngd_optim.recording.aten import LAZY_ZEROS, STATISTICS, ZEROS, facts, find_written, tensors_of
 from ngd_optim.recording.program import (
     CannotReplayError,
     Operation,
@@ -190,6 +190,7 @@ class ForwardRecorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func = ZEROS if func is LAZY_ZEROS else func
         fact = facts(func)
         if self._paused or fact.asks_about_shapes:
             return func(*args, **kwargs)

@@ -21,6 +21,7 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
+_USES_OF_GRADIENTS = (torch.Tensor.grad.__get__, torch.Tensor.grad.__set__)
 _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
@@ -32,20 +33,22 @@ class Tracing(TorchFunctionMode):
 
     Args:
         effects: is told of everything that the closure is about to change.
-        backward: carries out a call of ``backward``; None: it is noted only.
+        backward: carries out a call of ``backward``, and tells whether the gradients of those
+            before it were cleared; None: it is noted only.
         detach: is told of tensors that are about to be detached in place.
 
     Attributes:
         losses: the calls of recognised loss functions.
-        roots: scalars that the closure called ``backward`` on.
+        roots: scalars that the closure called ``backward`` on since it last cleared the gradients.
         differentiates: whether the closure called ``torch.autograd.grad``.
+        uses_gradients: whether it looked at, or set, ``.grad`` after ``backward``.
         has_hooks: whether it registered hooks on gradients.
     """
 
     def __init__(
         self,
         effects: SideEffects,
-        backward: Callable[[Tensor], None] | None = None,
+        backward: Callable[[Tensor], bool] | None = None,
         detach: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
@@ -56,6 +59,7 @@ class Tracing(TorchFunctionMode):
         self.losses: list[LossCall] = []
         self.roots: list[Tensor] = []
         self.differentiates = False
+        self.uses_gradients = False
         self.has_hooks = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,6 +69,7 @@ class Tracing(TorchFunctionMode):
         if func is torch.autograd.backward:
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
+        self.uses_gradients |= bool(self.roots) and func in _USES_OF_GRADIENTS
         self.has_hooks |= func is torch.Tensor.register_hook
         if self._detach is not None and getattr(func, "__name__", None) == "detach_":
             self._detach(args[0])
@@ -134,9 +139,9 @@ class Tracing(TorchFunctionMode):
                 f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}"
             )
         scalar = root.sum() if gradient is None else (root * gradient).sum()
+        if self._backward is not None and self._backward(scalar):
+            self.roots.clear()
         self.roots.append(scalar)
-        if self._backward is not None:
-            self._backward(scalar)
 
     def _note_backward_of_several(
         self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any
