@@ -21,7 +21,7 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
-_USES_OF_GRADIENTS = (torch.Tensor.grad.__get__, torch.Tensor.grad.__set__)
+_USES_OF_GRADIENTS = (torch.Tensor.grad.__get__, torch.Tensor.grad.__set__)  # pyright: ignore
 _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
