@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import STATISTICS, facts, find_written, tensors_of
+from ngd_optim.recording.aten import LAZY_ZEROS, STATISTICS, ZEROS, facts, find_written, tensors_of
 from ngd_optim.recording.program import (
     CannotReplayError,
     Operation,
@@ -31,7 +31,8 @@ _Mark = tuple[int, str]
 """The slot of a tensor that depends on the parameters, and why autograd does not follow it.
 
 That is ``"detached"``, ``"no_grad"`` or ``"random"``; empty if autograd follows it. A tensor of
-which autograd learnt later has a history, and is followed.
+which autograd learnt later has a history, and is followed. But the history of what is ``"constant"``
+ends at a leaf of the closure's own.
 """
 
 
@@ -43,8 +44,8 @@ class ForwardProgram:
         last_uses: of each operation, slots that are not needed after it.
         values: of the slots that are constants, None in the others.
         outputs: of each output, its slot, or its value if it is a constant.
-        has_functions: whether an ``autograd.Function`` is on the way, whose backward need not be
-            its forward's.
+        has_functions: whether something is on the way whose derivatives need not be those of its
+            operations: an ``autograd.Function``, or an activation that is changed under ``no_grad``.
         holds: whether it holds something fixed that depends on the parameters.
     """
 
@@ -159,6 +160,12 @@ class ForwardRecorder(DispatchMode):
             holds=holds,
         )
 
+    def detach_in_place(self, tensor: Tensor) -> None:
+        """A tensor is cut off from its history, which no operation tells."""
+        mark = self._find(tensor)
+        if mark is not None:
+            self._mark(tensor, mark[0], mark[1] or "detached")
+
     def depends(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the parameters in this run, in a way that autograd follows."""
         return self._followed_slot(tensor) is not None
@@ -169,7 +176,7 @@ class ForwardRecorder(DispatchMode):
 
     @property
     def calls_functions(self) -> bool:
-        """Whether an ``autograd.Function`` was met."""
+        """Whether something was met that makes ``has_functions`` of a program true."""
         return bool(self._of_functions)
 
     @contextmanager
@@ -183,6 +190,7 @@ class ForwardRecorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func = ZEROS if func is LAZY_ZEROS else func
         fact = facts(func)
         if self._paused or fact.asks_about_shapes:
             return func(*args, **kwargs)
@@ -247,7 +255,12 @@ class ForwardRecorder(DispatchMode):
         held: list[tuple[Any, Any, int]] = []
         if is_followed and any(cuts):
             inputs, held = _put_back(inputs, found, written)
-        cut = "" if is_followed else "detached" if torch.is_grad_enabled() else "no_grad"
+        if is_followed:
+            cut = ""
+        elif torch.is_grad_enabled():
+            cut = "constant" if "constant" in cuts else "detached"
+        else:
+            cut = "constant" if set(cuts) == {"constant"} else "no_grad"
         return Operation(func, own_args, own_kwargs, inputs, [], held), cut
 
     def _detach(self, tensor: Tensor) -> Tensor:
@@ -280,14 +293,16 @@ class ForwardRecorder(DispatchMode):
         number, slot, cut = getattr(tensor, "_ngd_mark", (0, 0, ""))
         if number != self._number:
             return self._inputs.get(id(tensor)) or self._find_by_memory(tensor)
-        if cut and _has_history(tensor):
-            if cut == "random":
-                self._fail("random numbers are drawn in a way that is differentiated")
-            # An autograd.Function runs under no_grad, and autograd follows what it gives.
-            if cut == "no_grad":
-                self._of_functions.add(slot)
-            return slot, ""
-        return slot, cut
+        if cut and tensor.requires_grad and tensor.is_leaf:
+            return slot, "constant"
+        if cut in ("", "constant") or not _has_history(tensor):
+            return slot, cut
+        if cut == "random":
+            self._fail("random numbers are drawn in a way that is differentiated")
+        # An autograd.Function runs under no_grad, and autograd follows what it gives.
+        if cut == "no_grad":
+            self._of_functions.add(slot)
+        return slot, ""
 
     def _find_by_memory(self, tensor: Tensor) -> _Mark | None:
         """The mark of a tensor that had none when it was made, in memory that was written to since."""
@@ -330,6 +345,9 @@ class ForwardRecorder(DispatchMode):
         if found is None:  # an output that was no argument
             return self._new_slot(tensor, None, cut)
         slot, before = found
+        # Autograd takes it for what it was, or for what an autograd.Function says.
+        if cut == "no_grad" and not before:
+            self._of_functions.add(slot)
         self._mark(tensor, slot, before and cut)
         return slot
 

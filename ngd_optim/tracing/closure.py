@@ -91,6 +91,7 @@ class TracedClosure:
         self._autocast = _find_autocast()
         self._effects = SideEffects([parameters.device])
         self._differentiates = False
+        self._uses_gradients = False
         self._gradients_before: list[Tensor | None] = []
         self.called_backward = False
         self.writes_parameters = False
@@ -110,11 +111,11 @@ class TracedClosure:
         recorder = ForwardRecorder(self._parameters.tensors)
         accumulation = GradientAccumulation(self._parameters)
 
-        def differentiate(root: Tensor) -> None:
+        def differentiate(root: Tensor) -> bool:
             with recorder.paused():
-                accumulation.add(root)
+                return accumulation.add(root)
 
-        mode = Tracing(self._effects, differentiate)
+        mode = Tracing(self._effects, differentiate, recorder.detach_in_place)
         self._effects.begin()
         places = self._places()
         try:
@@ -129,6 +130,7 @@ class TracedClosure:
         finally:
             self._effects.is_known = True
         self._differentiates = mode.differentiates
+        self._uses_gradients = mode.uses_gradients
         if not traced.loss.requires_grad:
             raise ValueError(
                 "the loss has no graph to differentiate: it was detached, computed under no_grad, "
@@ -145,14 +147,16 @@ class TracedClosure:
 
         Args:
             graph: build the graph that leads to the loss. Without it, only a closure that itself
-                differentiates builds what it needs.
+                uses derivatives builds what it needs.
         """
         # A closure may look at the gradients that it has just computed.
         gradients = [p.grad for p in self._parameters.tensors]
         self._effects.rewind()
         try:
-            mode = Tracing(self._effects, None)
-            return self._run(mode, graph=graph or self._differentiates, broadcast=False)
+            accumulation = GradientAccumulation(self._parameters)
+            mode = Tracing(self._effects, accumulation.add if self._uses_gradients else None)
+            graph |= self._differentiates or self._uses_gradients
+            return self._run(mode, graph=graph, broadcast=False)
         finally:
             self._effects.settle()
             for p, gradient in zip(self._parameters.tensors, gradients, strict=True):
@@ -213,11 +217,12 @@ class GradientAccumulation:
         self._before: list[Tensor | None] = []
         self.total: Tensor | None = None
 
-    def add(self, root: Tensor) -> None:
-        """Differentiate a scalar; its graph is kept."""
+    def add(self, root: Tensor) -> bool:
+        """Differentiate a scalar; its graph is kept. Whether nothing of those before it is left."""
         params = self._parameters.tensors
         now = [p.grad for p in params]
-        if self.total is None or all(g is None for g in now):  # else it adds to what is there
+        starts = self.total is None or not any(g is not None and g.any() for g in now)
+        if starts:
             self.total, self._before = None, now
         for p in params:
             p.grad = None
@@ -227,6 +232,7 @@ class GradientAccumulation:
         for p, old in zip(params, now, strict=True):
             if old is not None:
                 p.grad = old if p.grad is None else old + p.grad
+        return starts
 
     def finish(self) -> list[Tensor | None]:
         """After the run: put ``.grad`` to where it was before what counts, and return that.

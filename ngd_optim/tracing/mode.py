@@ -23,6 +23,7 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
+_USES_OF_GRADIENTS = (torch.Tensor.grad.__get__, torch.Tensor.grad.__set__)  # pyright: ignore
 _HELD = 16
 """So many inputs of functions with a kink are held until the run ends: a loss ends in the last ones."""
 
@@ -37,25 +38,35 @@ class Tracing(TorchFunctionMode):
 
     Args:
         effects: is told of everything that the closure is about to change.
-        backward: carries out a call of ``backward``; None: it is noted only.
+        backward: carries out a call of ``backward``, and tells whether the gradients of those
+            before it were cleared; None: it is noted only.
+        detach: is told of tensors that are about to be detached in place.
 
     Attributes:
         losses: the calls of recognised loss functions.
-        roots: scalars that the closure called ``backward`` on.
+        roots: scalars that the closure called ``backward`` on since it last cleared the gradients.
         differentiates: whether the closure called ``torch.autograd.grad``.
+        uses_gradients: whether it looked at, or set, ``.grad`` after ``backward``.
         has_hooks: whether it registered hooks on gradients.
     """
 
-    def __init__(self, effects: SideEffects, backward: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        effects: SideEffects,
+        backward: Callable[[Tensor], bool] | None = None,
+        detach: Callable[[Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self._effects = effects
         self._backward = backward
+        self._detach = detach
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self._kinks: list[Kink] = []
         self._held: deque[Kink] = deque(maxlen=_HELD)
         self.losses: list[LossCall] = []
         self.roots: list[Tensor] = []
         self.differentiates = False
+        self.uses_gradients = False
         self.has_hooks = False
 
     @property
@@ -70,7 +81,10 @@ class Tracing(TorchFunctionMode):
         if func is torch.autograd.backward:
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
+        self.uses_gradients |= bool(self.roots) and func in _USES_OF_GRADIENTS
         self.has_hooks |= func is torch.Tensor.register_hook
+        if self._detach is not None and getattr(func, "__name__", None) == "detach_":
+            self._detach(args[0])
         if self._effects.is_known:
             return self._call(func, args, kwargs)
         self._note_changes(func, args, kwargs)
@@ -142,9 +156,9 @@ class Tracing(TorchFunctionMode):
                 f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}"
             )
         scalar = root.sum() if gradient is None else (root * gradient).sum()
+        if self._backward is not None and self._backward(scalar):
+            self.roots.clear()
         self.roots.append(scalar)
-        if self._backward is not None:
-            self._backward(scalar)
 
     def _note_backward_of_several(
         self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any

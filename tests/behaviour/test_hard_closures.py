@@ -450,4 +450,6 @@ def test_weights_that_are_put_back_into_bounds(in_place):
     with torch.no_grad():
         assert closure().item() == pytest.approx(optimizer.last_step.new_loss, rel=1e-12)
     assert table.weight.norm(dim=1).max() <= 0.5 + 1e-9
-    assert optimizer.last_step.new_loss < 0.71  # 0.684 at the minimum
+    # The minimum within the bounds is 0.8568: by Adam, with a rate that falls for 3,000 steps.
+    assert optimizer.last_step.new_loss < 0.863
+    assert optimizer.param_groups[0]["damping"] < 1e-3
