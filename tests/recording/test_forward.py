@@ -636,14 +636,13 @@ def test_outputs_can_be_fixed():
 
 QUESTIONS = {
     "if": lambda w: w.exp().sum() if w.sum() > 0 else w.sum(),
-    "assert": lambda w: (w * torch.isfinite(w).all().logical_not().logical_not()).sum(),
     "any": lambda w: w.exp().sum() if (w > 0).any() else w.sum(),
     "allclose": lambda w: w.sum() if torch.allclose(w, torch.zeros_like(w)) else w.exp().sum(),
     "equal": lambda w: w.sum() if torch.equal(w, torch.zeros_like(w)) else w.exp().sum(),
 }
 
 
-@pytest.mark.parametrize("name", set(QUESTIONS) - {"assert"})
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_a_replay_fails_where_the_closure_goes_another_way(name):
     function = QUESTIONS[name]
     w = nn.Parameter(torch.ones(5).double())
