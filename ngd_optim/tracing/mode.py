@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ngd_optim.torch_internals import base_of, is_transformed
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
-from ngd_optim.tracing.side_effects import SideEffects
+from ngd_optim.tracing.side_effects import SideEffects, memory_of
 
 # Their fused kernels have no second derivatives and no forward mode.
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
@@ -21,6 +21,7 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
+_GET_GRADIENT = torch.Tensor.grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
@@ -32,22 +33,29 @@ class Tracing(TorchFunctionMode):
 
     Args:
         effects: is told of everything that the closure is about to change.
-        backward: carries out a call of ``backward``; None: it is noted only.
+        backward: carries out a call of ``backward``, and gives the roots that count from then on;
+            None: it is noted only.
 
     Attributes:
         losses: the calls of recognised loss functions.
-        roots: scalars that the closure called ``backward`` on.
+        calls: how often the closure called ``backward``.
+        roots: the scalars that it called it on, and that count.
+        reads_gradients: whether it looked at a ``.grad`` that ``backward`` left.
         differentiates: whether the closure called ``torch.autograd.grad``.
         has_hooks: whether it registered hooks on gradients.
     """
 
-    def __init__(self, effects: SideEffects, backward: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self, effects: SideEffects, backward: Callable[[Tensor], list[Tensor]] | None
+    ) -> None:
         super().__init__()
         self._effects = effects
         self._backward = backward
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self.losses: list[LossCall] = []
         self.roots: list[Tensor] = []
+        self.reads_gradients = False
+        self.calls = 0
         self.differentiates = False
         self.has_hooks = False
 
@@ -59,6 +67,10 @@ class Tracing(TorchFunctionMode):
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
         self.has_hooks |= func is torch.Tensor.register_hook
+        if self.calls and func == _GET_GRADIENT:
+            gradient = func(*args, **kwargs)
+            self.reads_gradients |= gradient is not None
+            return gradient
         if self._effects.is_known:
             return self._call(func, args, kwargs)
         self._note_changes(func, args, kwargs)
@@ -87,20 +99,16 @@ class Tracing(TorchFunctionMode):
             # state.
             base = base_of(tensor)
             base = tensor if base is None else base
-            if (
-                base.grad_fn is None
-                and not base.requires_grad
-                and not (self._is_new(tensor) or self._is_new(base))
-            ):
+            if base.is_leaf and not (self._is_new(tensor) or self._is_new(base)):
                 self._effects.track_tensor(base)
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:
         """Remember new tensors, which need no putting back; not what shares memory with older ones."""
         results = [t for t in _tensors(result) if not t.requires_grad]
         if results:
-            older = {_memory(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
+            older = {memory_of(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
             self._made_here.update(
-                {id(t): weakref.ref(t) for t in results if _memory(t) not in older}
+                {id(t): weakref.ref(t) for t in results if memory_of(t) not in older}
             )
 
     def _is_new(self, tensor: Tensor) -> bool:
@@ -125,9 +133,11 @@ class Tracing(TorchFunctionMode):
                 f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}"
             )
         scalar = root.sum() if gradient is None else (root * gradient).sum()
-        self.roots.append(scalar)
-        if self._backward is not None:
-            self._backward(scalar)
+        self.calls += 1
+        if self._backward is None:
+            self.roots.append(scalar)
+        else:
+            self.roots = self._backward(scalar)
 
     def _note_backward_of_several(
         self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any
@@ -179,10 +189,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def _memory(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # sparse, or inside torch.func.vmap
-        return id(tensor)

@@ -427,3 +427,113 @@ def test_a_sketch_of_what_is_not_finite_is_no_sketch():
     factor = 1.0
     optimizer.step(lambda: factor * F.cross_entropy(model(x), y))
     assert optimizer.last_step.accepted
+
+
+class TestBackwardThatIsNotForTheLoss:
+    """A closure may call ``backward`` for an attack on its inputs, or for another optimizer."""
+
+    @staticmethod
+    def make():
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        return model, real(40, 4), torch.arange(40) % 3
+
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_cleared_gradients_do_not_count(self, set_to_none):
+        model, x, y = self.make()
+        optimizer = NaturalCG(model.parameters())
+
+        def closure():
+            optimizer.zero_grad(set_to_none=set_to_none)
+            shift = torch.zeros_like(x, requires_grad=True)
+            F.cross_entropy(model(x + shift), y).backward()
+            shift = 0.1 * shift.grad.sign()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss = F.cross_entropy(model(x + shift), y)
+            loss.backward()
+            shifts.append(shift)
+            return loss
+
+        for _ in range(4):
+            shifts = []
+            before = optimizer.step(closure)
+            assert optimizer.last_step.accepted
+            after = F.cross_entropy(model(x + shifts[0]), y)
+            assert optimizer.last_step.new_loss == pytest.approx(after.item(), abs=1e-10)
+            assert after < before < 2
+
+    def test_a_loss_of_other_parameters_is_no_part_of_the_loss(self):
+        model, x, y = self.make()
+        head, optimizer = nn.Linear(3, 3).double(), NaturalCG(model.parameters())
+
+        def closure():
+            inner = torch.optim.SGD(head.parameters(), 0.1)
+            inner.zero_grad()
+            F.cross_entropy(head(model(x).detach()), y).backward()
+            inner.step()
+            return F.cross_entropy(head(model(x)), y)
+
+        for _ in range(3):
+            start, alone = copy.deepcopy(model), copy.deepcopy(head)
+            loss = optimizer.step(closure)
+            inner = torch.optim.SGD(alone.parameters(), 0.1)
+            alone.zero_grad()
+            F.cross_entropy(alone(start(x).detach()), y).backward()
+            inner.step()
+            assert torch.equal(head.weight, alone.weight)
+            assert torch.equal(loss, F.cross_entropy(head(start(x)), y))
+            expected = F.cross_entropy(head(model(x)), y).item()
+            assert optimizer.last_step.new_loss == pytest.approx(expected, abs=1e-10)
+
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+    def test_another_optimizer_steps_once_however_often_the_closure_runs(self, kind):
+        model, x, y = self.make()
+        head = nn.Linear(3, 3).double()
+        optimizer, inner = NaturalCG(model.parameters()), kind(head.parameters(), 0.01)
+
+        def closure():
+            runs.append(1)
+            inner.zero_grad()
+            F.cross_entropy(head(model(x).detach()), y).backward()
+            inner.step()
+            loss = F.cross_entropy(head(model(x)), y)
+            loss.item()
+            return loss
+
+        runs = []
+        for step in range(3):
+            alone, features = copy.deepcopy(head), model(x).detach()
+            other = kind(alone.parameters(), 0.01)
+            other.load_state_dict(copy.deepcopy(inner.state_dict()))
+            optimizer.step(closure)
+            other.zero_grad()
+            F.cross_entropy(alone(features), y).backward()
+            other.step()
+            assert torch.equal(head.weight, alone.weight)
+            assert torch.equal(head.weight.grad, alone.weight.grad)
+            if not step:
+                assert len(runs) > 1
+
+    @pytest.mark.parametrize("case", ["freezes", "perturbs", "enqueues"])
+    def test_what_cannot_be_differentiated_afterwards_names_the_way_out(self, case):
+        model, x, y = self.make()
+        queue = real(3, 3)
+        before = copy.deepcopy(model.state_dict()), queue.clone()
+
+        def closure():
+            loss = F.cross_entropy(model(x) @ queue, y)
+            loss.backward()
+            with torch.no_grad():
+                if case == "enqueues":
+                    queue.add_(1.0)
+                elif case == "perturbs":
+                    model[2].weight.add_(1.0)
+                else:
+                    model[2].requires_grad_(False)
+            return loss
+
+        way_out = "before the step" if case == "freezes" else r"clone\(\)"
+        with pytest.raises(RuntimeError, match=way_out):
+            NaturalCG(model.parameters()).step(closure)
+        assert torch.equal(queue, before[1])
+        assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
