@@ -229,8 +229,11 @@ def _choose_backend(
     verdicts: dict[Backend, Verdict] = {}
     chosen: Backend | None = None
     for candidate in candidates:
-        if candidate == "differences":
-            chosen = _choose_among(verdicts, eps, ranks)
+        if candidate == "differences" and backend == "auto":
+            chosen = _choose_almost_right(verdicts, eps, ranks)
+            # A Hessian's differences are their own witness, and come last.
+            if chosen is None and isinstance(graph.get()[1], ScalarMetric):
+                chosen = _choose_agreeing(verdicts, eps, ranks)
         if chosen is None:
             judge = partial(judge_backend, candidate, graph, v, parameters, eps)
             verdicts[candidate] = ranks.together(judge)
@@ -238,7 +241,10 @@ def _choose_backend(
                 chosen = candidate
         if chosen is not None:
             break
-    chosen = chosen or _choose_among(verdicts, eps, ranks)
+    if chosen is None:
+        chosen = _choose_almost_right(verdicts, eps, ranks)
+    if chosen is None:
+        chosen = _choose_agreeing(verdicts, eps, ranks)
     problems = [
         ON_ANOTHER_RANK if verdict.is_right else verdict.problem
         for candidate, verdict in verdicts.items()
@@ -266,24 +272,28 @@ def _choose_backend(
     return chosen
 
 
-def _choose_among(verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks) -> Backend | None:
-    """A backend, where no witness is exact: one that is almost right, or that another one agrees with.
-
-    A witness is not exact in low precision, along kinks, and where hooks scale gradients.
-    """
-    formed: list[tuple[Backend, Verdict]] = [
-        (b, verdict) for b, verdict in verdicts.items() if verdict.product is not None
-    ]
-    for b, verdict in sorted(formed, key=lambda item: item[1].error):
-        if ranks.all(verdict.error <= 50 * eps**0.5):
+def _choose_almost_right(
+    verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks
+) -> Backend | None:
+    """The best backend, where the witness is not exact: in low precision and along kinks."""
+    for b, verdict in sorted(verdicts.items(), key=lambda item: item[1].error):
+        if verdict.product is not None and ranks.all(verdict.error <= 50 * eps**0.5):
             return b
-    products = [verdict.product for _, verdict in formed if verdict.product is not None]
+    return None
+
+
+def _choose_agreeing(
+    verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks
+) -> Backend | None:
+    """The first of two backends that agree, where the witness is of no use: where hooks scale gradients."""
+    exact: list[Backend] = [b for b in verdicts if b != "differences"]
+    products = [product for b in exact if (product := verdicts[b].product) is not None]
     # Where no product is finite, the step will be refused.
     agree = len(products) == 2 and (
         are_close(products[0], products[1], eps**0.5, eps)
         or not any(p.isfinite().all() for p in products)
     )
-    return formed[0][0] if ranks.all(agree) else None
+    return exact[0] if ranks.all(agree) else None
 
 
 def _refuse_nonlinear_hooks(

@@ -37,9 +37,9 @@ _CHECKPOINT_CHANGED = (
     "torch.backends.mkldnn.enabled = False"
 )
 _WRITTEN_TO = (
-    "the closure writes in place to something that its loss was computed from, so that the loss can "
-    "no longer be differentiated when the closure has ended; compute the loss from a copy (clone()), "
-    "from changed weights by torch.func.functional_call, or write after the step"
+    "the loss was computed from something that has been written to since, in the closure or by a step, "
+    "and can no longer be differentiated; compute all of it in the closure, from copies (clone()) of "
+    "what the closure writes to, and from changed weights by torch.func.functional_call"
 )
 
 Learnt = dict[Any, Checked]

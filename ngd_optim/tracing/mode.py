@@ -21,7 +21,7 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
-_GET_GRADIENT = torch.Tensor.grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_GET_GRADIENT = vars(torch.Tensor.__base__)["grad"].__get__
 _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
@@ -71,8 +71,6 @@ class Tracing(TorchFunctionMode):
             gradient = func(*args, **kwargs)
             self.reads_gradients |= gradient is not None
             return gradient
-        if self._effects.is_known:
-            return self._call(func, args, kwargs)
         self._note_changes(func, args, kwargs)
         result = self._call(func, args, kwargs)
         if getattr(func, "__name__", None) != "__get__":  # of what was there before, such as .grad

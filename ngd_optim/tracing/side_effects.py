@@ -47,6 +47,8 @@ class SideEffects:
         if id(thing) not in self._tracked:
             self._tracked[id(thing)] = (thing, read, write)
             self._start[id(thing)] = read()
+            if self._after is not None:  # made in the first run, and about to change in another
+                self._after[id(thing)] = self._start[id(thing)]
 
     def begin(self) -> None:
         """Before the first run: note where the generators are. Tensors are noted when they are about to change."""

@@ -510,6 +510,8 @@ class TestBackwardThatIsNotForTheLoss:
             other.step()
             assert torch.equal(head.weight, alone.weight)
             assert torch.equal(head.weight.grad, alone.weight.grad)
+            for old, new in zip(other.state.values(), inner.state.values(), strict=True):
+                assert all(torch.equal(new[k], v) for k, v in old.items() if v is not None)
             if not step:
                 assert len(runs) > 1
 
@@ -537,3 +539,74 @@ class TestBackwardThatIsNotForTheLoss:
         assert torch.equal(queue, before[1])
         assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_hook_that_solves_for_the_gradient_goes_by_differences():
+    # A deep equilibrium layer: its fixed point is found without autograd, and a hook solves for its
+    # gradient. Both backends see the last iteration alone, and agree.
+    w, u = nn.Parameter(0.3 * real(4, 4)), nn.Parameter(real(4, 4))
+    x, y = real(20, 4), 0.3 * real(20, 4)
+
+    def cell(z):
+        return torch.tanh(0.3 * z @ w.tanh() + x @ u)
+
+    def iterate(function, z):
+        for _ in range(60):
+            z = function(z)
+        return z
+
+    def closure():
+        with torch.no_grad():
+            z = iterate(cell, torch.zeros_like(x))
+        z = cell(z)
+        there = z.detach().requires_grad_()
+        once = cell(there)
+        if z.requires_grad:
+            z.register_hook(
+                lambda g: iterate(
+                    lambda h: g + torch.autograd.grad(once, there, h, retain_graph=True)[0], g
+                )
+            )
+        return F.mse_loss(z, y)
+
+    exact = linearize(lambda: F.mse_loss(iterate(cell, torch.zeros_like(x)), y), [w, u])
+    found, v = linearize(closure, [w, u]), real(32)
+    assert torch.allclose(found.gradient, exact.gradient, rtol=1e-9)
+    assert (found.curvature(v) - exact.curvature(v)).norm() <= 1e-6 * exact.curvature(v).norm()
+
+
+class TestMarksOnTensors:
+    def test_a_copy_is_another_tensor(self):
+        model, x, y = nn.Linear(4, 3).double(), real(40, 4), torch.arange(40) % 3
+        optimizer = NaturalCG(model.parameters())
+
+        def penalised(z, target):
+            return F.cross_entropy(z, y) + 0.1 * F.mse_loss(z, target)
+
+        def closure():
+            z = model(x)
+            target = copy.deepcopy(z.detach())
+            weights = copy.deepcopy(model.state_dict())
+            weights["weight"].zero_()
+            return penalised(z, target.clamp_(min=0) + x @ weights["weight"].T)
+
+        for _ in range(3):
+            target = model(x).detach().clamp(min=0)
+            optimizer.step(closure)
+            expected = penalised(model(x), target).item()
+            assert optimizer.last_step.new_loss == pytest.approx(expected, abs=1e-10)
+
+    def test_what_the_closure_kept_can_be_saved_and_loaded(self, tmp_path):
+        model, x, y, kept = nn.Linear(4, 3), torch.randn(40, 4), torch.arange(40) % 3, []
+        optimizer = NaturalCG(model.parameters())
+
+        def closure():
+            kept.append(model(x).detach())
+            return F.cross_entropy(model(x), y)
+
+        optimizer.step(closure)
+        torch.save(kept, tmp_path / "kept.pt")
+        loaded = torch.load(tmp_path / "kept.pt", weights_only=True)
+        for copied in (loaded[0], copy.deepcopy(kept[0])):
+            assert torch.equal(copied, kept[0])
+            assert not any(vars(copied).values())
