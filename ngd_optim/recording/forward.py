@@ -291,7 +291,11 @@ class ForwardRecorder(DispatchMode):
         """The mark of a tensor that depends on the parameters."""
         number, slot, cut = getattr(tensor, "_ngd_mark", None) or (0, 0, "")
         if number != self._number:
-            return self._inputs.get(id(tensor)) or self._find_by_memory(tensor)
+            if (mark := self._inputs.get(id(tensor))) is None:
+                return self._find_by_memory(tensor)
+            return mark if tensor.requires_grad else (mark[0], "detached")  # frozen for a while
+        if cut == "random" and not _has_history(tensor):
+            return None  # what was drawn is a constant, whatever is asked of it
         if cut and _has_history(tensor):
             if cut == "random":
                 self._fail("random numbers are drawn in a way that is differentiated")

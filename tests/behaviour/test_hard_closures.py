@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers.problems import dense_gauss_newton_by_rows, real
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Categorical, Normal
 
 from ngd_optim import NaturalCG, Nystrom, linearize
 
@@ -610,3 +610,60 @@ class TestMarksOnTensors:
         for copied in (loaded[0], copy.deepcopy(kept[0])):
             assert torch.equal(copied, kept[0])
             assert not any(vars(copied).values())
+
+
+def test_parameters_that_are_frozen_for_a_while_are_constants():
+    model, x, y, t = nn.Linear(4, 3).double(), real(40, 4), torch.arange(40) % 3, real(40, 3)
+    optimizer = NaturalCG(model.parameters())
+
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        model.requires_grad_(False)
+        loss = loss + F.mse_loss(model(x), t)
+        model.requires_grad_(True)
+        return loss
+
+    for _ in range(3):
+        fixed = F.mse_loss(model(x), t).item()
+        optimizer.step(closure)
+        expected = F.cross_entropy(model(x), y).item() + fixed
+        assert optimizer.last_step.new_loss == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_closure_that_moves_its_own_state_twice_says_so(reads, caplog):
+    model, x, y = nn.Linear(4, 3).double(), real(40, 4), torch.arange(40) % 3
+    optimizer, batches = NaturalCG(model.parameters()), iter(range(1, 100))
+
+    def closure():
+        loss = F.cross_entropy(next(batches) * model(x), y)
+        if reads:
+            loss.item()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert next(batches) == (7 if reads else 6)
+    assert ("ran twice at this first step" in caplog.text) == reads
+
+
+def test_what_was_drawn_is_not_drawn_again_to_be_validated():
+    policy, x, rewards = nn.Linear(4, 3).double(), real(60, 4), real(60, 3)
+    optimizer = NaturalCG(policy.parameters())
+
+    def closure():
+        distribution = Categorical(logits=policy(x), validate_args=True)
+        actions = distribution.sample()
+        drawn.append(actions)
+        chosen = rewards.gather(1, actions[:, None])[:, 0]
+        return -(distribution.log_prob(actions) * chosen).mean()
+
+    for _ in range(3):
+        drawn = []
+        before = torch.get_rng_state()
+        closure()
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        optimizer.step(closure)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert all(torch.equal(actions, drawn[0]) for actions in drawn)
