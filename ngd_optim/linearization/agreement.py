@@ -72,6 +72,13 @@ def find_motion(graph: Graph, gradient: Tensor, parameters: FlatParameters, eps:
             "compute the same loss again; take the batch and all random numbers that are not "
             "torch's before the step, not in the closure"
         )
+    if recorder.reads_values and not is_repeatable:
+        logger.warning(
+            "the closure ran twice at this first step, because it reads numbers that depend on the "
+            "parameters (item(), say), and did not compute the same loss again: whatever it does "
+            "beside (taking a batch, keeping an average) was done twice; from now on it runs once a "
+            "step"
+        )
     # What it read may not have been for the loss.
     agree = is_repeatable and not recorder.problem and walk.agree()
     by_run = walk.compare(by_replay=False) if is_repeatable and not agree else by_replay

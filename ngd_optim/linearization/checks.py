@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ngd_optim.autograd_graph import dtypes, nodes
 from ngd_optim.curvature import Graph, OutputMetric, ScalarMetric, pull_back
@@ -229,8 +230,11 @@ def _choose_backend(
     verdicts: dict[Backend, Verdict] = {}
     chosen: Backend | None = None
     for candidate in candidates:
-        if candidate == "differences":
-            chosen = _choose_among(verdicts, eps, ranks)
+        if candidate == "differences" and backend == "auto":
+            chosen = _choose_almost_right(verdicts, eps, ranks)
+            # A Hessian's differences are their own witness, and come last.
+            if chosen is None and isinstance(graph.get()[1], ScalarMetric):
+                chosen = _choose_agreeing(verdicts, eps, ranks, graph)
         if chosen is None:
             judge = partial(judge_backend, candidate, graph, v, parameters, eps)
             verdicts[candidate] = ranks.together(judge)
@@ -238,7 +242,10 @@ def _choose_backend(
                 chosen = candidate
         if chosen is not None:
             break
-    chosen = chosen or _choose_among(verdicts, eps, ranks)
+    if chosen is None:
+        chosen = _choose_almost_right(verdicts, eps, ranks)
+    if chosen is None:
+        chosen = _choose_agreeing(verdicts, eps, ranks, graph)
     problems = [
         ON_ANOTHER_RANK if verdict.is_right else verdict.problem
         for candidate, verdict in verdicts.items()
@@ -266,21 +273,32 @@ def _choose_backend(
     return chosen
 
 
-def _choose_among(verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks) -> Backend | None:
-    """A backend, where no witness is exact: one that is almost right.
-
-    A witness is not exact in low precision, along kinks, and where hooks scale gradients.
-    """
-    formed: list[tuple[Backend, Verdict]] = [
-        (b, verdict) for b, verdict in verdicts.items() if verdict.product is not None
-    ]
-    for b, verdict in sorted(formed, key=lambda item: item[1].error):
-        if ranks.all(verdict.error <= 50 * eps**0.5):
+def _choose_almost_right(
+    verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks
+) -> Backend | None:
+    """The best backend, where the witness is not exact: in low precision and along kinks."""
+    for b, verdict in sorted(verdicts.items(), key=lambda item: item[1].error):
+        if verdict.product is not None and ranks.all(verdict.error <= 50 * eps**0.5):
             return b
-    # Where no product is finite, the step will be refused. That two agree proves nothing: both may
-    # miss what an autograd.Function hides.
-    is_finite = any(v.product is not None and v.product.isfinite().all() for _, v in formed)
-    return formed[0][0] if ranks.all(len(formed) == 2 and not is_finite) else None
+    return None
+
+
+def _choose_agreeing(
+    verdicts: Mapping[Backend, Verdict], eps: float, ranks: Ranks, graph: Graph
+) -> Backend | None:
+    """The first of two backends that agree, where the witness is of no use: where hooks scale gradients."""
+    exact: list[Backend] = [b for b in verdicts if b != "differences"]
+    products = [product for b in exact if (product := verdicts[b].product) is not None]
+    # That two agree proves nothing where both may miss what an autograd.Function hides.
+    functions = {
+        node.name() for node in nodes([graph.get()[0].loss]) if isinstance(node, BackwardCFunction)
+    }
+    # Where no product is finite, the step will be refused.
+    agree = len(products) == 2 and (
+        (functions <= _PREFER_FORWARD and are_close(products[0], products[1], eps**0.5, eps))
+        or not any(p.isfinite().all() for p in products)
+    )
+    return exact[0] if ranks.all(agree) else None
 
 
 def _refuse_nonlinear_hooks(

@@ -36,6 +36,11 @@ _CHECKPOINT_CHANGED = (
     "a checkpointed part of the closure was not the same when it ran again; with an LSTM in it, set "
     "torch.backends.mkldnn.enabled = False"
 )
+_WRITTEN_TO = (
+    "the loss was computed from something that has been written to since, in the closure or by a step, "
+    "and can no longer be differentiated; compute all of it in the closure, from copies (clone()) of "
+    "what the closure writes to, and from changed weights by torch.func.functional_call"
+)
 
 Learnt = dict[Any, Checked]
 """What was learnt of closures, by how they are linearised and the signature of their trace.
@@ -183,14 +188,18 @@ def linearize_closure(
         signature = signature_of(graph, parameters)
         if (curvature, backend, signature) not in learnt:
             refuse_unsupported(traced)
-        if run.gradient is not None:  # by the closure's own backward
-            return signature, find_reached([traced.loss], params), run.gradient
         try:
+            if run.gradient is not None:  # by the closure's own backward
+                return signature, find_reached([traced.loss], params), run.gradient
             gradients = torch.autograd.grad(
                 traced.loss, params, retain_graph=True, allow_unused=True
             )
         except CheckpointError as error:
             raise RuntimeError(_CHECKPOINT_CHANGED) from error
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise RuntimeError(_WRITTEN_TO) from error
+            raise
         reached = [gradient is not None for gradient in gradients]
         return signature, reached, parameters.flatten(gradients)
 

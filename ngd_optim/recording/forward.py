@@ -36,6 +36,18 @@ ends at a leaf of the closure's own.
 """
 
 
+class _TensorMark(tuple[int, int, str]):
+    """The number of the recorder that made it, and a mark. It is lost in a copy, to which a tensor hands it on."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return set, ()  # which torch.load takes with weights_only
+
+
 class ForwardProgram:
     """``parameters ↦ tensors``, a pure function: it writes to nothing that was there before.
 
@@ -290,9 +302,13 @@ class ForwardRecorder(DispatchMode):
 
     def _find(self, tensor: Tensor) -> _Mark | None:
         """The mark of a tensor that depends on the parameters."""
-        number, slot, cut = getattr(tensor, "_ngd_mark", (0, 0, ""))
+        number, slot, cut = getattr(tensor, "_ngd_mark", None) or (0, 0, "")
         if number != self._number:
-            return self._inputs.get(id(tensor)) or self._find_by_memory(tensor)
+            if (mark := self._inputs.get(id(tensor))) is None:
+                return self._find_by_memory(tensor)
+            return mark if tensor.requires_grad else (mark[0], "detached")  # frozen for a while
+        if cut == "random" and not _has_history(tensor):
+            return None  # what was drawn is a constant, whatever is asked of it
         if cut and tensor.requires_grad and tensor.is_leaf:
             return slot, "constant"
         if cut in ("", "constant") or not _has_history(tensor):
@@ -358,7 +374,7 @@ class ForwardRecorder(DispatchMode):
         return slot
 
     def _mark(self, tensor: Tensor, slot: int, cut: str) -> None:
-        tensor._ngd_mark = (self._number, slot, cut)  # pyright: ignore
+        tensor._ngd_mark = _TensorMark((self._number, slot, cut))  # pyright: ignore
 
     def _keep_constants(self, tensor: Tensor) -> None:
         """Before memory is written to: the program keeps what its constants hold now."""

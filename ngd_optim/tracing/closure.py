@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
-from ngd_optim.torch_internals import version_of
+from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
 from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.losses import LOSSES, LossCall
@@ -89,9 +90,9 @@ class TracedClosure:
         self.function = function
         self._parameters = parameters
         self._autocast = _find_autocast()
-        self._effects = SideEffects([parameters.device])
-        self._differentiates = False
-        self._uses_gradients = False
+        self._effects = SideEffects([parameters.device], parameters.tensors)
+        self._differentiates = self._goes_back = False
+        self._others: list[Tensor] = []
         self._gradients_before: list[Tensor | None] = []
         self.called_backward = False
         self.writes_parameters = False
@@ -111,7 +112,7 @@ class TracedClosure:
         recorder = ForwardRecorder(self._parameters.tensors)
         accumulation = GradientAccumulation(self._parameters)
 
-        def differentiate(root: Tensor) -> bool:
+        def differentiate(root: Tensor) -> list[Tensor]:
             with recorder.paused():
                 return accumulation.add(root)
 
@@ -129,8 +130,14 @@ class TracedClosure:
             self.gradient = accumulation.total
         finally:
             self._effects.is_known = True
-        self._differentiates = mode.differentiates
-        self._uses_gradients = mode.uses_gradients
+        self._goes_back = mode.reads_gradients or mode.calls > len(mode.roots)
+        self._others = accumulation.find_others() if self._goes_back else []
+        self._differentiates = mode.differentiates or self._goes_back
+        if not all(p.requires_grad for p in self._parameters.tensors):
+            raise RuntimeError(
+                "the closure sets requires_grad of a parameter that the step is for to False; "
+                "freeze and thaw parameters before the step, not in the closure"
+            )
         if not traced.loss.requires_grad:
             raise ValueError(
                 "the loss has no graph to differentiate: it was detached, computed under no_grad, "
@@ -149,18 +156,21 @@ class TracedClosure:
             graph: build the graph that leads to the loss. Without it, only a closure that itself
                 uses derivatives builds what it needs.
         """
-        # A closure may look at the gradients that it has just computed.
-        gradients = [p.grad for p in self._parameters.tensors]
+        accumulation = GradientAccumulation(self._parameters)
+        gradients = [(t, t.grad) for t in [*self._parameters.tensors, *self._others]]
+        for tensor in self._others:  # torch adds to what is there in place
+            tensor.grad = None if tensor.grad is None else tensor.grad.clone()
         self._effects.rewind()
         try:
-            accumulation = GradientAccumulation(self._parameters)
-            mode = Tracing(self._effects, accumulation.add if self._uses_gradients else None)
-            graph |= self._differentiates or self._uses_gradients
-            return self._run(mode, graph=graph, broadcast=False)
+            # Only for a closure that looks at gradients, or has some that are not of its loss.
+            mode = Tracing(self._effects, accumulation.add if self._goes_back else None)
+            # What it writes is put back, so that the first run's graph stays as it is.
+            with keep_versions(self._effects.tensors):
+                return self._run(mode, graph=graph or self._differentiates, broadcast=False)
         finally:
             self._effects.settle()
-            for p, gradient in zip(self._parameters.tensors, gradients, strict=True):
-                p.grad = gradient
+            for tensor, gradient in gradients:
+                tensor.grad = gradient
 
     def _run(self, mode: Tracing, *, graph: bool, broadcast: bool) -> Evaluation:
         # An autocast around the step keeps casts of weights, of where they were at the last run.
@@ -210,29 +220,44 @@ class GradientAccumulation:
     Attributes:
         total: the sum of what was computed since the closure last cleared the gradients, flat; None
             if nothing was.
+        roots: what that is the gradient of. What depends on none of the parameters is no part of
+            it: an attack on the inputs, the step of another optimizer.
     """
 
     def __init__(self, parameters: FlatParameters) -> None:
         self._parameters = parameters
         self._before: list[Tensor | None] = []
         self.total: Tensor | None = None
+        self.roots: list[Tensor] = []
+        self._called_on: list[Tensor] = []
 
-    def add(self, root: Tensor) -> bool:
-        """Differentiate a scalar; its graph is kept. Whether nothing of those before it is left."""
+    def add(self, root: Tensor) -> list[Tensor]:
+        """Differentiate a scalar, whose graph is kept, and give the roots that count from then on."""
         params = self._parameters.tensors
+        self._called_on.append(root)
         now = [p.grad for p in params]
-        starts = self.total is None or not any(g is not None and g.any() for g in now)
-        if starts:
-            self.total, self._before = None, now
         for p in params:
             p.grad = None
         root.backward(retain_graph=True)
-        new = self._parameters.flatten(p.grad for p in params)
-        self.total = new if self.total is None else self.total + new
+        new = [p.grad for p in params]
         for p, old in zip(params, now, strict=True):
             if old is not None:
                 p.grad = old if p.grad is None else old + p.grad
-        return starts
+        if all(g is None for g in new):
+            return self.roots
+        if self.total is None or not any(g is not None and g.any() for g in now):
+            self.total, self.roots, self._before = None, [], now  # else it adds to what is there
+        flat = self._parameters.flatten(new)
+        self.total = flat if self.total is None else self.total + flat
+        self.roots = [*self.roots, root]
+        return self.roots
+
+    def find_others(self) -> list[Tensor]:
+        """The tensors whose ``.grad`` it set, beside the parameters."""
+        reached = {id(t): t for root in self._called_on for t in leaves(root)}
+        for p in self._parameters.tensors:
+            reached.pop(id(p), None)
+        return list(reached.values())
 
     def finish(self) -> list[Tensor | None]:
         """After the run: put ``.grad`` to where it was before what counts, and return that.

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ngd_optim.torch_internals import base_of, is_transformed
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
-from ngd_optim.tracing.side_effects import SideEffects
+from ngd_optim.tracing.side_effects import SideEffects, memory_of
 
 # Their fused kernels have no second derivatives and no forward mode.
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
@@ -23,7 +23,7 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
     F.instance_norm: ("use_input_stats", True),
 }
-_USES_OF_GRADIENTS = (torch.Tensor.grad.__get__, torch.Tensor.grad.__set__)  # pyright: ignore
+_GET_GRADIENT = vars(torch.Tensor.__base__)["grad"].__get__
 _HELD = 16
 """So many inputs of functions with a kink are held until the run ends: a loss ends in the last ones."""
 
@@ -38,22 +38,23 @@ class Tracing(TorchFunctionMode):
 
     Args:
         effects: is told of everything that the closure is about to change.
-        backward: carries out a call of ``backward``, and tells whether the gradients of those
-            before it were cleared; None: it is noted only.
+        backward: carries out a call of ``backward``, and gives the roots that count from then on;
+            None: it is noted only.
         detach: is told of tensors that are about to be detached in place.
 
     Attributes:
         losses: the calls of recognised loss functions.
-        roots: scalars that the closure called ``backward`` on since it last cleared the gradients.
+        calls: how often the closure called ``backward``.
+        roots: the scalars that it called it on, and that count.
+        reads_gradients: whether it looked at a ``.grad`` that ``backward`` left.
         differentiates: whether the closure called ``torch.autograd.grad``.
-        uses_gradients: whether it looked at, or set, ``.grad`` after ``backward``.
         has_hooks: whether it registered hooks on gradients.
     """
 
     def __init__(
         self,
         effects: SideEffects,
-        backward: Callable[[Tensor], bool] | None = None,
+        backward: Callable[[Tensor], list[Tensor]] | None,
         detach: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
@@ -65,8 +66,9 @@ class Tracing(TorchFunctionMode):
         self._held: deque[Kink] = deque(maxlen=_HELD)
         self.losses: list[LossCall] = []
         self.roots: list[Tensor] = []
+        self.reads_gradients = False
+        self.calls = 0
         self.differentiates = False
-        self.uses_gradients = False
         self.has_hooks = False
 
     @property
@@ -81,12 +83,13 @@ class Tracing(TorchFunctionMode):
         if func is torch.autograd.backward:
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
-        self.uses_gradients |= bool(self.roots) and func in _USES_OF_GRADIENTS
         self.has_hooks |= func is torch.Tensor.register_hook
         if self._detach is not None and getattr(func, "__name__", None) == "detach_":
             self._detach(args[0])
-        if self._effects.is_known:
-            return self._call(func, args, kwargs)
+        if self.calls and func == _GET_GRADIENT:
+            gradient = func(*args, **kwargs)
+            self.reads_gradients |= gradient is not None
+            return gradient
         self._note_changes(func, args, kwargs)
         result = self._call(func, args, kwargs)
         if getattr(func, "__name__", None) != "__get__":  # of what was there before, such as .grad
@@ -118,20 +121,16 @@ class Tracing(TorchFunctionMode):
             # state.
             base = base_of(tensor)
             base = tensor if base is None else base
-            if (
-                base.grad_fn is None
-                and not base.requires_grad
-                and not (self._is_new(tensor) or self._is_new(base))
-            ):
+            if base.is_leaf and not (self._is_new(tensor) or self._is_new(base)):
                 self._effects.track_tensor(base)
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:
         """Remember new tensors, which need no putting back; not what shares memory with older ones."""
         results = [t for t in _tensors(result) if not t.requires_grad]
         if results:
-            older = {_memory(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
+            older = {memory_of(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
             self._made_here.update(
-                {id(t): weakref.ref(t) for t in results if _memory(t) not in older}
+                {id(t): weakref.ref(t) for t in results if memory_of(t) not in older}
             )
 
     def _is_new(self, tensor: Tensor) -> bool:
@@ -156,9 +155,11 @@ class Tracing(TorchFunctionMode):
                 f"backward() needs a scalar loss, got one of shape {tuple(root.shape)}"
             )
         scalar = root.sum() if gradient is None else (root * gradient).sum()
-        if self._backward is not None and self._backward(scalar):
-            self.roots.clear()
-        self.roots.append(scalar)
+        self.calls += 1
+        if self._backward is None:
+            self.roots.append(scalar)
+        else:
+            self.roots = self._backward(scalar)
 
     def _note_backward_of_several(
         self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any
@@ -210,10 +211,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def _memory(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # sparse, or inside torch.func.vmap
-        return id(tensor)

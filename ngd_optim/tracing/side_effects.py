@@ -16,13 +16,15 @@ class SideEffects:
 
     Args:
         devices: whose global random number generators belong to it, the CPU's always.
+        parameters: what is moved from outside, and left alone.
 
     Attributes:
         is_known: whether the closure has run once, so that all that it changes has been seen.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], parameters: Iterable[Tensor] = ()) -> None:
         self._devices = {d for d in devices if d.type != "cpu"}
+        self._apart = {memory_of(p) for p in parameters}
         self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
         self._start: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] | None = None
@@ -34,6 +36,8 @@ class SideEffects:
 
     def track_tensor(self, tensor: Tensor) -> None:
         """The closure is about to change a tensor in place."""
+        if memory_of(tensor) in self._apart:
+            return
         # Through .data, or autograd would take it for a change of what the graph has saved.
         self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.data.copy_(value))
 
@@ -43,6 +47,8 @@ class SideEffects:
         if id(thing) not in self._tracked:
             self._tracked[id(thing)] = (thing, read, write)
             self._start[id(thing)] = read()
+            if self._after is not None:  # made in the first run, and about to change in another
+                self._after[id(thing)] = self._start[id(thing)]
 
     def begin(self) -> None:
         """Before the first run: note where the generators are. Tensors are noted when they are about to change."""
@@ -54,6 +60,11 @@ class SideEffects:
                 partial(module.get_rng_state, device),
                 partial(module.set_rng_state, device=device),
             )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that it changes."""
+        return [thing for thing, _, _ in self._tracked.values() if isinstance(thing, Tensor)]
 
     def rewind(self) -> None:
         """Put everything back to where the first run found it."""
@@ -71,3 +82,11 @@ class SideEffects:
         for key, value in values.items():
             _, _, write = self._tracked[key]
             write(value)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except RuntimeError:  # sparse, or inside torch.func.vmap
+        return id(tensor)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers.problems import dense_gauss_newton_by_rows, real
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Categorical, Normal
 
 from ngd_optim import NaturalCG, Nystrom, linearize
 
@@ -453,3 +453,243 @@ def test_weights_that_are_put_back_into_bounds(in_place):
     # The minimum within the bounds is 0.8568: by Adam, with a rate that falls for 3,000 steps.
     assert optimizer.last_step.new_loss < 0.863
     assert optimizer.param_groups[0]["damping"] < 1e-3
+
+
+class TestBackwardThatIsNotForTheLoss:
+    """A closure may call ``backward`` for an attack on its inputs, or for another optimizer."""
+
+    @staticmethod
+    def make():
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        return model, real(40, 4), torch.arange(40) % 3
+
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_cleared_gradients_do_not_count(self, set_to_none):
+        model, x, y = self.make()
+        optimizer = NaturalCG(model.parameters())
+
+        def closure():
+            optimizer.zero_grad(set_to_none=set_to_none)
+            shift = torch.zeros_like(x, requires_grad=True)
+            F.cross_entropy(model(x + shift), y).backward()
+            shift = 0.1 * shift.grad.sign()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss = F.cross_entropy(model(x + shift), y)
+            loss.backward()
+            shifts.append(shift)
+            return loss
+
+        for _ in range(4):
+            shifts = []
+            before = optimizer.step(closure)
+            assert optimizer.last_step.accepted
+            after = F.cross_entropy(model(x + shifts[0]), y)
+            assert optimizer.last_step.new_loss == pytest.approx(after.item(), abs=1e-10)
+            assert after < before < 2
+
+    def test_a_loss_of_other_parameters_is_no_part_of_the_loss(self):
+        model, x, y = self.make()
+        head, optimizer = nn.Linear(3, 3).double(), NaturalCG(model.parameters())
+
+        def closure():
+            inner = torch.optim.SGD(head.parameters(), 0.1)
+            inner.zero_grad()
+            F.cross_entropy(head(model(x).detach()), y).backward()
+            inner.step()
+            return F.cross_entropy(head(model(x)), y)
+
+        for _ in range(3):
+            start, alone = copy.deepcopy(model), copy.deepcopy(head)
+            loss = optimizer.step(closure)
+            inner = torch.optim.SGD(alone.parameters(), 0.1)
+            alone.zero_grad()
+            F.cross_entropy(alone(start(x).detach()), y).backward()
+            inner.step()
+            assert torch.equal(head.weight, alone.weight)
+            assert torch.equal(loss, F.cross_entropy(head(start(x)), y))
+            expected = F.cross_entropy(head(model(x)), y).item()
+            assert optimizer.last_step.new_loss == pytest.approx(expected, abs=1e-10)
+
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+    def test_another_optimizer_steps_once_however_often_the_closure_runs(self, kind):
+        model, x, y = self.make()
+        head = nn.Linear(3, 3).double()
+        optimizer, inner = NaturalCG(model.parameters()), kind(head.parameters(), 0.01)
+
+        def closure():
+            runs.append(1)
+            inner.zero_grad()
+            F.cross_entropy(head(model(x).detach()), y).backward()
+            inner.step()
+            loss = F.cross_entropy(head(model(x)), y)
+            loss.item()
+            return loss
+
+        runs = []
+        for step in range(3):
+            alone, features = copy.deepcopy(head), model(x).detach()
+            other = kind(alone.parameters(), 0.01)
+            other.load_state_dict(copy.deepcopy(inner.state_dict()))
+            optimizer.step(closure)
+            other.zero_grad()
+            F.cross_entropy(alone(features), y).backward()
+            other.step()
+            assert torch.equal(head.weight, alone.weight)
+            assert torch.equal(head.weight.grad, alone.weight.grad)
+            for old, new in zip(other.state.values(), inner.state.values(), strict=True):
+                assert all(torch.equal(new[k], v) for k, v in old.items() if v is not None)
+            if not step:
+                assert len(runs) > 1
+
+    @pytest.mark.parametrize("case", ["freezes", "perturbs", "enqueues"])
+    def test_what_cannot_be_differentiated_afterwards_names_the_way_out(self, case):
+        model, x, y = self.make()
+        queue = real(3, 3)
+        before = copy.deepcopy(model.state_dict()), queue.clone()
+
+        def closure():
+            loss = F.cross_entropy(model(x) @ queue, y)
+            loss.backward()
+            with torch.no_grad():
+                if case == "enqueues":
+                    queue.add_(1.0)
+                elif case == "perturbs":
+                    model[2].weight.add_(1.0)
+                else:
+                    model[2].requires_grad_(False)
+            return loss
+
+        way_out = "before the step" if case == "freezes" else r"clone\(\)"
+        with pytest.raises(RuntimeError, match=way_out):
+            NaturalCG(model.parameters()).step(closure)
+        assert torch.equal(queue, before[1])
+        assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_hook_that_solves_for_the_gradient_goes_by_differences():
+    # A deep equilibrium layer: its fixed point is found without autograd, and a hook solves for its
+    # gradient. Both backends see the last iteration alone, and agree.
+    w, u = nn.Parameter(0.3 * real(4, 4)), nn.Parameter(real(4, 4))
+    x, y = real(20, 4), 0.3 * real(20, 4)
+
+    def cell(z):
+        return torch.tanh(0.3 * z @ w.tanh() + x @ u)
+
+    def iterate(function, z):
+        for _ in range(60):
+            z = function(z)
+        return z
+
+    def closure():
+        with torch.no_grad():
+            z = iterate(cell, torch.zeros_like(x))
+        z = cell(z)
+        there = z.detach().requires_grad_()
+        once = cell(there)
+        if z.requires_grad:
+            z.register_hook(
+                lambda g: iterate(
+                    lambda h: g + torch.autograd.grad(once, there, h, retain_graph=True)[0], g
+                )
+            )
+        return F.mse_loss(z, y)
+
+    exact = linearize(lambda: F.mse_loss(iterate(cell, torch.zeros_like(x)), y), [w, u])
+    found, v = linearize(closure, [w, u]), real(32)
+    assert torch.allclose(found.gradient, exact.gradient, rtol=1e-9)
+    assert (found.curvature(v) - exact.curvature(v)).norm() <= 1e-6 * exact.curvature(v).norm()
+
+
+class TestMarksOnTensors:
+    def test_a_copy_is_another_tensor(self):
+        model, x, y = nn.Linear(4, 3).double(), real(40, 4), torch.arange(40) % 3
+        optimizer = NaturalCG(model.parameters())
+
+        def penalised(z, target):
+            return F.cross_entropy(z, y) + 0.1 * F.mse_loss(z, target)
+
+        def closure():
+            z = model(x)
+            target = copy.deepcopy(z.detach())
+            weights = copy.deepcopy(model.state_dict())
+            weights["weight"].zero_()
+            return penalised(z, target.clamp_(min=0) + x @ weights["weight"].T)
+
+        for _ in range(3):
+            target = model(x).detach().clamp(min=0)
+            optimizer.step(closure)
+            expected = penalised(model(x), target).item()
+            assert optimizer.last_step.new_loss == pytest.approx(expected, abs=1e-10)
+
+    def test_what_the_closure_kept_can_be_saved_and_loaded(self, tmp_path):
+        model, x, y, kept = nn.Linear(4, 3), torch.randn(40, 4), torch.arange(40) % 3, []
+        optimizer = NaturalCG(model.parameters())
+
+        def closure():
+            kept.append(model(x).detach())
+            return F.cross_entropy(model(x), y)
+
+        optimizer.step(closure)
+        torch.save(kept, tmp_path / "kept.pt")
+        loaded = torch.load(tmp_path / "kept.pt", weights_only=True)
+        for copied in (loaded[0], copy.deepcopy(kept[0])):
+            assert torch.equal(copied, kept[0])
+            assert not any(vars(copied).values())
+
+
+def test_parameters_that_are_frozen_for_a_while_are_constants():
+    model, x, y, t = nn.Linear(4, 3).double(), real(40, 4), torch.arange(40) % 3, real(40, 3)
+    optimizer = NaturalCG(model.parameters())
+
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        model.requires_grad_(False)
+        loss = loss + F.mse_loss(model(x), t)
+        model.requires_grad_(True)
+        return loss
+
+    for _ in range(3):
+        fixed = F.mse_loss(model(x), t).item()
+        optimizer.step(closure)
+        expected = F.cross_entropy(model(x), y).item() + fixed
+        assert optimizer.last_step.new_loss == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_closure_that_moves_its_own_state_twice_says_so(reads, caplog):
+    model, x, y = nn.Linear(4, 3).double(), real(40, 4), torch.arange(40) % 3
+    optimizer, batches = NaturalCG(model.parameters()), iter(range(1, 100))
+
+    def closure():
+        loss = F.cross_entropy(next(batches) * model(x), y)
+        if reads:
+            loss.item()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert next(batches) == (7 if reads else 6)
+    assert ("ran twice at this first step" in caplog.text) == reads
+
+
+def test_what_was_drawn_is_not_drawn_again_to_be_validated():
+    policy, x, rewards = nn.Linear(4, 3).double(), real(60, 4), real(60, 3)
+    optimizer = NaturalCG(policy.parameters())
+
+    def closure():
+        distribution = Categorical(logits=policy(x), validate_args=True)
+        actions = distribution.sample()
+        drawn.append(actions)
+        chosen = rewards.gather(1, actions[:, None])[:, 0]
+        return -(distribution.log_prob(actions) * chosen).mean()
+
+    for _ in range(3):
+        drawn = []
+        before = torch.get_rng_state()
+        closure()
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        optimizer.step(closure)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert all(torch.equal(actions, drawn[0]) for actions in drawn)
