@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.autograd_graph import leaves
 from ngd_optim.recording.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.recording.program import (
     CannotReplayError,
@@ -113,6 +114,7 @@ class ForwardRecorder(DispatchMode):
         self._owned: dict[Any, int] = {}  # memory that was written to, and its first slot
         self._operations: list[Operation] = []
         self._constants: dict[Any, list[tuple[Any, Any, Tensor]]] = {}  # by memory
+        self._elsewhere: dict[int, Tensor] = {}  # has a history without the parameters
         self._searched = 0  # so many operations, for constants
         self._paused = False
         self.reads_values = False
@@ -309,9 +311,18 @@ class ForwardRecorder(DispatchMode):
         """The mark of a tensor that had none when it was made, in memory that was written to since."""
         if self._owned and (base := self._owned.get(_memory_of(tensor))) is not None:
             return self._view(tensor, base, "" if _has_history(tensor) else "no_grad")
-        if _has_history(tensor) and _memory_of(tensor) in self._parameters:
-            self._fail("a view of a parameter was made before the closure ran")
+        if _has_history(tensor) and self.problem is None and self._comes_from_parameters(tensor):
+            self._fail(
+                "something was computed from the parameters before the closure ran, or in another thread"
+            )
         return None
+
+    def _comes_from_parameters(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was not made in this run depends on the parameters; asked once of each."""
+        if id(tensor) in self._elsewhere:
+            return False
+        self._elsewhere[id(tensor)] = tensor
+        return any(id(leaf) in self._inputs for leaf in leaves(tensor))
 
     def _own_all(self, written: list[Tensor]) -> bool:
         """Before tensors are written to: let them lie in memory that each replay makes anew; whether some did not."""
