@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.autograd_graph import leaves
 from ngd_optim.recording.aten import LAZY_ZEROS, STATISTICS, ZEROS, facts, find_written, tensors_of
 from ngd_optim.recording.program import (
     CannotReplayError,
@@ -114,6 +115,7 @@ class ForwardRecorder(DispatchMode):
         self._owned: dict[Any, int] = {}  # memory that was written to, and its first slot
         self._operations: list[Operation] = []
         self._constants: dict[Any, list[tuple[Any, Any, Tensor]]] = {}  # by memory
+        self._elsewhere: dict[int, Tensor] = {}  # has a history without the parameters
         self._searched = 0  # so many operations, for constants
         self._paused = False
         self.reads_values = False
@@ -276,7 +278,8 @@ class ForwardRecorder(DispatchMode):
         return Operation(func, own_args, own_kwargs, inputs, [], held), cut
 
     def _detach(self, tensor: Tensor) -> Tensor:
-        result, mark = _aten.detach.default(tensor), self._find(tensor)
+        # What was kept of an earlier run may be detached; used with its history it may not.
+        result, mark = _aten.detach.default(tensor), self._find(tensor, is_used=False)
         if mark is not None:
             self._mark(result, mark[0], mark[1] or "detached")
         return result
@@ -300,12 +303,12 @@ class ForwardRecorder(DispatchMode):
         mark = self._find(tensor)
         return None if mark is None or mark[1] else mark[0]
 
-    def _find(self, tensor: Tensor) -> _Mark | None:
+    def _find(self, tensor: Tensor, *, is_used: bool = True) -> _Mark | None:
         """The mark of a tensor that depends on the parameters."""
         number, slot, cut = getattr(tensor, "_ngd_mark", None) or (0, 0, "")
         if number != self._number:
             if (mark := self._inputs.get(id(tensor))) is None:
-                return self._find_by_memory(tensor)
+                return self._find_by_memory(tensor, is_used=is_used)
             return mark if tensor.requires_grad else (mark[0], "detached")  # frozen for a while
         if cut == "random" and not _has_history(tensor):
             return None  # what was drawn is a constant, whatever is asked of it
@@ -320,13 +323,24 @@ class ForwardRecorder(DispatchMode):
             self._of_functions.add(slot)
         return slot, ""
 
-    def _find_by_memory(self, tensor: Tensor) -> _Mark | None:
+    def _find_by_memory(self, tensor: Tensor, *, is_used: bool) -> _Mark | None:
         """The mark of a tensor that had none when it was made, in memory that was written to since."""
         if self._owned and (base := self._owned.get(_memory_of(tensor))) is not None:
             return self._view(tensor, base, "" if _has_history(tensor) else "no_grad")
-        if _has_history(tensor) and _memory_of(tensor) in self._parameters:
-            self._fail("a view of a parameter was made before the closure ran")
+        is_asked = is_used and self.problem is None and _has_history(tensor)
+        if is_asked and self._comes_from_parameters(tensor):
+            self._fail(
+                "something was computed from the parameters before the closure ran, in another thread "
+                "or by code that torch does not see"
+            )
         return None
+
+    def _comes_from_parameters(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was not made in this run depends on the parameters; asked once of each."""
+        if id(tensor) in self._elsewhere:
+            return False
+        self._elsewhere[id(tensor)] = tensor
+        return any(id(leaf) in self._inputs for leaf in leaves(tensor))
 
     def _own_all(self, written: list[Tensor]) -> bool:
         """Before tensors are written to: let them lie in memory that each replay makes anew; whether some did not."""

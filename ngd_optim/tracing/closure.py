@@ -121,11 +121,12 @@ class TracedClosure:
         places = self._places()
         try:
             with recorder:
-                traced = self._run(mode, graph=True, broadcast=True)
+                traced = self._run(mode, accumulation, graph=True, broadcast=True)
             self.writes_parameters = self._places() != places
             if self.writes_parameters:
                 recorder.problem = "the closure writes to its parameters"
-            self.called_backward = bool(mode.roots)
+            accumulation.adopt(traced.loss)
+            self.called_backward = bool(accumulation.roots)
             self._gradients_before = accumulation.finish()
             self.gradient = accumulation.total
         finally:
@@ -166,13 +167,17 @@ class TracedClosure:
             mode = Tracing(self._effects, accumulation.add if self._goes_back else None)
             # What it writes is put back, so that the first run's graph stays as it is.
             with keep_versions(self._effects.tensors):
-                return self._run(mode, graph=graph or self._differentiates, broadcast=False)
+                return self._run(
+                    mode, accumulation, graph=graph or self._differentiates, broadcast=False
+                )
         finally:
             self._effects.settle()
             for tensor, gradient in gradients:
                 tensor.grad = gradient
 
-    def _run(self, mode: Tracing, *, graph: bool, broadcast: bool) -> Evaluation:
+    def _run(
+        self, mode: Tracing, accumulation: "GradientAccumulation", *, graph: bool, broadcast: bool
+    ) -> Evaluation:
         # An autocast around the step keeps casts of weights, of where they were at the last run.
         torch.clear_autocast_cache()
         with torch.set_grad_enabled(graph), quiet_ddp(broadcast=broadcast), ExitStack() as stack:
@@ -180,6 +185,11 @@ class TracedClosure:
                 stack.enter_context(context())
             with mode:
                 returned = self.function()
+            loss = returned[0] if isinstance(returned, tuple) and returned else returned
+            if isinstance(loss, Tensor) and loss.requires_grad and accumulation.was_cleared():
+                # Its backward was for something else: norms of gradients, an attack on the inputs.
+                accumulation.forget()
+                mode.roots = []
             loss, metric = _split_returned(returned, mode.roots)
             results = [call.result.grad_fn for call in mode.losses]
             kinks, is_all = find_last_kinks(loss, mode.kinks, results)
@@ -226,6 +236,7 @@ class GradientAccumulation:
 
     def __init__(self, parameters: FlatParameters) -> None:
         self._parameters = parameters
+        self._found = [(p.grad, _version(p.grad)) for p in parameters.tensors]
         self._before: list[Tensor | None] = []
         self.total: Tensor | None = None
         self.roots: list[Tensor] = []
@@ -251,6 +262,37 @@ class GradientAccumulation:
         self.total = flat if self.total is None else self.total + flat
         self.roots = [*self.roots, root]
         return self.roots
+
+    def was_cleared(self) -> bool:
+        """Whether the closure cleared the gradients, and computed none since."""
+        left = [p.grad for p in self._parameters.tensors]
+        return (
+            self.total is not None
+            and not any(g is not None and g.any() for g in left)
+            and bool(self.total.any())
+        )
+
+    def forget(self) -> None:
+        """Let nothing count that was computed so far."""
+        self.total, self.roots = None, []
+
+    def adopt(self, loss: Tensor) -> None:
+        """After the run: gradients that the closure set itself must be those of its loss as well."""
+        if self._called_on or not loss.requires_grad:
+            return
+        left = [p.grad for p in self._parameters.tensors]
+        is_set = any(
+            g is not None and not (g is old and _version(g) == version) and bool(g.any())
+            for g, (old, version) in zip(left, self._found, strict=True)
+        )
+        if not is_set:
+            return
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                loss, self._parameters.tensors, retain_graph=True, allow_unused=True
+            )
+        self.total, self.roots = self._parameters.flatten(gradients), [loss]
+        self._before = [None] * len(left)
 
     def find_others(self) -> list[Tensor]:
         """The tensors whose ``.grad`` it set, beside the parameters."""
@@ -288,6 +330,10 @@ class GradientAccumulation:
                 "clipping, and write all that is to be minimised into the loss"
             )
         return self._before
+
+
+def _version(gradient: Tensor | None) -> int:
+    return 0 if gradient is None else version_of(gradient)
 
 
 def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosure]:

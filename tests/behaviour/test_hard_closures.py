@@ -541,6 +541,50 @@ class TestBackwardThatIsNotForTheLoss:
             if not step:
                 assert len(runs) > 1
 
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_what_is_returned_counts_where_the_gradients_were_cleared(self, set_to_none):
+        model, x, y = self.make()
+        optimizer, target = NaturalCG(model.parameters()), real(40, 3)
+
+        def loss_at(z):
+            return F.cross_entropy(z, y) + F.mse_loss(z, target)
+
+        def closure():
+            F.mse_loss(model(x), target).backward()
+            norms.append(model[0].weight.grad.norm().item())
+            optimizer.zero_grad(set_to_none=set_to_none)
+            return loss_at(model(x))
+
+        norms = []
+        for _ in range(4):
+            before = loss_at(model(x))
+            assert optimizer.step(closure).item() == pytest.approx(before.item(), abs=1e-10)
+            after = loss_at(model(x)).item()
+            assert optimizer.last_step.new_loss == pytest.approx(after, abs=1e-10)
+            assert after < before
+
+    @pytest.mark.parametrize("factor", [1.0, 0.5])
+    def test_gradients_that_are_set_must_be_those_of_the_loss(self, factor):
+        model, x, y = self.make()
+        optimizer, params = NaturalCG(model.parameters()), list(model.parameters())
+
+        def closure():
+            loss = F.cross_entropy(model(x), y)
+            gradients = torch.autograd.grad(loss, params, retain_graph=True)
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = factor * gradient
+            return loss
+
+        if factor == 1:
+            for _ in range(3):
+                expected = torch.autograd.grad(F.cross_entropy(model(x), y), params)
+                optimizer.step(closure)
+                assert optimizer.last_step.accepted
+                assert all(torch.equal(p.grad, g) for p, g in zip(params, expected, strict=True))
+        else:
+            with pytest.raises(RuntimeError, match="changes the gradients"):
+                optimizer.step(closure)
+
     @pytest.mark.parametrize("case", ["freezes", "perturbs", "enqueues"])
     def test_what_cannot_be_differentiated_afterwards_names_the_way_out(self, case):
         model, x, y = self.make()
@@ -693,3 +737,19 @@ def test_what_was_drawn_is_not_drawn_again_to_be_validated():
         optimizer.step(closure)
         assert torch.equal(torch.get_rng_state(), after)
         assert all(torch.equal(actions, drawn[0]) for actions in drawn)
+
+
+def test_an_activation_that_is_kept_from_step_to_step_is_noticed(caplog):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double(), real(40, 4)
+    y, cache = torch.arange(40) % 3, {}
+    optimizer = NaturalCG(model.parameters())
+
+    def closure():
+        if "h" not in cache:
+            cache["h"] = model[0](x)
+        return F.cross_entropy(model[1](cache["h"]), y)
+
+    optimizer.step(closure)
+    assert not caplog.records
+    optimizer.step(closure)
+    assert "computed from the parameters before the closure ran" in caplog.text

@@ -425,14 +425,11 @@ def test_a_part_through_numpy_is_run_again_too(caplog):
     def closure():
         return F.mse_loss(net(x), y) + HiddenSquare.apply(net[0].weight).sum()
 
-    optimizer = NaturalCG(net.parameters())
-    reports = []
-    for _ in range(3):
-        before = closure().item()
+    optimizer, first = NaturalCG(net.parameters()), closure().item()
+    for _ in range(8):
         optimizer.step(closure)
-        reports.append(optimizer.last_step)
         assert optimizer.last_step.new_loss == pytest.approx(closure().item(), rel=1e-9)
-        assert closure().item() < before
+    assert closure().item() < 0.8 * first
     assert not warned(caplog)
 
 
