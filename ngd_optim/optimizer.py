@@ -1,6 +1,7 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -51,6 +52,9 @@ from ngd_optim.tracing import (
 )
 
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
+
+_USUAL_DAMPING = 1e6
+"""What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
 
 class NaturalCG(Optimizer):
@@ -192,6 +196,13 @@ class NaturalCG(Optimizer):
         check_settings(defaults)
         super().__init__(params, defaults)
         self._complete()
+        if max_damping == "auto" and damping > _USUAL_DAMPING:
+            warnings.warn(
+                f"damping={damping:g} is above the {_USUAL_DAMPING:g} that max_damping='auto' stands "
+                "for: it is kept, and the limit moves with it; if that is the loss's scale, divide "
+                "the loss by it, or set max_damping to choose the limit",
+                stacklevel=2,
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
