@@ -295,7 +295,7 @@ class NaturalCG(Optimizer):
                 _require(other.used, "the curvature closure")
                 point = point.with_curvature_of(other)
             _require(point.reached, "the loss")
-            if any(run.writes_parameters for run in closures):
+            if point.writes_parameters:
                 theta = parameters.read()  # where the closure has put them
 
             # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.

@@ -115,13 +115,13 @@ class Graph:
     @property
     def _is_at_hand(self) -> bool:
         """Whether programs can be made: the first run's graph is there."""
-        traced, _ = self.get()
-        return self.problem is None and traced.recorder is not None
+        return self._kept is not None and self._kept[0].recorder is not None and not self.problem
 
     @property
     def recorder(self) -> ForwardRecorder:
         """What has noted the first run."""
-        self.get()
+        if self._recorder is None:
+            self.get()
         assert self._recorder is not None
         return self._recorder
 
@@ -232,7 +232,9 @@ class Graph:
         """The Hessian of what the loss takes from parameters around the outputs, such as a weight penalty, if any."""
         program = self._program_around()
         if program is None:
-            logger.info("the curvature around the outputs is left out, because %s", self.problem)
+            logger.info(
+                "the curvature around the outputs is left out, because %s", self._why_no_program()
+            )
             return None
         params = self._parameters.tensors
         with torch.enable_grad():
@@ -244,8 +246,11 @@ class Graph:
     def _require_outputs_program(self) -> ForwardProgram:
         program = self._program_of_outputs()
         if program is None:
-            raise CannotReplayError(self.problem or "the closure's first run is no longer at hand")
+            raise CannotReplayError(self._why_no_program())
         return program
+
+    def _why_no_program(self) -> str:
+        return self.problem or "the closure's first run is no longer at hand"
 
     def _require_outputs(self) -> Tensors:
         outputs = self.evaluate_outputs()

@@ -74,6 +74,8 @@ class Point:
             (infinite outside of its domain, where it raises an exception) and the KL from the
             prediction here, in nats per sample; None where the metric has only its second-order
             model.
+        writes_parameters: whether a closure of the loss changes the parameters, such as by putting
+            them back into bounds.
     """
 
     loss: Tensor
@@ -88,6 +90,7 @@ class Point:
     graph: Graph
     parameters: FlatParameters
     measure: Callable[[], tuple[float, float | None]]
+    writes_parameters: bool = False
 
     def square_root(self) -> SqrtGGN | None:
         """The matrix ``A`` with ``F = AᵀA``, where there are outputs; None if ``F`` is indefinite."""
@@ -256,6 +259,7 @@ def linearize_closure(
         graph=graph,
         parameters=parameters,
         measure=measure,
+        writes_parameters=run.writes_parameters,
     )
     # Each product of a list traces its closure anew, so that one graph is in memory at a time.
     if not keep_graph:
@@ -308,6 +312,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         is_least_squares=all(part.is_least_squares for part in parts),
         outputs=0,
         measure=measure,
+        writes_parameters=any(part.writes_parameters for part in parts),
     )
 
 

@@ -88,7 +88,8 @@ class Descent:
                 or not (solves_again and self._is_worth_a_retry(step))
             )
             if is_over or not self.damping.retry(attempt):
-                if trial.accepted and self.point.graph.run.writes_parameters:
+                if trial.accepted and self.point.writes_parameters:
+                    # The closure has moved the parameters on from θ + d.
                     step, trial = self._as_taken(step, model), replace(trial, fraction=1.0)
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
                 return Outcome(damping, model, solution, step, trial)

@@ -162,7 +162,13 @@ class Tracing(TorchFunctionMode):
             self.roots = self._backward(scalar)
 
     def _note_backward_of_several(
-        self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
     ) -> None:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         gradients = (
@@ -171,7 +177,7 @@ class Tracing(TorchFunctionMode):
             else grad_tensors or [None] * len(tensors)
         )
         for root, gradient in zip(tensors, gradients, strict=True):
-            self._note_backward(root, gradient)
+            self._note_backward(root, gradient, create_graph=create_graph, inputs=inputs)
 
 
 @contextmanager

@@ -460,3 +460,18 @@ def test_a_loss_inside_torch_func_has_the_right_hessian(function):
     found = torch.stack([point.curvature(e) for e in torch.eye(4, dtype=torch.float64)])
     assert point.kind == "hessian"
     assert_near(found, true, 1e-8)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"create_graph": True}, {"inputs": [torch.zeros(1, requires_grad=True)]}]
+)
+def test_backward_of_several_tensors_refuses_what_backward_refuses(arguments):
+    task = Task()
+
+    def closure():
+        loss = task.loss()
+        torch.autograd.backward([loss], **arguments)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad"):
+        task.optimizer.step(closure)
