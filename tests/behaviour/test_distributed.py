@@ -188,7 +188,7 @@ def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, list[StepRep
     start = parameters_to_vector(model.parameters()).detach()
     message = "nothing was raised"
     try:
-        for _ in range(3):
+        while runs < fails_at:
             start = parameters_to_vector(model.parameters()).detach().clone()
             optimizer.step(closure)
     except Exception as error:
