@@ -15,6 +15,7 @@ ROOMS = [
     "tracing",
     "curvature",
     "jacobian",
+    "kronecker",
     "linearization",
     "solvers",
     "preconditioners",

@@ -5,7 +5,6 @@ The optimizer's state has for each parameter ``left`` and ``right``, its Kroneck
 ``draws``, how often random vectors were drawn.
 """
 
-import zlib
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -15,10 +14,7 @@ from torch import Tensor
 from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer, uses_of
-from ngd_optim.linearization import Point
-from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners.base import Preconditioning, Solve
-from ngd_optim.preconditioners.kronecker import (
+from ngd_optim.kronecker import (
     KroneckerFactors,
     average_factors,
     build_kronecker_preconditioner,
@@ -26,6 +22,9 @@ from ngd_optim.preconditioners.kronecker import (
     fits,
     is_worthwhile,
 )
+from ngd_optim.linearization import Point
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.preconditioners.base import Preconditioning, Solve
 from ngd_optim.solvers import QuadraticModel
 
 SHARE_OF_OLDER = 0.5
@@ -137,28 +136,9 @@ class Kronecker(Preconditioning):
         """Mix the estimates of all closures and ranks with what was known."""
         # Each renewal draws other vectors, and the same ones when a run is resumed.
         self._served, self._draws = 0, self._draws + 1
-        estimates = [factors for factors in self._estimates if factors is not None]
-        mean = average_factors(estimates) if len(estimates) == len(self._estimates) else None
-        del estimates
+        mean = average_factors(self._estimates, ranks)
         self._estimates.clear()  # as large as what they become
-        layers = None if mean is None else (mean.layers, sorted(mean.values))
-        # Ranks whose graphs differ must not average factors of different layers.
-        if not ranks.agree(zlib.crc32(repr(layers).encode())) or mean is None:
+        if mean is None:
             self.layers, self._values = (), {}
-            return
-        values = {key: ranks.average(value) for key, value in mean.values.items()}
-        if all(
-            value.isfinite().all() for value in values.values()
-        ):  # else the step will be refused
-            self.layers, mean = mean.layers, None
-            self._values = {
-                key: _mix(values.pop(key), self._values.get(key)) for key in list(values)
-            }
-
-
-def _mix(value: Tensor, older: Tensor | None) -> Tensor:
-    return (
-        value
-        if older is None or older.shape != value.shape
-        else value.lerp(older.to(value), SHARE_OF_OLDER)
-    )
+        elif mean.is_finite:  # else the step will be refused
+            self.layers, self._values = mean.layers, mean.mix(self._values, SHARE_OF_OLDER)

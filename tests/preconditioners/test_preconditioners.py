@@ -17,8 +17,8 @@ from torch.distributions import Categorical, Normal
 from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG
+from ngd_optim.kronecker.factors import unpack_factor
 from ngd_optim.preconditioners import kfac
-from ngd_optim.preconditioners.kronecker import unpack_factor
 
 N, IN, HIDDEN, OUT = 24, 5, 6, 3
 DTYPE = torch.float64

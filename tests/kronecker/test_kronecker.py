@@ -19,19 +19,20 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from ngd_optim.curvature.metric import OutputMetric
+from ngd_optim.distributed import ALONE
 from ngd_optim.jacobian.layers import Layer, uses_of
-from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners import kronecker
-from ngd_optim.preconditioners.kronecker import (
+from ngd_optim.kronecker import factors as of_factors
+from ngd_optim.kronecker.blocks import build_kronecker_preconditioner
+from ngd_optim.kronecker.factors import (
     KroneckerFactors,
     average_factors,
-    build_kronecker_preconditioner,
     estimate_factors,
     fits,
     is_worthwhile,
     pack_factor,
     unpack_factor,
 )
+from ngd_optim.parameters import FlatParameters
 
 N, IN, OUT, STEPS = 5, 3, 4, 2
 
@@ -517,7 +518,7 @@ def test_one_layer_with_squares_has_exactly_the_gauss_newton_matrix(name, monkey
     forward, *shapes = EXACT[name]
     params: list[Tensor] = [weight(*shape) for shape in shapes]
     x, y = real(4, IN), real(4, 2)
-    monkeypatch.setattr(kronecker, "draw", lambda metric, _: [0.5 * ORTHOGONAL])  # H_z = ¼ I
+    monkeypatch.setattr(of_factors, "draw", lambda metric, _: [0.5 * ORTHOGONAL])  # H_z = ¼ I
     closure = lambda: F.mse_loss(forward(x, *params), y)  # noqa: E731
     metric = output_metric_of(closure, params)
     expected = gauss_newton(metric, params)
@@ -614,7 +615,7 @@ def test_several_uses_have_the_sum_of_their_traces():
     parameters = FlatParameters([{"params": [W, b]}])
     uses = uses_of(metric.outputs, [W, b])
     values = estimate_factors(uses, metric, parameters, seeded()).values
-    u = kronecker.draw(metric, seeded())
+    u = of_factors.draw(metric, seeded())
     total = 0.0
     for use in uses:
         edge = torch.autograd.graph.GradientEdge(use.node, 0)
@@ -634,7 +635,7 @@ def test_what_is_in_no_layer_has_the_square_of_one_gradient():
     params = list(model.parameters())
     metric = output_metric_of(lambda: F.cross_entropy(model(index), y), params)
     values = factors(lambda: F.cross_entropy(model(index), y), params).values
-    gradients = torch.autograd.grad(metric.outputs, params[:3], kronecker.draw(metric, seeded()))
+    gradients = torch.autograd.grad(metric.outputs, params[:3], of_factors.draw(metric, seeded()))
     assert values.keys() == {
         (0, "diagonal"),
         (1, "diagonal"),
@@ -688,7 +689,7 @@ def test_the_longer_sides_have_the_diagonal_of_their_factor(module, monkeypatch)
     module, x = module.double(), real(N, 6, *([4] if isinstance(module, nn.Conv1d) else []))
     closure = lambda: F.mse_loss(module(x), module(x).detach() + 1)  # noqa: E731
     whole = pair(closure, module.parameters())
-    monkeypatch.setattr(kronecker, "LARGEST_FACTOR", 4)
+    monkeypatch.setattr(of_factors, "LARGEST_FACTOR", 4)
     left, right = pair(closure, module.parameters())
     assert_near(left, whole[0], 1e-12)
     assert_near(right, whole[1].diagonal(dim1=1, dim2=2), 1e-12)
@@ -726,14 +727,14 @@ def test_the_mean_of_several_closures():
     params = list(model.parameters())
     y, batches = torch.zeros(N, 2).double(), (real(N, IN), real(N, IN))
     one, two = (factors(lambda x=x: F.mse_loss(model(x), y), params) for x in batches)
-    mean = average_factors([one, two])
+    mean = average_factors([one, two], ALONE)
     assert mean is not None
-    assert average_factors([one]) is one
+    assert average_factors([one], ALONE) == one
     for key, value in mean.values.items():
         assert_near(value, (one.values[key] + two.values[key]) / 2, 1e-12)
     other = factors(lambda: F.mse_loss(model[0](real(N, IN)), torch.zeros(N, 6).double()), params)
-    assert average_factors([one, other]) is None
-    assert average_factors([]) is None
+    assert average_factors([one, other], ALONE) is None
+    assert average_factors([], ALONE) is None
 
 
 def test_both_factors_of_a_square_weight_take_as_much_memory_as_the_weight():

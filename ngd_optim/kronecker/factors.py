@@ -1,4 +1,4 @@
-"""Kronecker factors of the curvature, and the preconditioner that they make.
+"""Kronecker factors of the curvature: estimated, added, averaged and mixed.
 
 Where a weight's gradient is ``Σₙ lₙ rₙᵀ`` (see :mod:`~ngd_optim.jacobian.layers`), the curvature's
 block for it is nearly ``(Σ l lᵀ) ⊗ (Σ r rᵀ) / n`` (Martens & Grosse 2015; convolutions: Grosse &
@@ -6,7 +6,8 @@ Martens 2016; weights that are used several times, "expand": Eschenhagen et al. 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ngd_optim.curvature import OutputMetric
+from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer, Use
+from ngd_optim.kronecker.sampling import draw
 from ngd_optim.linalg import order_of, pack, unpack
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners.sampling import draw
 
 LARGEST_FACTOR = 4096
 """A longer side of a weight has only the diagonal of its factor."""
-
-_ROUNDING = 10
-"""Factors are singular up to this multiple of their rounding errors."""
 
 Values = Mapping[tuple[int, str], Tensor]
 """By index of a parameter and name.
@@ -41,7 +40,22 @@ class KroneckerFactors:
     """Factors of the blocks of weights, and diagonals for all other parameters."""
 
     layers: tuple[Layer, ...]
-    values: Values
+    values: dict[tuple[int, str], Tensor]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers are."""
+        return all(bool(value.isfinite().all()) for value in self.values.values())
+
+    def mix(self, older: Values, share: float) -> dict[tuple[int, str], Tensor]:
+        """The values, with a share of older ones where these have the same shape; they are taken out one by one."""
+        values = self.values
+        return {key: _mix(values.pop(key), older.get(key), share) for key in list(values)}
+
+
+def _mix(value: Tensor, older: Tensor | None, share: float) -> Tensor:
+    fits = older is not None and older.shape == value.shape
+    return value.lerp(older.to(value), share) if fits else value
 
 
 @torch.no_grad()
@@ -114,17 +128,27 @@ def unpack_factor(factor: Tensor) -> Tensor:
     return unpack(factor) if factor.ndim == 3 else factor
 
 
-def average_factors(estimates: Sequence[KroneckerFactors]) -> KroneckerFactors | None:
-    """The mean over several closures; None if they do not use the parameters in the same way."""
-    if not estimates or any(other.layers != estimates[0].layers for other in estimates):
+def average_factors(
+    estimates: Sequence[KroneckerFactors | None], ranks: Ranks
+) -> KroneckerFactors | None:
+    """The mean over closures and ranks; None if they do not use the parameters in the same way."""
+    first = estimates[0] if estimates else None
+    agree = first is not None and all(
+        other is not None and other.layers == first.layers for other in estimates
+    )
+    layers = (first.layers, sorted(first.values)) if first is not None and agree else None
+    # Ranks whose graphs differ must not average factors of different layers.
+    if not ranks.agree(zlib.crc32(repr(layers).encode())) or first is None or not agree:
         return None
-    if len(estimates) == 1:
-        return estimates[0]
     values = {
-        key: sum(other.values[key] for other in estimates) / len(estimates)
-        for key in estimates[0].values
+        key: ranks.average(_mean([other.values[key] for other in estimates if other is not None]))
+        for key in first.values
     }
-    return KroneckerFactors(estimates[0].layers, values)  # pyright: ignore[reportArgumentType]
+    return KroneckerFactors(first.layers, values)
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
 
 
 def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
@@ -153,7 +177,7 @@ def _factors(
         if layer.bias is not None:
             into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
         left, right = _second_moment(back), _second_moment(into)
-        trace_left, trace_right, n = _trace(left), _trace(right), max(1, back.shape[1])
+        trace_left, trace_right, n = trace_of(left), trace_of(right), max(1, back.shape[1])
         lefts.append(_scale(left, trace_right / n))
         rights.append(_scale(right, trace_left / n))
         traces.append(trace_left * trace_right / n)
@@ -166,92 +190,10 @@ def _second_moment(rows: Tensor) -> Tensor:
     return rows.square().sum(1) if rows.shape[-1] > LARGEST_FACTOR else rows.mT @ rows
 
 
-def _trace(factor: Tensor) -> Tensor:
+def trace_of(factor: Tensor) -> Tensor:
+    """That of each matrix, or of the diagonals."""
     return factor.sum(-1) if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _scale(factor: Tensor, scale: Tensor) -> Tensor:
     return factor * scale.view(-1, *[1] * (factor.ndim - 1))
-
-
-def build_kronecker_preconditioner(
-    factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[float]
-) -> Callable[[Tensor], Tensor]:
-    """``r ↦ M⁻¹ r`` for the blocks ``(L + √λ/π I) ⊗ (R + π √λ I)``, and ``diagonal + λ`` for the rest.
-
-    Factored Tikhonov damping, with ``π`` so that both factors get the same share (Martens & Grosse
-    2015, section 6.3).
-
-    Args:
-        factors: of the curvature.
-        parameters: whose flat vectors ``r`` is one of.
-        shift: for each parameter the ``λ`` that the system adds to the curvature.
-    """
-    blocks = [_Block(layer, factors.values, shift[layer.weight]) for layer in factors.layers]
-    diagonals = {
-        i: _make_invertible(value + shift[i])
-        for (i, name), value in factors.values.items()
-        if name == "diagonal"
-    }
-
-    def precondition(r: Tensor) -> Tensor:
-        result = torch.empty_like(r)
-        sources, targets = parameters.views(r), parameters.views(result)
-        for block in blocks:
-            block.solve(sources, targets)
-        for i, diagonal in diagonals.items():
-            torch.div(sources[i], diagonal, out=targets[i])
-        return result
-
-    return precondition
-
-
-class _Block:
-    """The inverse of one weight's block."""
-
-    def __init__(self, layer: Layer, values: Values, shift: float) -> None:
-        self._layer = layer
-        left, right = (unpack_factor(values[layer.weight, side]) for side in ("left", "right"))
-        # π² = (trace R ÷ columns) ÷ (trace L ÷ rows): equal shares of the damping (Martens & Grosse
-        # 2015, section 6.3).
-        pi = (_trace(right) / right.shape[1] / (_trace(left) / left.shape[1])).sqrt()
-        pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
-        self._left = _inverse(left, shift**0.5 / pi)
-        self._right = _inverse(right, shift**0.5 * pi)
-
-    def solve(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Write the solution for the layer's parameters."""
-        layer = self._layer
-        matrix = layer.join(
-            sources[layer.weight], None if layer.bias is None else sources[layer.bias]
-        )
-        # (L ⊗ R)⁻¹ vec(X) = L⁻¹ X R⁻¹.
-        matrix = self._left @ matrix if self._left.ndim == 3 else self._left.unsqueeze(-1) * matrix
-        matrix = (
-            matrix @ self._right if self._right.ndim == 3 else matrix * self._right.unsqueeze(-2)
-        )
-        weight, bias = layer.split(matrix)
-        targets[layer.weight].copy_(weight.reshape(targets[layer.weight].shape))
-        if layer.bias is not None and bias is not None:
-            targets[layer.bias].copy_(bias.reshape(-1))
-
-
-def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
-    """The inverse of ``factor + shift I``, with a larger shift where rounding errors are as large."""
-    shift = torch.maximum(shift, _ROUNDING * torch.finfo(factor.dtype).eps * _trace(factor))
-    shift = _make_invertible(shift)
-    if factor.ndim == 2:
-        return 1 / (factor + shift[:, None])
-    while True:
-        damped = factor.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
-        cholesky, info = torch.linalg.cholesky_ex(damped)
-        if not (info.any() and shift.isfinite().all()):
-            return torch.cholesky_inverse(cholesky)
-        # Rounding made it indefinite; the solution stays the exact system's.
-        shift = 10 * shift
-
-
-def _make_invertible(diagonal: Tensor) -> Tensor:
-    """With 1 in place of zeros."""
-    return torch.where(diagonal < torch.finfo(diagonal.dtype).tiny, 1, diagonal)

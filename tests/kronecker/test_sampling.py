@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Dirichlet, Independent, Normal, Poisson
 
 from ngd_optim.curvature.metric import OutputMetric
-from ngd_optim.preconditioners.sampling import draw
+from ngd_optim.kronecker.sampling import draw
 
 N, C, D = 3, 4, 2
 COPIES = 3_000
