@@ -42,7 +42,7 @@ class Ranks:
         if self.group is None and not self._follow_ddp:
             return work()
         try:
-            with self._noticing_ddp():
+            with self.noticing_ddp():
                 result = work()
         except Exception as error:
             self._exchange(error)
@@ -131,7 +131,8 @@ class Ranks:
                 )
 
     @contextmanager
-    def _noticing_ddp(self) -> Iterator[None]:
+    def noticing_ddp(self) -> Iterator[None]:
+        """Take the group of a DistributedDataParallel module that runs in the block."""
         if not self._follow_ddp or self.group is not None:
             yield
             return

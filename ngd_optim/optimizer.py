@@ -47,7 +47,6 @@ from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import (
     TracedClosure,
     twice_differentiable,
-    undo_on_error,
     wrap_closures,
 )
 
@@ -403,7 +402,11 @@ class NaturalCG(Optimizer):
 @contextmanager
 def _transaction(parameters: FlatParameters, closures: Sequence[TracedClosure]) -> Iterator[Tensor]:
     """Parameters, ``.grad``, random state and buffers: all or nothing. Yields the flat parameters."""
-    with parameters.restored_on_error() as theta, undo_on_error(closures), twice_differentiable():
+    with (
+        parameters.restored_on_error() as theta,
+        TracedClosure.undo_on_error(closures),
+        twice_differentiable(),
+    ):
         yield theta
 
 

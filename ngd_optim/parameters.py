@@ -22,11 +22,11 @@ class FlatParameters:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        trainable = [
-            (i, p) for i, group in enumerate(groups) for p in group["params"] if p.requires_grad
-        ]
-        self.tensors: list[Tensor] = [p for _, p in trainable]
-        self._groups = [i for i, _ in trainable]
+        everything = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
+        self.positions = [n for n, (_, p) in enumerate(everything) if p.requires_grad]
+        """The place of each among all parameters, frozen ones as well."""
+        self.tensors: list[Tensor] = [everything[n][1] for n in self.positions]
+        self._groups = [everything[n][0] for n in self.positions]
         if not self.tensors:
             raise ValueError(
                 "there is nothing to optimize: no parameter has requires_grad=True; "

@@ -1,4 +1,4 @@
-"""What one optimizer step did."""
+"""What one step of an optimizer did."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -85,6 +85,49 @@ class StepReport:
     preconditioner: str
     n_forward: int
     n_product: int
+
+    def as_dict(self) -> dict[str, float | int | str | bool]:
+        """All fields by name, ready for a logger."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class KFACReport:
+    """One step of :class:`~ngd_optim.KFAC`: what happened and why. Everything is a plain Python value.
+
+    Attributes:
+        loss: loss before the step; NaN for a step without a closure.
+        grad_norm: norm of the gradient.
+        step_norm: norm of the step; 0 when refused.
+        kl: ``½ dᵀF d`` by the model of the Kronecker factors, at a rate of 1; 0 when refused.
+        radius: the radius ``δ``, as adapted for this step.
+        new_slope: the slope of the loss along the last step, as this step's data see it ÷ its
+            steepness at that step's start; NaN at the first step.
+        damping: relative to the mean eigenvalue of each layer.
+        renewed: whether the factors were renewed.
+        accepted: whether the step was taken.
+        reason: one sentence on the outcome.
+
+    Examples:
+        >>> import torch
+        >>> from ngd_optim import KFAC
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = KFAC(model.parameters())
+        >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(torch.eye(2)), torch.ones(2, 1)))
+        >>> optimizer.last_step.accepted, optimizer.last_step.renewed
+        (True, True)
+    """
+
+    loss: float
+    grad_norm: float
+    step_norm: float
+    kl: float
+    radius: float
+    new_slope: float
+    damping: float
+    renewed: bool
+    accepted: bool
+    reason: str
 
     def as_dict(self) -> dict[str, float | int | str | bool]:
         """All fields by name, ready for a logger."""

@@ -1,10 +1,11 @@
-"""The settings of NaturalCG: what is allowed, and which of them hold for the whole step."""
+"""The settings of the optimizers: what is allowed, and which of them hold for the whole step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -72,6 +73,7 @@ _REGION = _Allowed(
 _UP_TO_1 = _Allowed("a number in [0, 1]", lambda v: _number(v) and 0 <= v <= 1)
 _BELOW_1 = _Allowed("a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)
 _BETWEEN_0_AND_1 = _Allowed("a number in (0, 1)", lambda v: _number(v) and 0 < v < 1)
+_ABOVE_0 = _Allowed("a finite number above 0", lambda v: _number(v) and 0 < v < math.inf)
 _COUNT = _Allowed("an integer, at least 0", _count)
 _COUNT_FROM_1 = _Allowed("an integer, at least 1", lambda v: _count(v) and v >= 1)
 _FLAG = _Allowed("True or False", lambda v: isinstance(v, bool))
@@ -81,8 +83,85 @@ _PRECONDITIONER = _Allowed(
 )
 
 
+T = TypeVar("T", bound="_OfGroups")
+
+
+class _OfGroups:
+    """Settings as the fields of a dataclass, whose annotations say what is allowed."""
+
+    @classmethod
+    @cache
+    def allowed(cls) -> dict[str, _Allowed]:
+        """What each setting may be, by name."""
+        hints = get_type_hints(cls, include_extras=True)
+        return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+    @classmethod
+    def of(cls: type[T], groups: Sequence[Mapping[str, Any]]) -> T:
+        """Those of some parameter groups.
+
+        Raises:
+            ValueError: the groups disagree on a setting that holds for the whole step.
+        """
+        values: dict[str, Any] = {}
+        for name, allowed in cls.allowed().items():
+            of_groups = [group[name] for group in groups]
+            if allowed.per_group:
+                values[name] = tuple(map(float, of_groups))
+                continue
+            if any(value != of_groups[0] for value in of_groups):
+                may_differ = ", ".join(n for n, other in cls.allowed().items() if other.per_group)
+                raise ValueError(
+                    f"{name} holds for the whole step, so all parameter groups must agree on it, "
+                    f"got {show(of_groups)}; only {may_differ} may differ"
+                )
+            values[name] = of_groups[0]
+        return cls(**values)
+
+    @classmethod
+    def require_names(cls, group: Mapping[str, Any], optimizer: str) -> None:
+        """Check that a saved parameter group has all settings.
+
+        Raises:
+            ValueError: it is of another optimizer.
+        """
+        missing = [name for name in cls.allowed() if name not in group]
+        if missing:
+            raise ValueError(
+                f"this is not the state of a {optimizer}: its groups have no {', '.join(missing)}"
+            )
+
+    @classmethod
+    def check_each(cls, settings: Mapping[str, Any]) -> None:
+        """Check one parameter group's settings, each by itself.
+
+        Raises:
+            ValueError: a setting is out of range; the message has its value and what is allowed.
+        """
+        for name, allowed in cls.allowed().items():
+            if not allowed.holds(settings[name]):
+                raise ValueError(f"{name} must be {allowed.words}, got {show(settings[name])}")
+
+
 @dataclass(frozen=True)
-class Settings:
+class KFACSettings(_OfGroups):
+    """The settings of one step; the docstring of :class:`~ngd_optim.KFAC` explains them.
+
+    ``lr`` and ``weight_decay`` have one number for each parameter group.
+    """
+
+    lr: Annotated[tuple[float, ...], _RATE]
+    momentum: Annotated[float, _BELOW_1]
+    damping: Annotated[float, _FINITE]
+    radius: Annotated[float, _ABOVE_0]
+    adapt_radius: Annotated[bool, _FLAG]
+    renew_every: Annotated[int, _COUNT_FROM_1]
+    factor_decay: Annotated[float, _BELOW_1]
+    weight_decay: Annotated[tuple[float, ...], _PER_GROUP]
+
+
+@dataclass(frozen=True)
+class Settings(_OfGroups):
     """The settings of one step; the docstring of :class:`~ngd_optim.NaturalCG` explains them.
 
     ``lr``, ``damping`` and ``weight_decay`` have one number for each parameter group.
@@ -110,34 +189,8 @@ class Settings:
     geodesic: Annotated[bool, _FLAG]
     momentum: Annotated[float, _BELOW_1]
 
-    @classmethod
-    def of(cls, groups: Sequence[Mapping[str, Any]]) -> "Settings":
-        """Those of some parameter groups.
 
-        Raises:
-            ValueError: the groups disagree on a setting that holds for the whole step.
-        """
-        values: dict[str, Any] = {}
-        for name, allowed in _ALLOWED.items():
-            of_groups = [group[name] for group in groups]
-            if allowed.per_group:
-                values[name] = tuple(map(float, of_groups))
-                continue
-            if any(value != of_groups[0] for value in of_groups):
-                may_differ = ", ".join(n for n, other in _ALLOWED.items() if other.per_group)
-                raise ValueError(
-                    f"{name} holds for the whole step, so all parameter groups must agree on it, "
-                    f"got {show(of_groups)}; only {may_differ} may differ"
-                )
-            values[name] = of_groups[0]
-        return cls(**values)
-
-
-_ALLOWED: dict[str, _Allowed] = {
-    name: hint.__metadata__[0]
-    for name, hint in get_type_hints(Settings, include_extras=True).items()
-}
-SETTINGS = tuple(_ALLOWED)
+SETTINGS = tuple(Settings.allowed())
 """The names of all settings."""
 
 
@@ -147,9 +200,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting is out of range; the message has its value and what is allowed.
     """
-    for name, allowed in _ALLOWED.items():
-        if not allowed.holds(settings[name]):
-            raise ValueError(f"{name} must be {allowed.words}, got {show(settings[name])}")
+    Settings.check_each(settings)
     lowest, highest = settings["min_damping"], settings["max_damping"]
     if "auto" not in (lowest, highest) and lowest > highest:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
@@ -160,9 +211,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
-def to_plain_numbers(group: dict[str, Any]) -> None:
+def to_plain_numbers(group: dict[str, Any], names: Sequence[str] = SETTINGS) -> None:
     """Make a parameter group's settings that are numpy's numbers Python's: these can be saved."""
-    for name in SETTINGS:
+    for name in names:
         value = group[name]
         if isinstance(value, Real) and type(value) not in (bool, int, float):
             group[name] = int(value) if isinstance(value, Integral) else float(value)
@@ -181,15 +232,20 @@ def check_saved(
         ValueError: it is another optimizer's, or was saved of parameters of other shapes.
     """
     for group in groups:
-        missing = [name for name in SETTINGS if name not in group]
-        if missing:
-            raise ValueError(
-                f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
-            )
+        Settings.require_names(group, "NaturalCG")
         check_settings(group)
+    check_shapes(state, ("solution", "largest_curvature"))
+
+
+def check_shapes(state: Mapping[Any, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Check what has a parameter's shape.
+
+    Raises:
+        ValueError: it was saved of parameters of other shapes.
+    """
     # By parameter once the optimizer has mapped them; before that the keys are numbers.
     for p, entry in state.items():
-        for saved in (entry[name] for name in ("solution", "largest_curvature") if name in entry):
+        for saved in (entry[name] for name in names if name in entry):
             if isinstance(p, Tensor) and saved.shape != p.shape:
                 raise ValueError(
                     f"the state was saved of other parameters: one of shape {tuple(p.shape)} had "

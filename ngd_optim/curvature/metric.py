@@ -56,6 +56,11 @@ class OutputMetric:
     check: Check = check_nothing
     inputs: Tensors = ()
 
+    @staticmethod
+    def of_losses(evaluation: Evaluation) -> "OutputMetric | None":
+        """That of :func:`gauss_newton`."""
+        return gauss_newton(evaluation)
+
 
 @dataclass(frozen=True)
 class ScalarMetric:

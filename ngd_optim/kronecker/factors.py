@@ -47,6 +47,54 @@ class KroneckerFactors:
         """Whether all numbers are."""
         return all(bool(value.isfinite().all()) for value in self.values.values())
 
+    def add(self, other: "KroneckerFactors") -> "KroneckerFactors":
+        """The sum of two losses' factors, weighed so that ``L ⊗ R`` has the sum of their traces.
+
+        A layer that only one of them uses has its own.
+        """
+        layers = {layer.weight: layer for layer in (*other.layers, *self.layers)}
+        inside = {i for layer in layers.values() for i in (layer.weight, layer.bias)}
+        values: dict[tuple[int, str], Tensor] = {}
+        for layer in layers.values():
+            own = [factors for factors in (self, other) if layer in factors.layers]
+            values |= _add_pairs(layer, [factors.values for factors in own])
+        for key in {**self.values, **other.values}:
+            if key[1] == "diagonal" and key[0] not in inside:
+                values[key] = sum(f.values[key] for f in (self, other) if key in f.values)  # pyright: ignore
+        return KroneckerFactors(tuple(layers.values()), values)
+
+    def with_layers_of(self, older: "KroneckerFactors") -> "KroneckerFactors":
+        """With the layers that only older ones have, whose weights were not used this time."""
+        missing = {layer.weight for layer in older.layers} - {layer.weight for layer in self.layers}
+        if not missing:
+            return self
+        kept = tuple(layer for layer in older.layers if layer.weight in missing)
+        values = {key: older.values[key] for key in older.values if key[0] in missing}
+        return KroneckerFactors(kept, values).add(self)
+
+    def mean_curvatures(self, n: int) -> list[float]:
+        """The mean eigenvalue of the block of each of ``n`` parameters; a bias has its layer's."""
+        means = [0.0] * n
+        for layer in self.layers:
+            sides = [unpack_factor(self.values[layer.weight, name]) for name in ("left", "right")]
+            mean = math.prod(trace_of(side).mean() / side.shape[1] for side in sides).item()
+            means[layer.weight] = mean
+            if layer.bias is not None:
+                means[layer.bias] = mean
+        for (i, name), value in self.values.items():
+            if name == "diagonal":
+                means[i] = value.mean().item()
+        return means
+
+    def scale(self, factor: float) -> "KroneckerFactors":
+        """Those of a multiple of the curvature."""
+        root = math.sqrt(factor)
+        values = {
+            key: (factor if key[1] == "diagonal" else root) * value
+            for key, value in self.values.items()
+        }
+        return KroneckerFactors(self.layers, values)
+
     def mix(self, older: Values, share: float) -> dict[tuple[int, str], Tensor]:
         """The values, with a share of older ones where these have the same shape; they are taken out one by one."""
         values = self.values
@@ -56,6 +104,18 @@ class KroneckerFactors:
 def _mix(value: Tensor, older: Tensor | None, share: float) -> Tensor:
     fits = older is not None and older.shape == value.shape
     return value.lerp(older.to(value), share) if fits else value
+
+
+def _add_pairs(layer: Layer, pairs: Sequence[Values]) -> dict[tuple[int, str], Tensor]:
+    """A layer's factors of several losses; the two of an estimate have equal traces."""
+    keys = (layer.weight, "left"), (layer.weight, "right")
+    if len(pairs) == 1:
+        return {key: pairs[0][key] for key in keys}
+    traces = [trace_of(unpack_factor(values[keys[0]])) for values in pairs]
+    scale = sum(trace.square() for trace in traces)
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny).rsqrt()  # pyright: ignore
+    parts = list(zip(pairs, traces, strict=True))
+    return {key: sum(_scale(v[key], scale * trace) for v, trace in parts) for key in keys}  # pyright: ignore
 
 
 @torch.no_grad()

@@ -4,16 +4,16 @@ from ngd_optim.tracing.closure import (
     Evaluation,
     TracedClosure,
     twice_differentiable,
-    undo_on_error,
     wrap_closures,
 )
 from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing.mode import LossWatch
 
 __all__ = [
     "Evaluation",
+    "LossWatch",
     "TracedClosure",
     "least_squares",
     "twice_differentiable",
-    "undo_on_error",
     "wrap_closures",
 ]

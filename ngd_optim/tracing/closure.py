@@ -216,9 +216,17 @@ class TracedClosure:
         """Put everything that the closure changes to where one run leaves it."""
         self._effects.settle()
 
-    def rewind(self) -> None:
-        """Undo what the closure changed."""
-        self._effects.rewind()
+    @staticmethod
+    @contextmanager
+    def undo_on_error(runs: "Sequence[TracedClosure]") -> Iterator[None]:
+        """Undo the side effects of closures, which first ran in this order, if the block raises."""
+        try:
+            yield
+        except BaseException:
+            # The last to run goes first: each had noted the state that the one before it left.
+            for run in reversed(runs):
+                run._effects.rewind()
+            raise
 
 
 class GradientAccumulation:
@@ -353,18 +361,6 @@ def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosur
                 f"{show(function)}"
             )
     return [TracedClosure(function, parameters) for function in closures]
-
-
-@contextmanager
-def undo_on_error(runs: Sequence[TracedClosure]) -> Iterator[None]:
-    """Undo the side effects of closures, which first ran in this order, if the block raises."""
-    try:
-        yield
-    except BaseException:
-        # The last to run goes first: each had noted the state that the one before it left.
-        for run in reversed(runs):
-            run.rewind()
-        raise
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """See, and change, every torch function that a closure calls."""
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,61 @@ _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
 }
+
+
+class LossWatch(TorchFunctionMode):
+    """Shows the recognised losses on their way back, while the graph that leads to them is whole.
+
+    It changes nothing, and does not look at what is not differentiated. Nodes of the graph know it
+    by a weak reference: who watches must hold it until the losses were differentiated.
+
+    Args:
+        see: is called with each loss, once, and with the gradient of the whole at its result.
+    """
+
+    def __init__(self, see: Callable[[LossCall, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+        self._calls: dict[int, LossCall] = {}
+        self._stance = ExitStack()
+
+    def __enter__(self) -> "LossWatch":
+        # Compiled graphs hide their losses and layers. Nobody has compiled anything if it is not
+        # imported.
+        if "torch._dynamo" in sys.modules:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stance.close()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in LOSSES and not is_transformed([*args, *kwargs.values()]):
+            call = call_loss(func, args, kwargs)
+            if call.result.requires_grad:
+                # A hook that held the call would keep the graph that holds the hook.
+                key = len(self._calls)
+                self._calls[key] = call
+                call.result.register_hook(partial(_show, weakref.ref(self), key))
+            return call.result
+        if getattr(func, "__name__", None) in _RECURRENT:  # their fused kernels hide the weights
+            with _native_kernels():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def show(self, key: int, gradient: Tensor) -> None:
+        """The gradient has come to the result of a call."""
+        call = self._calls.pop(key, None)
+        if call is not None:
+            self._see(call, gradient)
+
+
+def _show(watch: "weakref.ref[LossWatch]", key: int, gradient: Tensor) -> None:
+    alive = watch()
+    if alive is not None:
+        alive.show(key, gradient)
 
 
 class Tracing(TorchFunctionMode):

@@ -1,0 +1,343 @@
+"""KFAC: a natural-gradient step of little more than one gradient, for streams of small batches."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ngd_optim.distributed import Ranks
+from ngd_optim.kronecker import KroneckerFactors, average_factors, build_kronecker_preconditioner
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.report import KFACReport
+from ngd_optim.settings import KFACSettings, check_shapes, to_plain_numbers
+from ngd_optim.shown import show
+from ngd_optim.stream import StreamState, differentiate
+from ngd_optim.tracing import wrap_closures
+from ngd_optim.watch import FactorWatch, WatchedModule
+
+logger = logging.getLogger("ngd_optim")
+
+_AT_START = (1, 2, 4, 7)
+"""After so many steps the factors are renewed as well: the first ones know one batch."""
+
+_TARGET, _RATE = 0.3, 0.2
+"""Slope on new data, in units of the slope on the old ones, at which a step had the right length; and how
+fast the radius follows."""
+
+
+class KFAC(Optimizer):
+    """Momentum, preconditioned by Kronecker factors, in steps of a length that the factors measure.
+
+    For endless streams of small batches: a step costs little more than a gradient. Every few steps
+    the Kronecker factors of the layers (Martens & Grosse 2015) are renewed by one more pull-back, of
+    a random draw, through the graph that the loss is differentiated in. The step is scaled to where
+    their model of the KL, ``½ dᵀF d``, is the radius; and the radius follows what the next batch
+    thinks of it.
+
+    Args:
+        params: parameters or parameter groups; ``lr`` and ``weight_decay`` may differ per group.
+        lr: factor for the scaled step; for schedulers.
+        momentum: of the gradients, in Nesterov's form.
+        damping: ``λ`` relative to the mean eigenvalue of each layer's curvature.
+        radius: ``δ`` at the first step: ``½ dᵀF d``, in the loss's unit. The group's value is updated.
+        adapt_radius: let it follow the slope along the last step, as the next batch sees it.
+        renew_every: steps with the same factors.
+        factor_decay: share of the older factors in renewed ones.
+        weight_decay: each step shrinks parameters by ``lr`` times this (decoupled: Loshchilov &
+            Hutter 2019).
+        generator: draws the random vectors. None: one of the optimizer's own.
+        process_group: a ``torch.distributed`` process group over whose ranks gradients and factors
+            are averaged. None: the factors are, over the group of the DistributedDataParallel module
+            that the closure runs, if it runs one; that averages the gradients itself.
+
+    Raises:
+        ValueError: a setting is out of range, or groups disagree on one that holds for the whole
+            step.
+
+    Examples:
+        >>> import torch
+        >>> from ngd_optim import KFAC
+        >>> x, y = torch.randn(100, 64), torch.randint(0, 10, (100,))
+        >>> model = torch.nn.Linear(64, 10)
+        >>> optimizer = KFAC(model.parameters())
+        >>> for _ in range(3):
+        ...     with optimizer.watch():
+        ...         loss = torch.nn.functional.cross_entropy(model(x), y)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> optimizer.last_step.accepted
+        True
+    """
+
+    process_group: Any = None
+    """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
+
+    generator: torch.Generator | None = None
+    """Draws the random vectors; no part of ``state_dict``."""
+
+    last_step: KFACReport | None = None
+    """What the last step did and why; None before the first. It is no part of ``state_dict``."""
+
+    _step_supports_amp_scaling = True  # so that a GradScaler comes here, and is refused
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        radius: float = 5e-4,
+        adapt_radius: bool = True,
+        renew_every: int = 5,
+        factor_decay: float = 0.95,
+        weight_decay: float = 0.0,
+        generator: torch.Generator | None = None,
+        process_group: Any = None,
+    ) -> None:
+        given = locals()
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, got {show(generator)}")
+        self.generator = generator
+        self.process_group = process_group
+        defaults = {name: given[name] for name in KFACSettings.allowed()}
+        KFACSettings.check_each(defaults)
+        super().__init__(params, defaults)
+        self._complete()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
+        for group in state["param_groups"]:
+            KFACSettings.require_names(group, "KFAC")
+            KFACSettings.check_each(group)
+        check_shapes(state["state"], ("momentum", "step"))
+        super().__setstate__(state)
+        self._complete()
+
+    def _complete(self) -> None:
+        if "_watch" not in self.__dict__:
+            self._watch = FactorWatch()
+            self._ranks: Ranks | None = None
+            self._drawing: torch.Generator | None = None
+        self._inverse: tuple[Any, Callable[[Tensor], Tensor]] | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it may set its own ``lr`` and ``weight_decay``."""
+        if self.param_groups:
+            param_group.setdefault("radius", self.param_groups[0]["radius"])  # as adapted
+        super().add_param_group(param_group)
+        try:
+            to_plain_numbers(self.param_groups[-1], tuple(KFACSettings.allowed()))
+            KFACSettings.check_each(self.param_groups[-1])
+            KFACSettings.of(self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def watch(self) -> AbstractContextManager[None]: ...
+    @overload
+    def watch(self, module: nn.Module) -> WatchedModule: ...
+    def watch(self, module: nn.Module | None = None) -> Any:
+        """Watch where the loss is computed, for ``step()`` without a closure.
+
+        ``with optimizer.watch(): loss = …`` sees the loss functions of the block; their gradients may
+        be computed later. ``optimizer.watch(module)`` does so whenever that module runs: one in whose
+        ``forward`` the loss is computed, as models of transformers do with labels, or a criterion.
+        Both do nothing unless factors are due.
+
+        Args:
+            module: to be watched from now on.
+
+        Returns:
+            A context; or for a module a handle, whose ``remove()`` ends it. It is no part of
+            ``state_dict``, and copies of the module are not watched.
+        """
+        if module is None:
+            return self._watching()
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"watch() takes a module whose forward computes the loss, got {show(module)}"
+            )
+        return WatchedModule(module, self._watching)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        settings = KFACSettings.of(self.param_groups)
+        state = StreamState(FlatParameters(self.param_groups), self.state)
+        if not state.is_due(settings.renew_every, _AT_START):
+            yield
+            return
+        self._ranks = Ranks(self.process_group, state.parameters.device, follow_ddp=True)
+        if self._drawing is None:  # one for all batches of a step
+            self._drawing = self.generator or state.generator()
+        with self._ranks.noticing_ddp(), self._watch.watching(state.parameters, self._drawing):
+            yield
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step.
+
+        Args:
+            closure: computes the loss, once, and may call ``backward``; ``.grad`` is what it leaves
+                there. A list of closures stands for the mean of their losses. None: ``.grad`` is what
+                the loop has left there, and :meth:`watch` has seen the losses.
+
+        Returns:
+            The loss before the step, detached; without a closure None.
+
+        Raises:
+            RuntimeError: no factors could be had, and the message says what to write.
+            TypeError, ValueError: the closure returned something that is no loss.
+            Exception: whatever the closure raises. No parameter has moved then.
+        """
+        if self.__dict__.pop("grad_scale", None) is not None:
+            raise RuntimeError(
+                "KFAC takes no GradScaler, whose float16 has too little range for the curvature; use "
+                "torch.autocast(..., dtype=torch.bfloat16), and call optimizer.step() yourself"
+            )
+        settings = KFACSettings.of(self.param_groups)
+        parameters = FlatParameters(self.param_groups)
+        state = StreamState(parameters, self.state)
+        is_due = state.is_due(settings.renew_every, _AT_START)
+
+        # 1. The gradient, and the factors of this batch if they are due.
+        loss, gradients = None, [p.grad for p in parameters.tensors]
+        runs = [] if closure is None else wrap_closures(closure, parameters)
+        if runs:
+            with self._watching():
+                loss, gradients = differentiate([run.function for run in runs], parameters)
+        reached = [g is not None for g in gradients]
+        if not any(reached):
+            raise ValueError(
+                "no parameter of the optimizer has a gradient; call loss.backward() before step(), or "
+                "was the model copied or built anew after the optimizer was made?"
+            )
+        ranks = self._ranks or Ranks(self.process_group, parameters.device, follow_ddp=False)
+        gradient = parameters.flatten(gradients)
+        if self.process_group is not None:
+            gradient = ranks.average(gradient)
+
+        with torch.autocast(parameters.device.type, enabled=False):
+            # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
+            factors = (
+                self._renew(state, ranks, settings.factor_decay, len(runs)) if is_due else None
+            )
+            solve = self._invert(factors, state, settings.damping)
+
+            # 3. Momentum m, and x = (F + λI)⁻¹ m.
+            momentum = state.flat("momentum").lerp_(gradient, 1 - settings.momentum)
+            unbiased = momentum / (1 - settings.momentum ** (state.steps + 1))
+            mean = gradient.lerp(unbiased, settings.momentum)  # Nesterov's
+            x = solve(mean)
+            step = parameters.spread(settings.lr) * x
+            sizes = [
+                mean @ x,
+                mean @ step,
+                step.norm(),
+                gradient.norm(),
+                gradient @ state.flat("step"),
+            ]
+            slope, slope_of_step, size, grad_norm, slope_now = torch.stack(sizes).tolist()
+
+            # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
+            new_slope = slope_now / abs(state.last_slope) if state.last_slope else math.nan
+            radius = settings.radius
+            if settings.adapt_radius and math.isfinite(new_slope):
+                radius *= 2 ** (_RATE * max(-1.0, min(1.0, _TARGET - new_slope)))
+            scale = math.sqrt(2 * radius / slope) if 0 < slope < math.inf else math.nan
+            accepted = math.isfinite(scale * size * grad_norm)
+            d = step.mul_(-scale)
+
+        # 5. What the next step needs, and the report. Of a step that is refused nothing is left.
+        self._ranks = self._drawing = None
+        if accepted:
+            self._move(parameters, d, settings, reached)
+            state.keep(momentum=momentum, step=d, slope=-scale * slope_of_step, factors=factors)
+            self._inverse = (parameters.key, settings.damping), solve
+            for group in self.param_groups:
+                group["radius"] = radius
+        self.last_step = KFACReport(
+            loss=math.nan if loss is None else loss.item(),
+            grad_norm=grad_norm,
+            step_norm=scale * size if accepted else 0.0,
+            kl=radius if accepted else 0.0,
+            new_slope=new_slope,
+            radius=radius,
+            damping=float(settings.damping),
+            renewed=accepted and factors is not None,
+            accepted=accepted,
+            reason="accepted" if accepted else _why_refused(grad_norm, size),
+        )
+        return loss
+
+    def _renew(
+        self, state: StreamState, ranks: Ranks, older_share: float, closures: int
+    ) -> KroneckerFactors | None:
+        """New factors, mixed with the older; None if this step has seen no losses, or its numbers are not finite."""
+        estimate = self._watch.take()
+        if closures > 1 and estimate is not None:  # these stand for the mean of their losses
+            estimate = estimate.scale(1 / closures)
+        mean = average_factors([estimate], ranks)
+        older = state.factors
+        if mean is None and older is None:
+            raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
+        if older is None:
+            return mean
+        if mean is None or not mean.is_finite:
+            return None
+        # A mean of all batches at the start, which forgets later.
+        share = min(older_share, state.draws / (state.draws + 1))
+        mean = mean.with_layers_of(older)
+        return KroneckerFactors(mean.layers, mean.mix(older.values, share))
+
+    def _invert(
+        self, factors: KroneckerFactors | None, state: StreamState, damping: float
+    ) -> Callable[[Tensor], Tensor]:
+        """``r ↦ (F + λI)⁻¹ r``, with ``λ`` relative to the mean eigenvalue of each layer."""
+        key = state.parameters.key, damping
+        if factors is None and self._inverse is not None and self._inverse[0] == key:
+            return self._inverse[1]
+        factors = factors or state.factors
+        assert factors is not None
+        shifts = [damping * mean for mean in factors.mean_curvatures(len(state.parameters.tensors))]
+        return build_kronecker_preconditioner(factors, state.parameters, shifts)
+
+    @staticmethod
+    def _move(
+        parameters: FlatParameters, d: Tensor, settings: KFACSettings, reached: Sequence[bool]
+    ) -> None:
+        decays = [lr * decay for lr, decay in zip(settings.lr, settings.weight_decay, strict=True)]
+        parts = zip(
+            parameters.tensors,
+            parameters.views(d),
+            parameters.by_parameter(decays),
+            reached,
+            strict=True,
+        )
+        for p, change, decay, has_gradient in parts:
+            if has_gradient:
+                p.mul_(1 - decay).add_(change)
+
+
+_NOTHING_SEEN = (
+    "KFAC has seen no loss whose Kronecker factors it can take. Write `with optimizer.watch(): loss = ...` "
+    "around the loss, or optimizer.watch(module) once for a module whose forward computes it, or call "
+    "optimizer.step(closure); and let the loss come from a function of torch.nn.functional, such as "
+    "cross_entropy or mse_loss, or from least_squares"
+)
+_RANKS_DIFFER = "the ranks of the process group use their parameters in different layers"
+
+
+def _why_refused(grad_norm: float, size: float) -> str:
+    if not math.isfinite(grad_norm):
+        return "the gradient is not finite"
+    if not grad_norm:
+        return "the gradient is zero"
+    return "no descent" if math.isfinite(size) else "the direction is not finite"

@@ -1,0 +1,212 @@
+"""What a step on a stream of batches starts from: a gradient, and what the last step left in the optimizer's state.
+
+The state has for each parameter ``momentum``, the average gradient; ``step``, the last change; and its
+Kronecker factors: ``left`` and ``right`` with ``layer`` (the place of the bias among all parameters, and the
+other entries of :class:`~ngd_optim.jacobian.layers.Layer`), or ``diagonal``. The first parameter
+also has ``steps``, how many were taken; ``age``, how many with these factors; ``draws``, how often these
+were drawn; and ``slope``, that of the loss along the last step.
+"""
+
+import math
+from collections.abc import Callable, MutableMapping, Sequence
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.jacobian import Layer
+from ngd_optim.kronecker import KroneckerFactors, fits
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.torch_internals import version_of
+
+_FACTORS = ("left", "right", "diagonal")
+
+
+class StreamState:
+    """The optimizer's state, read and written as flat vectors.
+
+    Args:
+        parameters: of the step that is now taken.
+        state: the optimizer's; it is written to by :meth:`keep` only.
+    """
+
+    def __init__(
+        self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self.parameters = parameters
+        self._state = state
+        first = self._of(parameters.tensors[0])
+        self.steps, self.age, self.draws = (first.get(k, 0) for k in ("steps", "age", "draws"))
+        self.last_slope = first.get("slope", math.nan)
+
+    def is_due(self, every: int, also: Sequence[int]) -> bool:
+        """Whether factors are to be renewed: after so many steps, at the start more often."""
+        is_old = self.age >= every or (self.steps in also and self.age > 0)
+        return is_old or self.factors is None
+
+    @property
+    def factors(self) -> KroneckerFactors | None:
+        """Those of all parameters; None if some have none, or have them of another shape."""
+        params = self.parameters.tensors
+        index = {position: i for i, position in enumerate(self.parameters.positions)}
+        values: dict[tuple[int, str], Tensor] = {}
+        layers: list[Layer] = []
+        for i, p in enumerate(params):
+            entry = self._of(p)
+            if "layer" in entry:
+                bias, flipped, groups = entry["layer"]
+                layers.append(Layer(i, index.get(bias), flipped, groups))
+            values |= {(i, name): entry[name] for name in _FACTORS if name in entry}
+        return KroneckerFactors(tuple(layers), values) if fits(values, layers, params) else None
+
+    def flat(self, name: str) -> Tensor:
+        """A new flat vector of what the parameters have under a name; 0 where they have nothing."""
+        return self.parameters.flatten(self._of(p).get(name) for p in self.parameters.tensors)
+
+    def generator(self) -> torch.Generator:
+        """Draws other vectors for each renewal, and the same ones when a run is resumed."""
+        return torch.Generator(device="cpu").manual_seed(self.draws)
+
+    def keep(
+        self, *, momentum: Tensor, step: Tensor, slope: float, factors: KroneckerFactors | None
+    ) -> None:
+        """For the next step.
+
+        Args:
+            momentum: flat.
+            step: flat.
+            slope: of the loss along the step.
+            factors: if they were renewed.
+        """
+        parts = zip(
+            self.parameters.tensors,
+            self.parameters.unflatten(momentum),
+            self.parameters.unflatten(step),
+            strict=True,
+        )
+        for p, m, d in parts:
+            self._state[p] |= {"momentum": m, "step": d}
+        if factors is not None:
+            self._keep_factors(factors)
+        for entry in self._state.values():
+            for name in ("steps", "age", "draws", "slope"):
+                entry.pop(name, None)  # of a step that began with another parameter
+        renewed = factors is not None
+        self._state[self.parameters.tensors[0]] |= {
+            "steps": self.steps + 1,
+            "age": 1 if renewed else self.age + 1,
+            "draws": self.draws + renewed,
+            "slope": slope,
+        }
+
+    def _keep_factors(self, factors: KroneckerFactors) -> None:
+        layers = {layer.weight: layer for layer in factors.layers}
+        for i, p in enumerate(self.parameters.tensors):
+            entry = self._state[p]
+            for name in (*_FACTORS, "layer"):
+                entry.pop(name, None)
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name in _FACTORS:
+                if (i, name) in factors.values:
+                    entry[name] = factors.values[i, name].to(dtype)
+            if i in layers:
+                _, bias, flipped, groups = layers[i]
+                place = None if bias is None else self.parameters.positions[bias]
+                entry["layer"] = (place, flipped, groups)
+
+    def _of(self, p: Tensor) -> dict[str, Any]:
+        return self._state.get(p, {})  # the state is made where it is written to
+
+
+def differentiate(
+    closures: Sequence[Callable[[], Any]], parameters: FlatParameters
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Run each closure once: the mean of the losses, detached, and of their gradients.
+
+    A closure that calls ``backward`` leaves its gradients in ``.grad``, with what it has added them to.
+    Of another one, its loss is differentiated here, and ``.grad`` stays as it was.
+
+    Raises:
+        TypeError, ValueError: a closure returned something that is no loss.
+    """
+    if len(closures) == 1:
+        return _differentiate(closures[0], parameters)
+    params = parameters.tensors
+    before = [p.grad for p in params]
+    losses, totals, called_backward = [], [None] * len(params), False
+    for closure in closures:
+        for p in params:
+            p.grad = None
+        loss, gradients = _differentiate(closure, parameters)
+        losses.append(loss)
+        called_backward |= any(p.grad is not None for p in params)
+        totals = [_add(total, g, len(closures)) for total, g in zip(totals, gradients, strict=True)]
+    for p, old, total in zip(params, before, totals, strict=True):
+        p.grad = total if called_backward else old
+    return torch.stack(losses).mean(), totals
+
+
+def _add(total: Tensor | None, gradient: Tensor | None, n: int) -> Tensor | None:
+    if gradient is None:
+        return total
+    return gradient / n if total is None else total + gradient / n
+
+
+def _differentiate(
+    closure: Callable[[], Any], parameters: FlatParameters
+) -> tuple[Tensor, list[Tensor | None]]:
+    params = parameters.tensors
+    before = [(p.grad, None if p.grad is None else version_of(p.grad)) for p in params]
+    with torch.enable_grad():
+        returned = closure()
+    if _has_called_backward(params, before):
+        return _read(returned, parameters), [p.grad for p in params]
+    loss = _require_loss(returned)
+    kept = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        loss.backward()  # not autograd.grad, of which DistributedDataParallel would know nothing
+        return loss.detach().reshape(()), [p.grad for p in params]
+    finally:
+        for p, gradient in zip(params, kept, strict=True):
+            p.grad = gradient
+
+
+def _has_called_backward(params: Sequence[Tensor], before: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether there are new gradients; zeros in place of old ones are none."""
+    changed = [
+        p.grad
+        for p, (old, version) in zip(params, before, strict=True)
+        if p.grad is not None and not (p.grad is old and version_of(p.grad) == version)
+    ]
+    older = {id(old) for old, _ in before}
+    return any(id(g) not in older or bool(g.any()) for g in changed)
+
+
+def _read(returned: Any, parameters: FlatParameters) -> Tensor:
+    """The loss, as torch's own optimizers give back whatever their closure returned."""
+    loss = returned[0] if isinstance(returned, tuple) and returned else returned
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.detach().reshape(())
+    value = float(loss) if isinstance(loss, Number) else math.nan
+    return torch.tensor(value, dtype=parameters.dtype, device=parameters.device)
+
+
+def _require_loss(returned: Any) -> Tensor:
+    if not isinstance(returned, Tensor):
+        raise TypeError(
+            f"the closure must return the loss as a tensor, or call backward, got {type(returned).__name__}"
+        )
+    if returned.numel() != 1 or returned.is_complex():
+        raise ValueError(
+            f"the closure must return a real scalar loss, got {returned.dtype} of shape "
+            f"{tuple(returned.shape)}; reduce it by mean()"
+        )
+    if not returned.requires_grad:
+        raise ValueError(
+            "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses "
+            "none of the parameters"
+        )
+    return returned

@@ -1,0 +1,505 @@
+"""KFAC: three ways to take the same step, what it promises as a torch optimizer, and what it refuses."""
+
+import copy
+import io
+import math
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.problems import assert_near, flatten
+from helpers.states import assert_same_state
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+
+from ngd_optim import KFAC
+
+N, IN, OUT = 32, 6, 4
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = [nn.Linear(IN, 10), nn.LayerNorm(10), nn.Tanh(), nn.Linear(10, OUT)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+class Stream:
+    """A model and batches that depend on the step's number alone."""
+
+    def __init__(self, dtype=torch.float32, make=make_model):
+        self.model = make(dtype)
+        self.dtype = dtype
+
+    def batch(self, step, n=N):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(n, IN, generator=generator).to(self.dtype)
+        return x, x[:, :OUT].argmax(1)
+
+    def loss(self, step, part=slice(None)):
+        x, y = self.batch(step)
+        return F.cross_entropy(self.model(x[part]), y[part])
+
+    @property
+    def theta(self):
+        return flatten(self.model.parameters())
+
+
+class WithLoss(nn.Module):
+    """As models of transformers are called with labels."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return {"loss": F.cross_entropy(self.model(x), y)}
+
+
+# Ways to take a step, all of them the same one.
+def by_closure(stream, optimizer, step):
+    def closure():
+        optimizer.zero_grad()
+        loss = stream.loss(step)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def by_loss(stream, optimizer, step):
+    optimizer.step(lambda: stream.loss(step))
+
+
+def by_watch(stream, optimizer, step):
+    with optimizer.watch():
+        loss = stream.loss(step)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def by_watch_around_backward(stream, optimizer, step):
+    optimizer.zero_grad()
+    with optimizer.watch():
+        stream.loss(step).backward()
+    optimizer.step()
+
+
+def by_module(stream, optimizer, step):
+    if step == 0:
+        stream.whole = WithLoss(stream.model)
+        optimizer.watch(stream.whole)
+    optimizer.zero_grad()
+    stream.whole(*stream.batch(step))["loss"].backward()
+    optimizer.step()
+
+
+def by_criterion(stream, optimizer, step):
+    if step == 0:
+        stream.criterion = nn.CrossEntropyLoss()
+        optimizer.watch(stream.criterion)
+    x, y = stream.batch(step)
+    optimizer.zero_grad()
+    stream.criterion(stream.model(x), y).backward()
+    optimizer.step()
+
+
+def by_halves(stream, optimizer, step):
+    """The mean of two micro-batches."""
+    optimizer.zero_grad()
+    for part in (slice(0, N // 2), slice(N // 2, N)):
+        with optimizer.watch():
+            loss = stream.loss(step, part) / 2
+        loss.backward()
+    optimizer.step()
+
+
+def by_list(stream, optimizer, step):
+    parts = (slice(0, N // 2), slice(N // 2, N))
+    optimizer.step([lambda part=part: stream.loss(step, part) for part in parts])
+
+
+WAYS = [by_loss, by_watch, by_watch_around_backward, by_module, by_criterion]
+
+
+def train(way, steps=8, dtype=torch.float32, **settings):
+    stream = Stream(dtype)
+    optimizer = KFAC(stream.model.parameters(), **settings)
+    for step in range(steps):
+        way(stream, optimizer, step)
+    return stream, optimizer
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_all_ways_take_the_same_steps(way):
+    stream, optimizer = train(by_closure)
+    other, twin = train(way)
+    assert torch.equal(stream.theta, other.theta)
+    assert_same_state(optimizer.state_dict(), twin.state_dict())
+    assert not torch.equal(stream.theta, Stream().theta)
+
+
+def test_it_learns():
+    stream, optimizer = train(by_loss, 60)
+    assert stream.loss(1000).item() < 0.35 * Stream().loss(1000).item()
+    assert optimizer.last_step.accepted
+
+
+def test_micro_batches_are_a_list_of_closures():
+    stream, _ = train(by_halves, 8, torch.float64)
+    other, _ = train(by_list, 8, torch.float64)
+    assert_near(other.theta, stream.theta, 1e-9)
+    gradient = flatten(p.grad for p in stream.model.parameters())
+    assert gradient.norm() > 0
+
+
+def test_gradients_may_be_changed_before_the_step():
+    """Clipping, and whatever else a loop does: the step takes what is there."""
+    stream = Stream(torch.float64)
+    optimizer = KFAC(stream.model.parameters(), momentum=0.0, adapt_radius=False)
+    by_watch(stream, optimizer, 0)
+    start, twin = stream.theta, copy.deepcopy((stream, optimizer))
+    steps = []
+    for (task, own), factor in zip(((stream, optimizer), twin), (1.0, 1e-3), strict=True):
+        with own.watch():
+            loss = task.loss(1)
+        own.zero_grad()
+        loss.backward()
+        for p in task.model.parameters():
+            p.grad *= factor
+        own.step()
+        assert own.last_step.grad_norm == pytest.approx(
+            flatten(p.grad for p in task.model.parameters()).norm().item()
+        )
+        steps.append(task.theta - start)
+    assert_near(steps[1], steps[0], 1e-6)  # its length is the radius's
+
+
+@pytest.mark.parametrize("way", [by_loss, by_list], ids=lambda way: way.__name__)
+def test_a_closure_without_backward_leaves_the_gradients_alone(way):
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    marks = [torch.ones_like(p) for p in stream.model.parameters()]
+    for p, mark in zip(stream.model.parameters(), marks, strict=True):
+        p.grad = mark
+    way(stream, optimizer, 0)
+    for p, mark in zip(stream.model.parameters(), marks, strict=True):
+        assert p.grad is mark
+        assert (mark == 1).all()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_clearing_gradients_is_no_backward(set_to_none):
+    stream, optimizer = train(by_closure, 2)
+
+    def closure():
+        optimizer.zero_grad(set_to_none)
+        return stream.loss(2)
+
+    before = stream.theta
+    optimizer.step(closure)
+    assert optimizer.last_step.accepted
+    assert not torch.equal(before, stream.theta)
+
+
+def test_the_closure_runs_once_and_bare_where_nothing_is_due(monkeypatch):
+    stream, optimizer = train(by_closure, 8)
+    runs = []
+
+    def closure():
+        runs.append(torch.overrides._get_current_function_mode())
+        optimizer.zero_grad()
+        loss = stream.loss(8)
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert len(runs) == 5
+    assert sum(mode is not None for mode in runs) == 1  # renewed once in five steps
+
+
+def test_the_graph_is_let_go():
+    stream, optimizer = train(by_watch, 1)
+    held = []
+    with optimizer.watch():
+        z = stream.model(stream.batch(1)[0])
+        loss = F.cross_entropy(z, stream.batch(1)[1])
+    held += [weakref.ref(z), weakref.ref(loss)]
+    loss.backward()
+    optimizer.step()
+    del z, loss
+    assert [reference() for reference in held] == [None, None]
+
+
+# As torch's optimizers
+
+
+def by_state_dict(stream, optimizer):
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    twin = Stream(stream.dtype)
+    twin.model.load_state_dict(stream.model.state_dict())
+    resumed = KFAC(twin.model.parameters(), lr=0.3, radius=7.0, momentum=0.1)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    return twin, resumed
+
+
+def by_deepcopy(stream, optimizer):
+    return copy.deepcopy((stream, optimizer))
+
+
+def by_pickle(stream, optimizer):
+    return pickle.loads(pickle.dumps((stream, optimizer)))
+
+
+@pytest.mark.parametrize("comes_back", [by_state_dict, by_deepcopy, by_pickle])
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_resumed_run_is_bit_identical(comes_back, steps):
+    stream, optimizer = train(by_watch, steps, lr=0.9, weight_decay=0.01)
+    twin, resumed = comes_back(stream, optimizer)
+    for step in range(steps, steps + 7):
+        by_watch(stream, optimizer, step)
+        by_watch(twin, resumed, step)
+    assert torch.equal(stream.theta, twin.theta)
+    assert_same_state(optimizer.state_dict(), resumed.state_dict())
+
+
+def test_state_of_another_optimizer_is_refused():
+    _, optimizer = train(by_watch, 1)
+    other = torch.optim.Adam(Stream().model.parameters())
+    with pytest.raises(ValueError, match="not the state of a KFAC: its groups have no momentum"):
+        optimizer.load_state_dict(other.state_dict())
+    wider = KFAC(nn.Sequential(nn.Linear(IN, 9), nn.LayerNorm(9), nn.Linear(9, OUT)).parameters())
+    with pytest.raises(ValueError, match="saved of other parameters"):
+        wider.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=12),
+        lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.5**t),
+        lambda o: lr_scheduler.ReduceLROnPlateau(o),
+        lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0),
+    ],
+    ids=["cosine", "one cycle", "lambda", "plateau", "cyclic"],
+)
+def test_schedulers(make):
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    scheduler = make(optimizer)
+    for step in range(8):
+        by_watch(stream, optimizer, step)
+        scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+    assert optimizer.last_step.accepted
+
+
+def test_the_rate_scales_the_step():
+    steps = []
+    for lr in (1.0, 0.25):
+        stream, optimizer = train(by_watch, 1, torch.float64, lr=lr)
+        steps.append(stream.theta - Stream(torch.float64).theta)
+        assert optimizer.last_step.step_norm == pytest.approx(steps[-1].norm().item())
+    assert_near(steps[1], 0.25 * steps[0], 1e-12)
+
+
+def test_groups_have_their_own_rate_and_weight_decay():
+    stream = Stream(torch.float64)
+    first, *others = stream.model
+    groups = [
+        {"params": first.parameters(), "lr": 0.0},
+        {"params": [p for m in others for p in m.parameters()], "weight_decay": 0.5},
+    ]
+    optimizer, before = KFAC(groups), copy.deepcopy(stream)
+    by_watch(stream, optimizer, 0)
+    plain = copy.deepcopy(before)
+    optimizer = KFAC(
+        [
+            {**groups[0], "params": plain.model[0].parameters()},
+            {"params": plain.model[1:].parameters()},
+        ]
+    )
+    by_watch(plain, optimizer, 0)
+    assert torch.equal(flatten(stream.model[0].parameters()), flatten(before.model[0].parameters()))
+    shrunk, start, end = (flatten(s.model[3].parameters()) for s in (stream, before, plain))
+    assert_near(shrunk, end - 0.5 * start, 1e-12)
+
+
+def test_frozen_and_thawed_parameters():
+    stream, optimizer = train(by_watch, 2)
+    stream.model[0].requires_grad_(False)
+    frozen = flatten(stream.model[0].parameters())
+    for step in range(2, 5):
+        by_watch(stream, optimizer, step)
+        assert optimizer.last_step.accepted
+    assert torch.equal(frozen, flatten(stream.model[0].parameters()))
+    stream.model[0].requires_grad_(True)
+    for step in range(5, 8):
+        by_watch(stream, optimizer, step)
+        assert optimizer.last_step.accepted
+    assert not torch.equal(frozen, flatten(stream.model[0].parameters()))
+
+
+def test_a_module_that_a_batch_does_not_use_keeps_its_factors():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all = nn.ModuleList([nn.Linear(IN, OUT), nn.Linear(IN, OUT)])
+
+        def forward(self, x):
+            return self.all[int(x[0, 0] > 0)](x)
+
+    stream = Stream(make=lambda dtype: Experts().to(dtype))
+    optimizer = KFAC(stream.model.parameters(), renew_every=1)
+    used = {int(stream.batch(step)[0][0, 0] > 0) for step in range(6)}
+    for step in range(6):
+        before = stream.theta
+        by_watch(stream, optimizer, step)
+        assert optimizer.last_step.accepted
+        assert not torch.equal(before, stream.theta)
+    assert used == {0, 1}
+    assert all("left" in optimizer.state[e.weight] for e in stream.model.all)
+
+
+def test_copies_of_a_watched_module_are_not_watched():
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    whole = WithLoss(stream.model)
+    handle = optimizer.watch(whole)
+    for twin in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole)), AveragedModel(whole)):
+        twin(*stream.batch(0))["loss"].backward()
+    whole(*stream.batch(0))["loss"].backward()
+    optimizer.step()
+    assert optimizer.last_step.renewed
+    handle.remove()
+    optimizer.zero_grad()
+    whole(*stream.batch(1))["loss"].backward()
+    optimizer.step()
+    assert not optimizer.last_step.renewed
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr must be"),
+        ({"momentum": 1.0}, r"momentum must be a number in \[0, 1\), got 1.0"),
+        ({"damping": math.nan}, "damping must be"),
+        ({"radius": 0.0}, "radius must be a finite number above 0, got 0.0"),
+        ({"renew_every": 0}, "renew_every must be an integer, at least 1, got 0"),
+        ({"factor_decay": 2.0}, "factor_decay must be"),
+        ({"weight_decay": -0.1}, "weight_decay must be"),
+        ({"adapt_radius": 1}, "adapt_radius must be True or False, got 1"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        KFAC(make_model().parameters(), **settings)
+
+
+def test_groups_must_agree():
+    model = make_model()
+    optimizer = KFAC(model[0].parameters())
+    with pytest.raises(
+        ValueError, match=r"momentum holds for the whole step.*only lr, weight_decay"
+    ):
+        optimizer.add_param_group({"params": model[3].parameters(), "momentum": 0.5})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_generator_must_be_one():
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 3"):
+        KFAC(make_model().parameters(), generator=3)
+
+
+def test_a_loop_without_watch_is_told_what_to_write():
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    stream.loss(0).backward()
+    with pytest.raises(RuntimeError, match=r"with optimizer.watch\(\)"):
+        optimizer.step()
+    assert torch.equal(stream.theta, Stream().theta)
+    assert not optimizer.state
+
+
+def test_step_without_any_gradient():
+    stream = Stream()
+    with pytest.raises(ValueError, match=r"call loss.backward\(\) before step"):
+        KFAC(stream.model.parameters()).step()
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (lambda z: None, TypeError, "must return the loss as a tensor, or call backward, got None"),
+        (lambda z: z, ValueError, "must return a real scalar loss"),
+        (lambda z: z.mean().detach(), ValueError, "the loss has no graph"),
+        (lambda z: z.cosh().mean(), RuntimeError, "from a function of torch.nn.functional"),
+    ],
+    ids=["nothing", "vector", "detached", "unknown loss"],
+)
+def test_closures_that_give_no_loss(result, error, message):
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    with pytest.raises(error, match=message):
+        optimizer.step(lambda: result(stream.model(stream.batch(0)[0])))
+    assert torch.equal(stream.theta, Stream().theta)
+    assert not optimizer.state
+    assert all(p.grad is None for p in stream.model.parameters())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_batch_that_is_not_finite_is_skipped(steps):
+    stream, optimizer = train(by_closure, steps)
+    twin, other = copy.deepcopy((stream, optimizer))
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = stream.theta
+    optimizer.step(lambda: stream.loss(99) * math.nan)
+    assert not optimizer.last_step.accepted
+    assert optimizer.last_step.reason == "the gradient is not finite"
+    assert torch.equal(before, stream.theta)
+    assert_same_state(saved, optimizer.state_dict()) if steps else None
+    for step in range(steps, steps + 3):
+        by_closure(stream, optimizer, step)
+        by_closure(twin, other, step)
+    assert torch.equal(stream.theta, twin.theta)
+
+
+def test_an_exception_in_the_closure_leaves_everything():
+    stream, optimizer = train(by_closure, 3)
+    saved, before = copy.deepcopy(optimizer.state_dict()), stream.theta
+
+    def closure():
+        stream.loss(3)
+        raise KeyError("data")
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert torch.equal(before, stream.theta)
+    assert_same_state(saved, optimizer.state_dict())
+
+
+def test_grad_scaler_and_float16_are_refused_and_bfloat16_works():
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    with optimizer.watch():
+        loss = stream.loss(0)
+    scaler.scale(loss).backward()
+    with pytest.raises(RuntimeError, match=r"no GradScaler.*bfloat16"):
+        scaler.step(optimizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_closure(stream, optimizer, 0)
+    assert optimizer.last_step.accepted
+    with optimizer.watch():
+        loss = F.mse_loss(stream.model(stream.batch(1)[0]).half(), torch.zeros(N, OUT).half())
+    with pytest.raises(RuntimeError, match="float16, which has too little range"):
+        loss.backward()
