@@ -83,10 +83,10 @@ _PRECONDITIONER = _Allowed(
 )
 
 
-T = TypeVar("T", bound="_OfGroups")
+T = TypeVar("T", bound="GroupSettings")
 
 
-class _OfGroups:
+class GroupSettings:
     """Settings as the fields of a dataclass, whose annotations say what is allowed."""
 
     @classmethod
@@ -144,7 +144,7 @@ class _OfGroups:
 
 
 @dataclass(frozen=True)
-class KFACSettings(_OfGroups):
+class KFACSettings(GroupSettings):
     """The settings of one step; the docstring of :class:`~ngd_optim.KFAC` explains them.
 
     ``lr`` and ``weight_decay`` have one number for each parameter group.
@@ -161,7 +161,7 @@ class KFACSettings(_OfGroups):
 
 
 @dataclass(frozen=True)
-class Settings(_OfGroups):
+class Settings(GroupSettings):
     """The settings of one step; the docstring of :class:`~ngd_optim.NaturalCG` explains them.
 
     ``lr``, ``damping`` and ``weight_decay`` have one number for each parameter group.
