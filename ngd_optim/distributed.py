@@ -131,8 +131,8 @@ class Ranks:
                 )
 
     @contextmanager
-    def noticing_ddp(self) -> Iterator[None]:
-        """Take the group of a DistributedDataParallel module that runs in the block."""
+    def noticing_ddp(self, running: nn.Module | None = None) -> Iterator[None]:
+        """Take the group of a DistributedDataParallel module that runs in the block, or is ``running`` already."""
         if not self._follow_ddp or self.group is not None:
             yield
             return
@@ -140,8 +140,15 @@ class Ranks:
         def notice(module: nn.parallel.DistributedDataParallel) -> None:
             self.group = module.process_group
 
+        if isinstance(running, nn.parallel.DistributedDataParallel):
+            notice(running)
         with _before_ddp_modules(notice):
             yield
+
+
+def is_one_of_several() -> bool:
+    """Whether ``torch.distributed`` runs this process beside others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 ALONE = Ranks(None, torch.device("cpu"), follow_ddp=False)

@@ -4,13 +4,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ngd_optim.distributed import Ranks
+from ngd_optim.distributed import Ranks, is_one_of_several
 from ngd_optim.kronecker import KroneckerFactors, average_factors, build_kronecker_preconditioner
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.report import KFACReport
@@ -165,10 +166,10 @@ class KFAC(Optimizer):
             raise TypeError(
                 f"watch() takes a module whose forward computes the loss, got {show(module)}"
             )
-        return WatchedModule(module, self._watching)
+        return WatchedModule(module, partial(self._watching, module))
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
+    def _watching(self, module: nn.Module | None = None) -> Iterator[None]:
         settings = KFACSettings.of(self.param_groups)
         state = StreamState(FlatParameters(self.param_groups), self.state)
         if not state.is_due(settings.renew_every, _AT_START):
@@ -177,7 +178,10 @@ class KFAC(Optimizer):
         self._ranks = Ranks(self.process_group, state.parameters.device, follow_ddp=True)
         if self._drawing is None:  # one for all batches of a step
             self._drawing = self.generator or state.generator()
-        with self._ranks.noticing_ddp(), self._watch.watching(state.parameters, self._drawing):
+        with (
+            self._ranks.noticing_ddp(module),
+            self._watch.watching(state.parameters, self._drawing),
+        ):
             yield
 
     @torch.no_grad()
@@ -211,8 +215,9 @@ class KFAC(Optimizer):
         loss, gradients = None, [p.grad for p in parameters.tensors]
         runs = [] if closure is None else wrap_closures(closure, parameters)
         if runs:
+            functions = [run.function for run in runs]
             with self._watching():
-                loss, gradients = differentiate([run.function for run in runs], parameters)
+                loss, gradients = differentiate(functions, parameters)
         reached = [g is not None for g in gradients]
         if not any(reached):
             raise ValueError(
@@ -282,6 +287,8 @@ class KFAC(Optimizer):
     ) -> KroneckerFactors | None:
         """New factors, mixed with the older; None if this step has seen no losses, or its numbers are not finite."""
         estimate = self._watch.take()
+        if not closures and ranks.group is None and is_one_of_several():
+            raise RuntimeError(_NO_GROUP)
         if closures > 1 and estimate is not None:  # these stand for the mean of their losses
             estimate = estimate.scale(1 / closures)
         mean = average_factors([estimate], ranks)
@@ -331,6 +338,11 @@ _NOTHING_SEEN = (
     "around the loss, or optimizer.watch(module) once for a module whose forward computes it, or call "
     "optimizer.step(closure); and let the loss come from a function of torch.nn.functional, such as "
     "cross_entropy or mse_loss, or from least_squares"
+)
+_NO_GROUP = (
+    "torch.distributed runs several processes, and KFAC has not seen which of them take this step: let "
+    "optimizer.watch() have the DistributedDataParallel module run within it, or watch that module, or "
+    "give KFAC(process_group=torch.distributed.group.WORLD)"
 )
 _RANKS_DIFFER = "the ranks of the process group use their parameters in different layers"
 

@@ -112,8 +112,7 @@ def _add_pairs(layer: Layer, pairs: Sequence[Values]) -> dict[tuple[int, str], T
     if len(pairs) == 1:
         return {key: pairs[0][key] for key in keys}
     traces = [trace_of(unpack_factor(values[keys[0]])) for values in pairs]
-    scale = sum(trace.square() for trace in traces)
-    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny).rsqrt()  # pyright: ignore
+    scale = _inverse_root(sum(trace.square() for trace in traces))  # pyright: ignore
     parts = list(zip(pairs, traces, strict=True))
     return {key: sum(_scale(v[key], scale * trace) for v, trace in parts) for key in keys}  # pyright: ignore
 
@@ -192,23 +191,29 @@ def average_factors(
     estimates: Sequence[KroneckerFactors | None], ranks: Ranks
 ) -> KroneckerFactors | None:
     """The mean over closures and ranks; None if they do not use the parameters in the same way."""
-    first = estimates[0] if estimates else None
-    agree = first is not None and all(
-        other is not None and other.layers == first.layers for other in estimates
-    )
-    layers = (first.layers, sorted(first.values)) if first is not None and agree else None
+    total, *others = estimates or (None,)
+    for other in others:
+        agree = total is not None and other is not None and total.layers == other.layers
+        total = total.add(other) if agree else None  # pyright: ignore
+    layers = None if total is None else (total.layers, sorted(total.values))
     # Ranks whose graphs differ must not average factors of different layers.
-    if not ranks.agree(zlib.crc32(repr(layers).encode())) or first is None or not agree:
+    if not ranks.agree(zlib.crc32(repr(layers).encode())) or total is None:
         return None
+    total = total.scale(1 / len(estimates)) if others else total
+    return total if ranks.group is None else _average_over_ranks(total, ranks)
+
+
+def _average_over_ranks(factors: KroneckerFactors, ranks: Ranks) -> KroneckerFactors:
     values = {
-        key: ranks.average(_mean([other.values[key] for other in estimates if other is not None]))
-        for key in first.values
+        key: ranks.average(value) for key, value in factors.values.items() if key[1] == "diagonal"
     }
-    return KroneckerFactors(first.layers, values)
-
-
-def _mean(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).mean(0)
+    for layer in factors.layers:  # as in add
+        keys = (layer.weight, "left"), (layer.weight, "right")
+        trace = trace_of(unpack_factor(factors.values[keys[0]]))
+        scale = _inverse_root(ranks.average(trace.square()))
+        for key in keys:
+            values[key] = _scale(ranks.average(_scale(factors.values[key], trace)), scale)
+    return KroneckerFactors(factors.layers, values)
 
 
 def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
@@ -242,7 +247,7 @@ def _factors(
         rights.append(_scale(right, trace_left / n))
         traces.append(trace_left * trace_right / n)
     # L ⊗ R keeps its trace: that of Σ over uses, trace(L) trace(R) ÷ n.
-    scale = sum(traces).clamp(min=torch.finfo(traces[0].dtype).tiny).rsqrt()  # pyright: ignore
+    scale = _inverse_root(sum(traces))  # pyright: ignore
     return _scale(sum(lefts), scale), _scale(sum(rights), scale)  # pyright: ignore
 
 
@@ -253,6 +258,10 @@ def _second_moment(rows: Tensor) -> Tensor:
 def trace_of(factor: Tensor) -> Tensor:
     """That of each matrix, or of the diagonals."""
     return factor.sum(-1) if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _inverse_root(value: Tensor) -> Tensor:
+    return value.clamp(min=torch.finfo(value.dtype).tiny).rsqrt()
 
 
 def _scale(factor: Tensor, scale: Tensor) -> Tensor:

@@ -730,8 +730,16 @@ def test_the_mean_of_several_closures():
     mean = average_factors([one, two], ALONE)
     assert mean is not None
     assert average_factors([one], ALONE) == one
-    for key, value in mean.values.items():
-        assert_near(value, (one.values[key] + two.values[key]) / 2, 1e-12)
+    for layer in mean.layers:  # L ⊗ R has the mean of the traces, and each L its own one's share
+        left, right = (layer.weight, "left"), (layer.weight, "right")
+        traces = [
+            torch.trace(unpack_factor(part.values[left])[0]).item() for part in (one, two, mean)
+        ]
+        a, b, c = traces
+        assert c**2 == pytest.approx((a**2 + b**2) / 2)
+        for key in (left, right):
+            expected = (a * one.values[key] + b * two.values[key]) / (2 * c)
+            assert_near(mean.values[key], expected, 1e-12)
     other = factors(lambda: F.mse_loss(model[0](real(N, IN)), torch.zeros(N, 6).double()), params)
     assert average_factors([one, other], ALONE) is None
     assert average_factors([], ALONE) is None

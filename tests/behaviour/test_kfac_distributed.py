@@ -1,0 +1,135 @@
+"""KFAC on two processes: the steps of one process that has all of the data."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers.problems import assert_near, flatten
+from helpers.ranks import on_two_ranks, results_of
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ngd_optim import KFAC
+
+STEPS = 5
+PARTS = (slice(0, 8), slice(8, 16))
+
+
+class WithLoss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Any, y: Any) -> Any:
+        return F.mse_loss(self.model(x), y)
+
+
+def make_model() -> nn.Module:
+    """With one output, so that signs of draws do not matter: all draws give the same factors."""
+    torch.manual_seed(0)
+    return WithLoss(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))).double()
+
+
+def batch(step: int, part: slice) -> tuple[Any, Any]:
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    return x[part], x[part, :1].sin()
+
+
+def by_closure(optimizer: KFAC, model: Any, step: int, part: slice) -> None:
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(*batch(step, part))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def by_loss(optimizer: KFAC, model: Any, step: int, part: slice) -> None:
+    optimizer.step(lambda: model(*batch(step, part)))
+
+
+def by_watch(optimizer: KFAC, model: Any, step: int, part: slice) -> None:
+    optimizer.zero_grad()
+    with optimizer.watch():
+        loss = model(*batch(step, part))
+    loss.backward()
+    optimizer.step()
+
+
+def by_module(optimizer: KFAC, model: Any, step: int, part: slice) -> None:
+    optimizer.zero_grad()
+    model(*batch(step, part)).backward()
+    optimizer.step()
+
+
+def run(rank: int) -> dict[str, Any]:
+    results = {}
+    for name, way in {
+        "closure": by_closure,
+        "loss": by_loss,
+        "watch": by_watch,
+        "module": by_module,
+    }.items():
+        model = make_model()
+        ddp = DistributedDataParallel(model)
+        optimizer = KFAC(model.parameters(), renew_every=2)
+        if name == "module":
+            optimizer.watch(ddp)
+        for step in range(STEPS):
+            way(optimizer, ddp, step, PARTS[rank])
+        results[name] = flatten(model.parameters())
+    for name, way in {"group": by_loss, "group and watch": by_watch}.items():
+        model = make_model()
+        optimizer = KFAC(model.parameters(), renew_every=2, process_group=dist.group.WORLD)
+        for step in range(STEPS):
+            way(optimizer, model, step, PARTS[rank])
+        results[name] = flatten(model.parameters())
+    optimizer.step(lambda: model(*batch(9, PARTS[rank])) * (math.nan if rank else 1.0))
+    results["refused"] = not optimizer.last_step.accepted, flatten(model.parameters())
+    model = make_model()
+    ddp, optimizer = DistributedDataParallel(model), KFAC(model.parameters())
+    optimizer.watch(model)  # and not ddp
+    try:
+        by_module(optimizer, ddp, 0, PARTS[rank])
+    except RuntimeError as error:
+        results["unseen"] = str(error)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    def both(folder: Path) -> None:
+        on_two_ranks(run, folder)
+
+    return results_of("kfac", both, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    model = make_model()
+    optimizer = KFAC(model.parameters(), renew_every=2)
+    for step in range(STEPS):
+        optimizer.step([lambda part=part, step=step: model(*batch(step, part)) for part in PARTS])
+    return flatten(model.parameters())
+
+
+@pytest.mark.parametrize("name", ["closure", "loss", "watch", "module", "group", "group and watch"])
+def test_two_ranks_take_the_steps_of_one_process(name, ranks, alone):
+    assert torch.equal(ranks[0][name], ranks[1][name])
+    assert_near(ranks[0][name], alone, 1e-9)
+
+
+def test_a_rank_whose_loss_is_not_finite_makes_all_skip_the_step(ranks):
+    for result in ranks:
+        refused, theta = result["refused"]
+        assert refused
+        assert torch.equal(theta, result["group and watch"])
+
+
+def test_a_group_that_was_not_seen_is_asked_for(ranks):
+    assert all("watch that module" in result["unseen"] for result in ranks)

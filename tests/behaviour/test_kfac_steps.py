@@ -1,0 +1,177 @@
+"""KFAC's steps are those of the same formula, written out with dense matrices in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.metrics import output_metric_of
+from helpers.problems import assert_near, flatten, real, seeded
+from torch import nn
+
+from ngd_optim import KFAC, NaturalCG
+from ngd_optim.kronecker.sampling import draw
+
+N = 12
+
+
+class Tied(nn.Module):
+    """One weight that is used twice, with a bias of its own each time, and parameters in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.inner(self.scale * self.inner(x).tanh())
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)),
+        nn.Conv2d(1, 3, 2, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, 3, bias=False),
+    )
+
+
+def patches_of(module, x):
+    """The rows that a layer multiplies by its weight, with a 1 for the bias."""
+    if isinstance(module, nn.Conv2d):
+        unfolded = F.unfold(x, module.kernel_size, padding=module.padding)
+        x = unfolded.mT.reshape(-1, unfolded.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if module.bias is None else torch.cat([rows, torch.ones(len(rows), 1).to(rows)], 1)
+
+
+def outputs_of(module, gradient):
+    return gradient.flatten(2).mT.flatten(0, 1) if isinstance(module, nn.Conv2d) else gradient
+
+
+class Dense:
+    """The factors of a model, as matrices that are kept, and the inverse of the whole damped matrix."""
+
+    def __init__(self, model, damping):
+        self.model, self.damping = model, damping
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        self.inside = {id(p) for m in self.layers for p in m.parameters()}
+        self.others = [p for p in model.parameters() if id(p) not in self.inside]
+        self.values = []
+
+    def renew(self, closure, draws, share):
+        """Mix in those of one draw at the outputs."""
+        seen = []
+        handles = [
+            m.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
+            for m in self.layers
+        ]
+        metric = output_metric_of(closure, self.model.parameters())
+        for handle in handles:
+            handle.remove()
+        u = draw(metric, seeded(draws))
+        wanted = [*(out for _, _, out in seen), *self.others]
+        gradients = torch.autograd.grad(metric.outputs, wanted, u)
+        new = []
+        for layer in self.layers:
+            pairs = [
+                (outputs_of(m, gradient), patches_of(m, x.detach()))
+                for (m, x, _), gradient in zip(seen, gradients, strict=False)
+                if m is layer
+            ]
+            lefts = [back.T @ back for back, _ in pairs]
+            rights = [into.T @ into / len(into) for _, into in pairs]
+            t = [(a.trace() * b.trace()).sqrt() for a, b in zip(lefts, rights, strict=True)]
+            total = sum(x**2 for x in t).sqrt()
+            new += [
+                sum(x**2 * f / f.trace() for x, f in zip(t, of, strict=True)) / total
+                for of in (lefts, rights)
+            ]
+        new += [g.square() for g in gradients[len(seen) :]]
+        older = self.values or new
+        self.values = [torch.lerp(a, b, share) for a, b in zip(new, older, strict=True)]
+
+    def solve(self, vector):
+        """One dense system for all parameters; their places are found by their names."""
+        named = dict(self.model.named_parameters())
+        place, at = {}, 0
+        for p in named.values():
+            place[id(p)] = torch.arange(at, at + p.numel()).view(p.shape)
+            at += p.numel()
+        matrix = torch.zeros(at, at, dtype=torch.float64)
+        values = iter(self.values)
+        for layer in self.layers:
+            left, right = next(values), next(values)
+            shift = self.damping * left.trace() / len(left) * right.trace() / len(right)
+            pi = (right.trace() / len(right) / (left.trace() / len(left))).sqrt()
+            left = left + shift.sqrt() / pi * torch.eye(len(left)).double()
+            right = right + shift.sqrt() * pi * torch.eye(len(right)).double()
+            index = place[id(layer.weight)].flatten(1)
+            if layer.bias is not None:
+                index = torch.cat([index, place[id(layer.bias)][:, None]], 1)
+            index = index.flatten()
+            matrix[index[:, None], index] = torch.kron(left, right)
+        for p in self.others:
+            value, index = next(values), place[id(p)].flatten()
+            matrix[index, index] = (value + self.damping * value.mean()).flatten()
+        return torch.linalg.solve(matrix, vector)
+
+
+CASES = {
+    "MLP": (mlp, lambda z: F.cross_entropy(z, torch.arange(N) % 3)),
+    "CNN": (cnn, lambda z: F.cross_entropy(z, torch.arange(N) % 3)),
+    "tied": (Tied, lambda z: F.mse_loss(z, torch.ones_like(z), reduction="sum")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+def test_steps_are_those_of_dense_matrices(name, decay):
+    make, loss = CASES[name]
+    torch.manual_seed(0)
+    model = make().double()
+    batches = [real(N, 4) for _ in range(4)]
+    dense = Dense(model, damping=0.03)
+    optimizer = KFAC(
+        model.parameters(), lr=0.7, damping=0.03, renew_every=1, momentum=0.8, weight_decay=decay
+    )
+    m, radius, last, last_slope = 0.0, optimizer.param_groups[0]["radius"], None, None
+    for t, x in enumerate(batches):
+        closure = lambda x=x: loss(model(x))  # noqa: E731
+        g = flatten(torch.autograd.grad(closure(), list(model.parameters())))
+        dense.renew(closure, t, min(0.95, t / (t + 1)))
+        m = 0.8 * m + 0.2 * g
+        mean = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g
+        solution = dense.solve(mean)
+        if last is not None:
+            slope = g @ last / abs(last_slope)
+            radius *= 2 ** (0.2 * (0.3 - slope).clamp(-1, 1).item())
+        d = -0.7 * math.sqrt(2 * radius / (mean @ solution).item()) * solution
+        expected = (1 - 0.7 * decay) * flatten(model.parameters()) + d
+        last, last_slope = d, mean @ d
+        optimizer.step(closure)
+        assert_near(flatten(model.parameters()), expected, 1e-9)
+        assert optimizer.param_groups[0]["radius"] == pytest.approx(radius, rel=1e-9)
+
+
+def test_factors_are_those_of_the_preconditioner():
+    x = real(N, 4)
+    values = []
+    for kind in (KFAC, NaturalCG):
+        torch.manual_seed(0)
+        model = mlp().double()
+        options = {} if kind is KFAC else {"preconditioner": "kfac"}
+        optimizer = kind(model.parameters(), generator=seeded(), **options)
+        optimizer.step(lambda model=model: F.cross_entropy(model(x), torch.arange(N) % 3))
+        values.append([optimizer.state[p] for p in model.parameters()])
+    names = [name for entry in values[0] for name in entry if name in ("left", "right", "diagonal")]
+    assert len(names) == 6
+    for one, other in zip(*values, strict=True):
+        for name in ("left", "right", "diagonal"):
+            assert (name in one) == (name in other)
+            if name in one:
+                assert_near(one[name], other[name], 1e-12)
