@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,11 @@ from ngd_optim.tracing import (
 )
 
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
+
+logger = logging.getLogger("ngd_optim")
+
+_STREAM = 20
+"""So many steps in a row with other data each time are taken for an endless stream."""
 
 _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
@@ -217,6 +223,7 @@ class NaturalCG(Optimizer):
         # load_state_dict keeps hooks, as torch's optimizers keep theirs.
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
+        self._on_stream, self._has_advised = 0, False
         self._experiences: Learnt = {}
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
@@ -374,6 +381,7 @@ class NaturalCG(Optimizer):
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
         self.last_step = report
+        self._advise(point, new_slope)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
         damping.adapt(
@@ -385,6 +393,19 @@ class NaturalCG(Optimizer):
         )
         preconditioning.keep(report.n_product)
         return point.loss
+
+    def _advise(self, point: Point, new_slope: float) -> None:
+        """Say once which optimizer is made for a stream of batches."""
+        is_on_stream = not math.isnan(new_slope) and point.kind == "ggn" and not point.is_least_squares
+        self._on_stream = self._on_stream + 1 if is_on_stream else 0
+        if self._on_stream == _STREAM and not self._has_advised:
+            self._has_advised = True
+            logger.warning(
+                "each of the last %d steps had other data: for a stream of small batches "
+                "ngd_optim.KFAC is made, whose step costs little more than a gradient; NaturalCG is "
+                "for batches that are large, or come again",
+                _STREAM,
+            )
 
     @staticmethod
     def _damping_scale(

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from helpers.problems import assert_near, flatten
 from helpers.states import assert_same_state
 from torch import nn
+from torch.distributions import Categorical
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from ngd_optim import KFAC
+from ngd_optim import KFAC, NaturalCG, least_squares
 
 N, IN, OUT = 32, 6, 4
 
@@ -382,6 +383,72 @@ def test_copies_of_a_watched_module_are_not_watched():
     whole(*stream.batch(1))["loss"].backward()
     optimizer.step()
     assert not optimizer.last_step.renewed
+
+
+@pytest.mark.parametrize("stream", ["fresh", "same", "least squares", "distribution"])
+def test_naturalcg_says_once_that_kfac_is_for_streams(stream, caplog):
+    task = Stream()
+    optimizer = NaturalCG(task.model.parameters(), max_cg_iters=2)
+    for step in range(45):
+        x, y = task.batch(0 if stream == "same" else step, 8)
+
+        def closure(x=x, y=y):
+            z = task.model(x)
+            if stream == "least squares":
+                return least_squares(z - F.one_hot(y, OUT))
+            loss = F.cross_entropy(z, y)
+            return (loss, Categorical(logits=z)) if stream == "distribution" else loss
+
+        optimizer.step(closure)
+    said = [record for record in caplog.records if "ngd_optim.KFAC is made" in record.message]
+    assert len(said) == (stream == "fresh")
+
+
+# Several losses
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.25), (0.0, 1.0)])
+def test_losses_count_with_their_weights(weights):
+    """Those of two heads on one body: the sum, wherever it is made."""
+
+    def make(dtype):
+        torch.manual_seed(0)
+        heads = nn.ModuleDict({name: nn.Linear(5, 1) for name in ("a", "b")})
+        return nn.ModuleDict({"body": nn.Linear(IN, 5), "heads": heads}).to(dtype)
+
+    def losses(model, x):
+        z = model["body"](x).tanh()
+        return [F.mse_loss(head(z), x[:, :1], reduction="none") for head in model["heads"].values()]
+
+    def within(task, optimizer, x):
+        with optimizer.watch():
+            a, b = losses(task.model, x)
+            loss = (weights[0] * a + weights[1] * b).mean()
+        loss.backward()
+
+    def outside(task, optimizer, x):
+        with optimizer.watch():
+            a, b = losses(task.model, x)
+        (weights[0] * a.mean() + weights[1] * b.sum() / len(b)).backward()
+
+    def one_by_one(task, optimizer, x):
+        for i in (0, 1):
+            with optimizer.watch():
+                loss = losses(task.model, x)[i].mean()
+            (weights[i] * loss).backward()
+
+    ends = []
+    for way in (within, outside, one_by_one):
+        task = Stream(torch.float64, make)
+        optimizer = KFAC(task.model.parameters(), renew_every=1)
+        for step in range(3):
+            optimizer.zero_grad()
+            way(task, optimizer, task.batch(step)[0])
+            optimizer.step()
+        ends.append(task.theta)
+        assert set(optimizer.state[task.model["body"].weight]) >= {"left", "right", "layer"}
+    assert_near(ends[1], ends[0], 1e-9)
+    assert_near(ends[2], ends[0], 1e-9)
 
 
 # What is refused
