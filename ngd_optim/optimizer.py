@@ -384,7 +384,7 @@ class NaturalCG(Optimizer):
         self._layers = (
             {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         )
-        preconditioning.keep(report.n_product)
+        preconditioning.keep(report.cg_iters)
         return point.loss
 
     @staticmethod
@@ -394,7 +394,7 @@ class NaturalCG(Optimizer):
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if setting == "identity" or (setting == "auto" and not solver.is_direct):
             return None
-        if not point.gradient.isfinite().all():
+        if not point.is_finite:
             return None  # the step will be refused
         largest = last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
         return torch.where(largest > 0, largest, 1.0)

@@ -290,7 +290,7 @@ def _freeze(head: Distribution) -> Distribution:
 
 def _without_rounding(kl: Tensor) -> Tensor:
     """Zero in place of a negative number that is rounding."""
-    return kl.clamp(min=0) if kl > -(torch.finfo(kl.dtype).eps ** 0.5) else kl
+    return torch.where(kl > -(torch.finfo(kl.dtype).eps ** 0.5), kl.clamp(min=0), kl)
 
 
 def _returned_kl(other: Evaluation) -> Tensor | None:

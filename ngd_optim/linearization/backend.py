@@ -53,7 +53,7 @@ class Formed(NamedTuple):
             return None
         first, version = self.first
         is_unchanged = version_of(first) == version
-        return self.image if is_unchanged and torch.equal(first, v) else None
+        return self.image if is_unchanged and (v is first or torch.equal(first, v)) else None
 
     def without_image(self) -> "Formed":
         """The product alone."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +27,7 @@ from ngd_optim.linearization.checks import (
 from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
 from ngd_optim.names import BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 from ngd_optim.tracing import TracedClosure
 
 Observer = Callable[[OutputMetric | ScalarMetric], None]
@@ -112,9 +114,23 @@ class Point:
         return compute_cheap_diagonal(metric, self.parameters)
 
     @property
+    def value(self) -> float:
+        """The loss as a number."""
+        return self._read[0]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the whole gradient is."""
+        return bool(self._read[1])
+
+    @cached_property
+    def _read(self) -> list[Any]:
+        return read(self.loss, self.gradient.isfinite().all())
+
+    @property
     def rounding(self) -> float:
         """Differences of the loss below this are noise."""
-        return 10 * torch.finfo(self.loss.dtype).eps * abs(self.loss.item())
+        return 10 * torch.finfo(self.loss.dtype).eps * abs(self.value)
 
     def average(self, ranks: Ranks) -> "Point":
         """The mean over several processes. What it measures and multiplies by is then global as well."""
@@ -241,7 +257,10 @@ def linearize_closure(
         if there is None:
             return math.inf, None
         divergence = kl(there)
-        return there.loss.item(), None if divergence is None else divergence.item()
+        if divergence is None:
+            return read(there.loss)[0], None
+        loss, divergence = read(there.loss, divergence)
+        return loss, divergence
 
     at_outputs = isinstance(metric, OutputMetric)
     point = Point(

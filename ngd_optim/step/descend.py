@@ -131,7 +131,7 @@ class Descent:
 
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
-        if not self.point.loss.isfinite():
+        if not math.isfinite(self.point.value):
             return Trial.refuse(self._explain_loss(), forgets=True)
         if solution.stop == "not_finite":
             return self._refuse_not_finite(solution)
@@ -145,7 +145,7 @@ class Descent:
 
         trial = line_search(
             evaluate,
-            self.point.loss.item(),
+            self.point.value,
             step.slope,
             max_kl=self.max_kl,
             max_backtracks=max_backtracks,
@@ -165,7 +165,7 @@ class Descent:
 
     def _explain_loss(self) -> str:
         traced, _ = self.point.graph.get()
-        said = f"the loss is {self.point.loss.item()}"
+        said = f"the loss is {self.point.value}"
         return (
             f"{said}, and tensors without elements went into it: the batch is empty"
             if has_empty_tensors([traced.loss])
@@ -173,7 +173,7 @@ class Descent:
         )
 
     def _refuse_not_finite(self, solution: LinearSolution) -> Trial:
-        if not self.point.gradient.isfinite().all():
+        if not self.point.is_finite:
             return Trial.refuse("the gradient is not finite", forgets=True)
         diagonal = self.solver.diagonal
         if diagonal is not None and not diagonal.isfinite().all():
@@ -195,4 +195,4 @@ class Descent:
 
     def _is_worth_a_retry(self, step: Step) -> bool:
         promises = not step.slope < 0 or step.predicted_decrease(1.0) > self.point.rounding
-        return promises and math.isfinite(self.point.loss.item())
+        return promises and math.isfinite(self.point.value)
