@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngd_optim.autograd_graph import has_empty_tensors
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
@@ -69,6 +68,7 @@ class Descent:
             check: raises what other processes met while the system was solved.
         """
         solves_again = self.damping.can_retry and self.max_backtracks > 0
+        problem = self._find_problem_of_loss()  # which the graph tells; a solve may let that go
         attempt = 0
         while True:
             attempt += 1
@@ -77,8 +77,12 @@ class Descent:
             solution = self.solver.solve(model)
             step = self._scale(solution, model)
             check()
-            trial = self._search(
-                step, solution, max_backtracks=0 if solves_again else self.max_backtracks
+            trial = (
+                Trial.refuse(problem, forgets=True)
+                if problem
+                else self._search(
+                    step, solution, max_backtracks=0 if solves_again else self.max_backtracks
+                )
             )
             # A direct solver has the Jacobian: another damping costs no product, a shorter step is
             # worse.
@@ -131,8 +135,6 @@ class Descent:
 
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
-        if not self.point.loss.isfinite():
-            return Trial.refuse(self._explain_loss(), forgets=True)
         if solution.stop == "not_finite":
             return self._refuse_not_finite(solution)
         if solution.stop == "indefinite":
@@ -163,12 +165,13 @@ class Descent:
                 return replace(trial, overshot=False, problem=why)
         return trial
 
-    def _explain_loss(self) -> str:
-        traced, _ = self.point.graph.get()
+    def _find_problem_of_loss(self) -> str | None:
+        if self.point.loss.isfinite():
+            return None
         said = f"the loss is {self.point.loss.item()}"
         return (
             f"{said}, and tensors without elements went into it: the batch is empty"
-            if has_empty_tensors([traced.loss])
+            if self.point.is_empty()
             else said
         )
 
