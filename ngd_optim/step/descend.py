@@ -29,6 +29,24 @@ class Outcome:
     step: Step
     trial: Trial
 
+    def is_held_by_damping(self, rounding: float) -> bool:
+        """Whether the damping alone makes a step so short that the loss cannot tell it from rounding.
+
+        Without damping the model falls by more than ``rounding`` along the same solution.
+        """
+        x, gradient = self.solution.solution, self.model.gradient
+        slope = torch.dot(gradient, x).item()
+        if not slope:  # it has underflowed, or there is nothing to go down
+            return bool(gradient.any())
+        damped = torch.dot(x, self.model.damping * x).item()
+        curved = self.solution.x_dot_ax - damped
+        promised = -(slope + 0.5 * curved)
+        # A difference of numbers is known to their rounding; what may be zero is no bound.
+        is_known = curved > 16 * torch.finfo(x.dtype).eps * damped
+        # The lowest point of s gᵀx + ½ s² xᵀ(F + W)x is at −(gᵀx)² / (2 xᵀ(F + W)x).
+        within_reach = slope**2 / (2 * curved) if is_known else math.inf
+        return damped > 0 and abs(promised) <= rounding < within_reach
+
 
 @dataclass(frozen=True)
 class Descent:
