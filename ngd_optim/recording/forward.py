@@ -227,7 +227,7 @@ class ForwardRecorder(DispatchMode):
             return func(*args, **kwargs)
         if func is _aten.detach.default:  # autograd calls it too, for what it saves
             return self._detach(args[0])
-        written = list(find_written(func, args, kwargs)) if fact.in_place else []
+        written = find_written(fact, args, kwargs) if fact.written else []
         call = self._find_inputs(func, args, kwargs, written)
         if call is None:
             for tensor in written:
@@ -278,20 +278,20 @@ class ForwardRecorder(DispatchMode):
 
         inputs: list[tuple[Any, Any, int]] = []
         own_args = take_slots_out(list(args), inputs, slot_of)
-        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else {}
+        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else kwargs
         if not found:
             return None
-        cuts = [cut for _, cut in found]
+        cuts = {cut for _, cut in found}
         is_followed = torch.is_grad_enabled() and "" in cuts
         held: list[tuple[Any, Any, int]] = []
-        if is_followed and any(cuts):
+        if is_followed and len(cuts) > 1:
             inputs, held = _put_back(inputs, found, written)
         if is_followed:
             cut = ""
         elif torch.is_grad_enabled():
             cut = "constant" if "constant" in cuts else "detached"
         else:
-            cut = "constant" if set(cuts) == {"constant"} else "no_grad"
+            cut = "constant" if cuts == {"constant"} else "no_grad"
         return Operation(func, own_args, own_kwargs, inputs, [], held), cut
 
     def _detach(self, tensor: Tensor) -> Tensor:
