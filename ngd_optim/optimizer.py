@@ -1,5 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,8 @@ from ngd_optim.tracing import (
     undo_on_error,
     wrap_closures,
 )
+
+logger = logging.getLogger("ngd_optim")
 
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 
@@ -219,6 +222,7 @@ class NaturalCG(Optimizer):
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
         self._experiences: Learnt = {}
+        self._has_told_of_damping = False
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -377,6 +381,20 @@ class NaturalCG(Optimizer):
         self.last_step = report
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
+        if (
+            math.isnan(report.reduction_ratio)
+            and not self._has_told_of_damping
+            and outcome.is_held_by_damping(point.rounding)
+        ):
+            self._has_told_of_damping = True
+            logger.warning(
+                "steps are too short for the loss to show whether they are right, because damping=%g "
+                "outweighs the curvature: λ has the unit of the loss, here %.3g, and stays where it is; "
+                "scale the loss to the order of 1, or set damping to a tenth of its scale and "
+                "min_damping to 0",
+                report.damping,
+                report.loss,
+            )
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )

@@ -2,13 +2,12 @@
 
 from ngd_optim.curvature.graph import Graph
 from ngd_optim.curvature.metric import OutputMetric, ScalarMetric, build_kl
-from ngd_optim.curvature.vector_products import difference_along, pull_back
+from ngd_optim.curvature.vector_products import pull_back
 
 __all__ = [
     "Graph",
     "OutputMetric",
     "ScalarMetric",
     "build_kl",
-    "difference_along",
     "pull_back",
 ]

@@ -230,13 +230,10 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     ]
     # Beside a recognised loss, squares are a penalty: derivatives see their curvature.
     kinks = [kink for kink in evaluation.kinks if not (used and kink.is_smooth)]
-    slopes = _slopes(evaluation.loss, [GradientEdge(kink.node, 0) for kink in kinks])
+    edges = [GradientEdge(kink.node, 0) for kink in kinks]
+    slopes = torch.autograd.grad(evaluation.loss, edges, retain_graph=True) if edges else ()
     forms = [kink.form() for kink in kinks]
-    bends = [
-        weigh(slope).detach()
-        for (_, weigh), slope in zip(forms, slopes, strict=True)
-        if slope is not None
-    ]
+    bends = [weigh(slope).detach() for (_, weigh), slope in zip(forms, slopes, strict=True)]
     at_outputs = hessian(loss, outputs) if outputs else None
 
     def apply_hessian(u: Tensors) -> Tensors:

@@ -76,6 +76,8 @@ class Point:
             (infinite outside of its domain, where it raises an exception) and the KL from the
             prediction here, in nats per sample; None where the metric has only its second-order
             model.
+        is_empty: tells, before products are formed, whether tensors without elements went into the
+            loss, such as an empty batch.
         writes_parameters: whether a closure of the loss changes the parameters, such as by putting
             them back into bounds.
     """
@@ -92,6 +94,7 @@ class Point:
     graph: Graph
     parameters: FlatParameters
     measure: Callable[[], tuple[float, float | None]]
+    is_empty: Callable[[], bool]
     writes_parameters: bool = False
 
     def square_root(self) -> SqrtGGN | None:
@@ -197,7 +200,7 @@ def linearize_closure(
         learnt: what was learnt of closures at earlier points; it is added to.
         ranks: those that take the same step.
         observe: is shown the metric; None: nobody is.
-        keep_graph: hold the graph; else each product traces the closure anew.
+        keep_graph: hold the graph; else each product runs the closure again.
     """
     params = parameters.tensors
     graph = Graph(run, parameters, curvature)
@@ -278,9 +281,10 @@ def linearize_closure(
         graph=graph,
         parameters=parameters,
         measure=measure,
+        is_empty=graph.is_empty,
         writes_parameters=run.writes_parameters,
     )
-    # Each product of a list traces its closure anew, so that one graph is in memory at a time.
+    # Each product of a list runs its closure again, so that one graph is in memory at a time.
     if not keep_graph:
         graph.release(for_good=False)
     return point
@@ -297,7 +301,7 @@ def linearize_mean(
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
-    Of several closures there is the graph of one at a time: each product traces each of them anew.
+    Of several closures there is the graph of one at a time: each product runs each of them again.
     """
     parts = [
         linearize_closure(
@@ -331,6 +335,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         is_least_squares=all(part.is_least_squares for part in parts),
         outputs=0,
         measure=measure,
+        is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
     )
 
