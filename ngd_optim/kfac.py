@@ -313,7 +313,8 @@ class KFAC(Optimizer):
             return self._inverse[1]
         factors = factors or state.factors
         assert factors is not None
-        shifts = [damping * mean for mean in factors.mean_curvatures(len(state.parameters.tensors))]
+        means = factors.mean_curvatures()
+        shifts = [damping * means[i] for i in range(len(means))]
         return build_kronecker_preconditioner(factors, state.parameters, shifts)
 
     @staticmethod

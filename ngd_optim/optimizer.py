@@ -51,9 +51,9 @@ from ngd_optim.tracing import (
     wrap_closures,
 )
 
-Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
-
 logger = logging.getLogger("ngd_optim")
+
+Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 
 _STREAM = 20
 """So many steps in a row with other data each time are taken for an endless stream."""
@@ -225,6 +225,7 @@ class NaturalCG(Optimizer):
             self._gradient_hooks = GradientHooks()
         self._on_stream, self._has_advised = 0, False
         self._experiences: Learnt = {}
+        self._has_told_of_damping = False
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -384,6 +385,20 @@ class NaturalCG(Optimizer):
         self._advise(point, new_slope)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
+        if (
+            math.isnan(report.reduction_ratio)
+            and not self._has_told_of_damping
+            and outcome.is_held_by_damping(point.rounding)
+        ):
+            self._has_told_of_damping = True
+            logger.warning(
+                "steps are too short for the loss to show whether they are right, because damping=%g "
+                "outweighs the curvature: λ has the unit of the loss, here %.3g, and stays where it is; "
+                "scale the loss to the order of 1, or set damping to a tenth of its scale and "
+                "min_damping to 0",
+                report.damping,
+                report.loss,
+            )
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
@@ -391,12 +406,14 @@ class NaturalCG(Optimizer):
         self._layers = (
             {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         )
-        preconditioning.keep(report.n_product)
+        preconditioning.keep(report.cg_iters)
         return point.loss
 
     def _advise(self, point: Point, new_slope: float) -> None:
         """Say once which optimizer is made for a stream of batches."""
-        is_on_stream = not math.isnan(new_slope) and point.kind == "ggn" and not point.is_least_squares
+        is_on_stream = (
+            not math.isnan(new_slope) and point.kind == "ggn" and not point.is_least_squares
+        )
         self._on_stream = self._on_stream + 1 if is_on_stream else 0
         if self._on_stream == _STREAM and not self._has_advised:
             self._has_advised = True
@@ -414,7 +431,7 @@ class NaturalCG(Optimizer):
         """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
         if setting == "identity" or (setting == "auto" and not solver.is_direct):
             return None
-        if not point.gradient.isfinite().all():
+        if not point.is_finite:
             return None  # the step will be refused
         largest = last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
         return torch.where(largest > 0, largest, 1.0)

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from ngd_optim.linearization import Point
+from ngd_optim.reading import read
 from ngd_optim.step import Outcome
 
 
@@ -148,15 +149,16 @@ def build_report(
     """The report of a step, from what its parts found."""
     model, solution, step, trial = outcome.model, outcome.solution, outcome.step, outcome.trial
     moved = trial.fraction if trial.accepted else 0.0
-    loss = point.loss.item()
+    loss = point.value
+    grad_norm, step_norm = read(model.gradient.norm(), step.direction.norm())
     predicted = step.predicted_decrease(trial.fraction)
     # A ratio of two roundings says nothing.
     telling = abs(predicted) > point.rounding
     return StepReport(
         loss=loss,
         new_loss=trial.objective - step.decay_change(trial.fraction) if trial.accepted else loss,
-        grad_norm=model.gradient.norm().item(),
-        step_norm=moved * step.direction.norm().item() if moved else 0.0,
+        grad_norm=grad_norm,
+        step_norm=moved * step_norm if moved else 0.0,
         kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
         max_kl=math.inf if max_kl is None else float(max_kl),
         predicted_decrease=predicted,

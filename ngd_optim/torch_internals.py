@@ -68,6 +68,14 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
+def memory_of(tensor: Tensor) -> int:
+    """The same for tensors that share memory, while one of them is held."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (RuntimeError, NotImplementedError):  # sparse, a wrapper, or inside torch.func.vmap
+        return id(tensor)
+
+
 def hooks_of(parameter: Any) -> Any:
     """``Tensor._backward_hooks``: those of ``register_hook``, None or empty where there are none."""
     return parameter._backward_hooks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.curvature import OutputMetric
+from ngd_optim.curvature import gauss_newton
 from ngd_optim.jacobian import uses_of
 from ngd_optim.kronecker import KroneckerFactors, estimate_factors
 from ngd_optim.parameters import FlatParameters
@@ -59,7 +59,7 @@ class FactorWatch:
             )
         with torch.enable_grad(), twice_differentiable():
             loss = (weight * call.result).sum()
-            metric = OutputMetric.of_losses(Evaluation(loss, None, (call,)))
+            metric = gauss_newton(Evaluation(loss, None, (call,)))
             if metric is None:
                 return
             uses = uses_of(metric.outputs, parameters.tensors)

@@ -23,7 +23,15 @@ ROOMS = [
 ]
 MOST_NAMES, MOST_FILES = 6, 6
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
-BASE = ["autograd_graph", "distributed", "names", "parameters", "shown", "torch_internals"]
+BASE = [
+    "autograd_graph",
+    "distributed",
+    "names",
+    "parameters",
+    "reading",
+    "shown",
+    "torch_internals",
+]
 
 
 def imports(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ngd_optim.autograd_graph import find_reached
+from ngd_optim.autograd_graph import find_reached, has_empty_tensors
 from ngd_optim.curvature.kl import refuse_moving_transforms, tensors_of, with_tensors
 from ngd_optim.curvature.metric import OutputMetric, ScalarMetric, metric_of
 from ngd_optim.curvature.vector_products import (
@@ -59,6 +59,7 @@ class Graph:
         self._prediction: ForwardProgram | None = None
         self._around: ForwardProgram | None = None
         self._returned: object = None
+        self._was_empty = False
 
     def get(self) -> tuple[Evaluation, OutputMetric | ScalarMetric]:
         """The evaluation and the metric."""
@@ -83,7 +84,13 @@ class Graph:
         if not for_good:
             self._program_of_outputs()
             self._program_around()
+            self._was_empty = self.is_empty()
         self._kept = None
+
+    def is_empty(self) -> bool:
+        """Whether tensors without elements went into the loss; to be asked before a release for good."""
+        kept = self._kept
+        return self._was_empty if kept is None else has_empty_tensors([kept[0].loss])
 
     # What was recorded, as functions. They are made of the first run's tensors, and kept.
 
@@ -146,17 +153,22 @@ class Graph:
             return self.run.run_again(graph=False)
         except torch.OutOfMemoryError:
             raise
-        except CannotReplayError as error:  # the closure goes another way here
+        except CannotReplayError as error:
             if self.is_repeatable:
                 return self.evaluate(by_replay=False)
-            reason: Exception = error
+            logger.warning(
+                "a trial point is turned down, because the closure takes another branch there than at "
+                "the parameters as they are (%s), and running it again is of no use: it is not known "
+                "to compute the same each time; take the batch and all random numbers that are not "
+                "torch's before the step, not in the closure",
+                error,
+            )
         except Exception as error:
-            reason = error
-        logger.warning(
-            "the loss is not defined at a trial point, which is turned down: %s: %s",
-            type(reason).__name__,
-            reason,
-        )
+            logger.warning(
+                "the loss is not defined at a trial point, which is turned down: %s: %s",
+                type(error).__name__,
+                error,
+            )
         return None
 
     def _replay(self) -> Evaluation:

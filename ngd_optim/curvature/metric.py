@@ -56,11 +56,6 @@ class OutputMetric:
     check: Check = check_nothing
     inputs: Tensors = ()
 
-    @staticmethod
-    def of_losses(evaluation: Evaluation) -> "OutputMetric | None":
-        """That of :func:`gauss_newton`."""
-        return gauss_newton(evaluation)
-
 
 @dataclass(frozen=True)
 class ScalarMetric:
@@ -235,13 +230,10 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     ]
     # Beside a recognised loss, squares are a penalty: derivatives see their curvature.
     kinks = [kink for kink in evaluation.kinks if not (used and kink.is_smooth)]
-    slopes = _slopes(evaluation.loss, [GradientEdge(kink.node, 0) for kink in kinks])
+    edges = [GradientEdge(kink.node, 0) for kink in kinks]
+    slopes = torch.autograd.grad(evaluation.loss, edges, retain_graph=True) if edges else ()
     forms = [kink.form() for kink in kinks]
-    bends = [
-        weigh(slope).detach()
-        for (_, weigh), slope in zip(forms, slopes, strict=True)
-        if slope is not None
-    ]
+    bends = [weigh(slope).detach() for (_, weigh), slope in zip(forms, slopes, strict=True)]
     at_outputs = hessian(loss, outputs) if outputs else None
 
     def apply_hessian(u: Tensors) -> Tensors:
@@ -295,7 +287,7 @@ def _freeze(head: Distribution) -> Distribution:
 
 def _without_rounding(kl: Tensor) -> Tensor:
     """Zero in place of a negative number that is rounding."""
-    return kl.clamp(min=0) if kl > -(torch.finfo(kl.dtype).eps ** 0.5) else kl
+    return torch.where(kl > -(torch.finfo(kl.dtype).eps ** 0.5), kl.clamp(min=0), kl)
 
 
 def _returned_kl(other: Evaluation) -> Tensor | None:

@@ -8,13 +8,14 @@ from torch import Tensor
 from ngd_optim.jacobian import Layer
 from ngd_optim.kronecker.factors import KroneckerFactors, Values, trace_of, unpack_factor
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 
 _ROUNDING = 10
 """Factors are singular up to this multiple of their rounding errors."""
 
 
 def build_kronecker_preconditioner(
-    factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[float]
+    factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """``r ↦ M⁻¹ r`` for the blocks ``(L + √λ/π I) ⊗ (R + π √λ I)``, and ``diagonal + λ`` for the rest.
 
@@ -24,9 +25,15 @@ def build_kronecker_preconditioner(
     Args:
         factors: of the curvature.
         parameters: whose flat vectors ``r`` is one of.
-        shift: for each parameter the ``λ`` that the system adds to the curvature.
+        shift: for each parameter the ``λ`` that the system adds to the curvature, 0-dim.
     """
-    blocks = [_Block(layer, factors.values, shift[layer.weight]) for layer in factors.layers]
+    damped = [
+        pair
+        for layer in factors.layers
+        for pair in _dampings(layer, factors.values, shift[layer.weight])
+    ]
+    inverses = iter(_invert_damped(damped))
+    blocks = [_Block(layer, next(inverses), next(inverses)) for layer in factors.layers]
     diagonals = {
         i: _make_invertible(value + shift[i])
         for (i, name), value in factors.values.items()
@@ -48,15 +55,8 @@ def build_kronecker_preconditioner(
 class _Block:
     """The inverse of one weight's block."""
 
-    def __init__(self, layer: Layer, values: Values, shift: float) -> None:
-        self._layer = layer
-        left, right = (unpack_factor(values[layer.weight, side]) for side in ("left", "right"))
-        # π² = (trace R ÷ columns) ÷ (trace L ÷ rows): equal shares of the damping (Martens & Grosse
-        # 2015, section 6.3).
-        pi = (trace_of(right) / right.shape[1] / (trace_of(left) / left.shape[1])).sqrt()
-        pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
-        self._left = _inverse(left, shift**0.5 / pi)
-        self._right = _inverse(right, shift**0.5 * pi)
+    def __init__(self, layer: Layer, left: Tensor, right: Tensor) -> None:
+        self._layer, self._left, self._right = layer, left, right
 
     def solve(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """Write the solution for the layer's parameters."""
@@ -75,20 +75,50 @@ class _Block:
             targets[layer.bias].copy_(bias.reshape(-1))
 
 
-def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
-    """The inverse of ``factor + shift I``, with a larger shift where rounding errors are as large."""
-    shift = torch.maximum(shift, _ROUNDING * torch.finfo(factor.dtype).eps * trace_of(factor))
-    shift = _make_invertible(shift)
-    if factor.ndim == 2:
-        return 1 / (factor + shift[:, None])
-    while True:
-        damped = factor.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
-        cholesky, info = torch.linalg.cholesky_ex(damped)
-        if not (info.any() and shift.isfinite().all()):
-            return torch.cholesky_inverse(cholesky)
-        # Rounding made it indefinite; the solution stays the exact system's.
-        shift = 10 * shift
+def _dampings(layer: Layer, values: Values, shift: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both factors of a block as they are kept, each with what is added to its diagonals, (groups,)."""
+    kept = [values[layer.weight, side] for side in ("left", "right")]
+    left, right = (unpack_factor(factor) for factor in kept)
+    # π² = (trace R ÷ columns) ÷ (trace L ÷ rows): equal shares of the damping (Martens & Grosse
+    # 2015, section 6.3).
+    pi = (trace_of(right) / right.shape[1] / (trace_of(left) / left.shape[1])).sqrt()
+    pi = torch.where(pi.isfinite() & (pi > 0), pi, 1)
+    dampings = (
+        # Rounding errors may be as large.
+        torch.maximum(share, _ROUNDING * torch.finfo(factor.dtype).eps * trace_of(factor))
+        for share, factor in ((shift**0.5 / pi, left), (shift**0.5 * pi, right))
+    )
+    return list(zip(kept, map(_make_invertible, dampings), strict=True))
+
+
+def _invert_damped(factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The inverses of ``factor + damping I``, with more of it where rounding made that indefinite.
+
+    The host waits once for all of them, unless some are.
+    """
+    inverses: dict[int, Tensor] = {}
+    pending = dict(enumerate(factors))
+    while pending:
+        tried = {i: _factorise(factor, damping) for i, (factor, damping) in pending.items()}
+        failed = dict(zip(tried, read(*(fails for _, fails in tried.values())), strict=True))
+        for i in list(tried):
+            root, _ = tried.pop(i)
+            factor, damping = pending.pop(i)
+            if failed[i]:
+                pending[i] = factor, 10 * damping  # the solution stays the exact system's
+            else:
+                inverses[i] = torch.cholesky_inverse(root) if factor.ndim == 3 else 1 / root
+    return [inverses[i] for i in range(len(factors))]
+
+
+def _factorise(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``factor + damping I``, and whether it has none; of diagonals the sum."""
+    damped = unpack_factor(factor)
+    if damped.ndim == 2:
+        return damped + damping[:, None], damping.new_zeros(()).bool()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    root, info = torch.linalg.cholesky_ex(damped)
+    return root, info.any() & damping.isfinite().all()
 
 
 def _make_invertible(diagonal: Tensor) -> Tensor:

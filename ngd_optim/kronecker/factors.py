@@ -21,6 +21,7 @@ from ngd_optim.jacobian import Layer, Use
 from ngd_optim.kronecker.sampling import draw
 from ngd_optim.linalg import order_of, pack, unpack
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 
 LARGEST_FACTOR = 4096
 """A longer side of a weight has only the diagonal of its factor."""
@@ -45,7 +46,7 @@ class KroneckerFactors:
     @property
     def is_finite(self) -> bool:
         """Whether all numbers are."""
-        return all(bool(value.isfinite().all()) for value in self.values.values())
+        return all(read(*(value.isfinite().all() for value in self.values.values())))
 
     def add(self, other: "KroneckerFactors") -> "KroneckerFactors":
         """The sum of two losses' factors, weighed so that ``L ⊗ R`` has the sum of their traces.
@@ -72,18 +73,18 @@ class KroneckerFactors:
         values = {key: older.values[key] for key in older.values if key[0] in missing}
         return KroneckerFactors(kept, values).add(self)
 
-    def mean_curvatures(self, n: int) -> list[float]:
-        """The mean eigenvalue of the block of each of ``n`` parameters; a bias has its layer's."""
-        means = [0.0] * n
+    def mean_curvatures(self) -> dict[int, Tensor]:
+        """The mean eigenvalue of each parameter's block, 0-dim; a bias has its layer's."""
+        means: dict[int, Tensor] = {}
         for layer in self.layers:
             sides = [unpack_factor(self.values[layer.weight, name]) for name in ("left", "right")]
-            mean = math.prod(trace_of(side).mean() / side.shape[1] for side in sides).item()
+            mean = math.prod(trace_of(side).mean() / side.shape[1] for side in sides)
             means[layer.weight] = mean
             if layer.bias is not None:
                 means[layer.bias] = mean
         for (i, name), value in self.values.items():
             if name == "diagonal":
-                means[i] = value.mean().item()
+                means[i] = value.mean()
         return means
 
     def scale(self, factor: float) -> "KroneckerFactors":

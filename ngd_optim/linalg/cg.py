@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.linalg.scalars import Scalar, choose_scalars
+from ngd_optim.reading import read
 
 Stop = Literal[
     "max_iters", "tolerance", "progress", "negative_curvature", "not_finite", "exact", "indefinite"
@@ -134,20 +135,21 @@ def conjugate_gradient(
     """
     _check(b, x0, max_iters, tol, progress_tol)
     on = choose_scalars(b.device)
-    norm = _norm(b).item()
-    target = tol * norm
     x = r = None
     model, start_products = 0.0, 0
-    if x0 is not None and x0.any() and math.isfinite(target):
+    if x0 is None or on.is_seen_to_vanish(x0):
+        (norm,) = read(_norm(b))
+    else:
         a_x0 = matvec(x0)
         start_products = 1
-        slope, x0_dot_ax0 = torch.dot(b, x0).item(), torch.dot(x0, a_x0).item()
-        if slope > 0 and math.isfinite(x0_dot_ax0):
+        norm, slope, x0_dot_ax0 = read(_norm(b), torch.dot(b, x0), torch.dot(x0, a_x0))
+        if slope > 0 and math.isfinite(norm) and math.isfinite(x0_dot_ax0):
             # The lowest point of φ between zero and x0.
             fraction = min(1.0, slope / x0_dot_ax0) if x0_dot_ax0 > 0 else 1.0
             x, r = fraction * x0, torch.sub(b, a_x0, alpha=fraction)
             model = fraction * (0.5 * fraction * x0_dot_ax0 - slope)
         del a_x0
+    target = tol * norm
     # From here on: r = b − A x, and φ(x) = ½ xᵀA x − bᵀx is the last of `models`.
     x0 = None  # of long vectors there is none to spare
     if x is None or r is None:
@@ -164,8 +166,10 @@ def conjugate_gradient(
         stop = first(stop, r_dot_r**0.5 <= target, _TOLERANCE)
         stop = first(stop, _has_stalled(models, progress_tol), _PROGRESS)
         rounds = len(models) - 1
-        if rounds == max_iters or (rounds % on.look_every == 0 and stop):
-            break
+        if rounds == max_iters or rounds % on.look_every == 0:
+            reason, done = on.read(stop, iterations)
+            if rounds == max_iters or reason:
+                break
 
         # z = M⁻¹ r (Nocedal & Wright, Algorithm 5.3).
         z = r if preconditioner is None else preconditioner(r)
@@ -194,7 +198,6 @@ def conjugate_gradient(
         models.append(models[-1] - 0.5 * alpha * r_dot_z)
         previous = r_dot_z
 
-    reason = int(stop)
     if reason == _INDEFINITE_PRECONDITIONER:
         value = float(previous)
         raise ValueError(
@@ -205,18 +208,19 @@ def conjugate_gradient(
     # 1983).
     if reason == _NEGATIVE_CURVATURE:
         length = _length_to_boundary(x, b, r, p, a_p, boundary)
-        if not length and int(iterations) == 1:
+        if not length and done == 1:
             length = 1.0
         x.add_(p, alpha=length)
         r.sub_(a_p, alpha=length)
+    residual, x_dot_b, x_dot_r = read(_norm(r), torch.dot(x, b), torch.dot(x, r))
     return LinearSolution(
         solution=x,
-        iterations=int(iterations),
+        iterations=done,
         products=rounds + start_products,
-        residual=_norm(r).item() / norm if norm else 0.0,
+        residual=residual / norm if norm else 0.0,
         stop=_STOPS[reason],
-        x_dot_b=torch.dot(x, b).item(),
-        x_dot_r=torch.dot(x, r).item(),
+        x_dot_b=x_dot_b,
+        x_dot_r=x_dot_r,
         not_finite=_NOT_FINITE.get(reason, ""),
     )
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.reading import read
+
 Scalar = Any
 """A number or a truth value: Python's, or a 0-dim tensor."""
 
@@ -28,6 +30,16 @@ class OnHost:
     def choose(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
         """``a`` where the condition holds, else ``b``."""
         return a if condition else b
+
+    @staticmethod
+    def read(*values: Scalar) -> list[int]:
+        """Whole numbers, for the host."""
+        return [int(value) for value in values]
+
+    @staticmethod
+    def is_seen_to_vanish(v: Tensor) -> bool:
+        """Whether a vector is zero."""
+        return not v.any()
 
     @staticmethod
     def add(y: Tensor, x: Tensor, factor: Scalar) -> None:
@@ -50,6 +62,18 @@ class OnDevice:
     def choose(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
         """As :meth:`OnHost.choose`."""
         return torch.where(condition, a, b)
+
+    @staticmethod
+    def read(*values: Scalar) -> list[int]:
+        """As :meth:`OnHost.read`."""
+        if not any(isinstance(value, Tensor) for value in values):
+            return OnHost.read(*values)
+        return [int(number) for number in read(*values)]
+
+    @staticmethod
+    def is_seen_to_vanish(v: Tensor) -> bool:
+        """No: looking is a wait, and multiplying zeros is none."""
+        return False
 
     @staticmethod
     def add(y: Tensor, x: Tensor, factor: Scalar) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.curvature import Graph, OutputMetric, pull_back
-from ngd_optim.linearization.backend import Product, explain_failure, reraise_own_kinds
+from ngd_optim.linearization.backend import Product, Way, explain_failure, reraise_own_kinds
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import record
@@ -27,8 +27,8 @@ To note so many small operations pays after some forty products only: autograd's
 pushes through a graph that is there, is almost as fast as a replay.
 """
 
-_PLAIN = 1e-3
-"""A slope is right that agrees with the gradient to this part."""
+_SLOPE_TOLERANCE = 1e-3
+"""A slope agrees with the gradient, and a replay with a run, to this part."""
 
 _COARSE = 0.05
 """Products by differences are as exact as this, in float32 and along kinks."""
@@ -61,8 +61,8 @@ def find_motion(graph: Graph, gradient: Tensor, parameters: FlatParameters, eps:
         return Motion(recorder.problem is None, False, None)
     loss = traced.loss.item()
     walk = _Walk(graph, gradient, parameters, eps)
-    by_replay = None if recorder.problem else walk.compare(by_replay=True)
-    if recorder.problem is None and by_replay is None and not recorder.reads_values:
+    problem_by_replay = None if recorder.problem else walk.compare(by_replay=True)
+    if recorder.problem is None and problem_by_replay is None and not recorder.reads_values:
         # A condition that changes at a trial point sends that point to the closure itself.
         return Motion(True, recorder.has_conditions and _is_repeatable(graph, loss), None)
     is_repeatable = _is_repeatable(graph, loss)
@@ -77,27 +77,30 @@ def find_motion(graph: Graph, gradient: Tensor, parameters: FlatParameters, eps:
             "the closure ran twice at this first step, because it reads numbers that depend on the "
             "parameters (item(), say), and did not compute the same loss again: whatever it does "
             "beside (taking a batch, keeping an average) was done twice; from now on it runs once a "
-            "step"
+            "step. Do that before the step, or read no numbers in the closure (detach() what is to "
+            "be shown, and read it after the step), for it to run once at all steps"
         )
     # What it read may not have been for the loss.
     agree = is_repeatable and not recorder.problem and walk.agree()
-    by_run = walk.compare(by_replay=False) if is_repeatable and not agree else by_replay
-    if by_run == _CONSTANT and not recorder.depends(traced.loss):
+    problem_by_run = (
+        walk.compare(by_replay=False) if is_repeatable and not agree else problem_by_replay
+    )
+    if problem_by_run == _CONSTANT and not recorder.depends(traced.loss):
         raise RuntimeError(
             "the loss does not change with the parameters: it was computed before the closure ran; "
             "compute it in the closure, from the parameters as they are then"
         )
     if agree:
-        return Motion(True, True, by_replay)
+        return Motion(True, True, problem_by_replay)
     # What is read from the parameters is held fixed by autograd; a closure that goes its own way by
     # it is judged by what it does.
-    replays = not recorder.problem and (by_run is not None or not is_repeatable)
+    replays = not recorder.problem and (problem_by_run is not None or not is_repeatable)
     if not replays:
         logger.info(
             "trial points run the closure again, because %s",
             recorder.problem or "it reads numbers that depend on the parameters",
         )
-    return Motion(replays, is_repeatable, by_replay if replays else by_run)
+    return Motion(replays, is_repeatable, problem_by_replay if replays else problem_by_run)
 
 
 _CONSTANT = "it does not change at all"
@@ -133,7 +136,7 @@ class _Walk:
             if not math.isfinite(ahead - behind):
                 return None
             slopes.append((ahead - behind) / (2 * factor * self._length))
-            if abs(slopes[-1] - self._slope) <= _PLAIN * abs(self._slope):
+            if abs(slopes[-1] - self._slope) <= _SLOPE_TOLERANCE * abs(self._slope):
                 return None
         if not any(slopes):
             return _CONSTANT
@@ -148,7 +151,7 @@ class _Walk:
         replayed, run = (self._loss(4, by_replay=by_replay) for by_replay in (True, False))
         if not math.isfinite(replayed - run):
             return not math.isfinite(replayed) and not math.isfinite(run)
-        return abs(replayed - run) <= _PLAIN * abs(replayed - here)
+        return abs(replayed - run) <= _SLOPE_TOLERANCE * abs(replayed - here)
 
     def _loss(self, factor: float, *, by_replay: bool) -> float:
         with self._parameters.displaced(self._theta, self._direction, factor * self._length):
@@ -188,7 +191,7 @@ def judge_backend(
         return judge(backend, graph, v, parameters, eps)
     except RuntimeError as error:
         reraise_own_kinds(error)
-        return Verdict(None, math.inf, False, explain_failure(error, backend))
+        return Verdict(None, math.inf, False, explain_failure(error, Way(backend, recorded=False)))
 
 
 def _judge_push(

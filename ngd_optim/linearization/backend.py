@@ -53,7 +53,7 @@ class Formed(NamedTuple):
             return None
         first, version = self.first
         is_unchanged = version_of(first) == version
-        return self.image if is_unchanged and torch.equal(first, v) else None
+        return self.image if is_unchanged and (v is first or torch.equal(first, v)) else None
 
     def without_image(self) -> "Formed":
         """The product alone."""
@@ -84,7 +84,7 @@ def form_product(
                 return Formed.of(product, v, product(v))
             except RuntimeError as error:
                 reraise_own_kinds(error)
-                return explain_failure(error, way.backend)
+                return explain_failure(error, way)
 
         # A rank that fails takes the others along to the next way: their products are added up.
         formed = ranks.together(attempt)
@@ -140,12 +140,15 @@ def reraise_own_kinds(error: RuntimeError) -> None:
         raise error
 
 
-def explain_failure(error: RuntimeError, backend: Backend) -> str:
+def explain_failure(error: RuntimeError, way: Way) -> str:
     """Why a way fails. A string: the error itself would keep the graph alive."""
-    first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    if isinstance(error, CannotReplayError):
-        return f"they cannot be recorded: {error}".splitlines()[0]
-    return f"{backend} cannot follow the closure: {first_line}"
+    if not isinstance(error, CannotReplayError):
+        reason = f"{way.backend} cannot follow the closure: {type(error).__name__}: {error}"
+    elif way.recorded:
+        reason = f"they cannot be recorded: {error}"
+    else:
+        reason = f"{way.backend} needs a recording of the closure, and there is none: {error}"
+    return reason.strip().splitlines()[0]
 
 
 def log_change(way: Way, other: Way, reason: str) -> None:

@@ -43,9 +43,12 @@ logger = logging.getLogger("ngd_optim")
 _PREFERENCE: tuple[Backend, ...] = ("double-backward", "torch.func", "differences")
 """Double-backward uses the graph that is there; differences are the way of last resort."""
 
+_HOOK = "BackwardHookFunctionBackward"
+"""The node by which a module's hooks see gradients: an autograd.Function whose forward is the identity."""
+
 _PREFER_FORWARD = {
     # Double-backward gives hooks gradients with a graph of their own, which they may keep.
-    "BackwardHookFunctionBackward",
+    _HOOK,
     # The first product takes 1.1 gradients more by double-backward, which is not won back in ten.
     "ConvolutionBackward0",
 }
@@ -295,7 +298,7 @@ def _choose_agreeing(
     }
     # Where no product is finite, the step will be refused.
     agree = len(products) == 2 and (
-        (functions <= _PREFER_FORWARD and are_close(products[0], products[1], eps**0.5, eps))
+        (functions <= {_HOOK} and are_close(products[0], products[1], eps**0.5, eps))
         or not any(p.isfinite().all() for p in products)
     )
     return exact[0] if ranks.all(agree) else None

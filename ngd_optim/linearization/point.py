@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +27,7 @@ from ngd_optim.linearization.checks import (
 from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
 from ngd_optim.names import BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 from ngd_optim.tracing import TracedClosure
 
 Observer = Callable[[OutputMetric | ScalarMetric], None]
@@ -74,6 +76,8 @@ class Point:
             (infinite outside of its domain, where it raises an exception) and the KL from the
             prediction here, in nats per sample; None where the metric has only its second-order
             model.
+        is_empty: tells, before products are formed, whether tensors without elements went into the
+            loss, such as an empty batch.
         writes_parameters: whether a closure of the loss changes the parameters, such as by putting
             them back into bounds.
     """
@@ -90,6 +94,7 @@ class Point:
     graph: Graph
     parameters: FlatParameters
     measure: Callable[[], tuple[float, float | None]]
+    is_empty: Callable[[], bool]
     writes_parameters: bool = False
 
     def square_root(self) -> SqrtGGN | None:
@@ -112,9 +117,23 @@ class Point:
         return compute_cheap_diagonal(metric, self.parameters)
 
     @property
+    def value(self) -> float:
+        """The loss as a number."""
+        return self._read[0]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the whole gradient is."""
+        return bool(self._read[1])
+
+    @cached_property
+    def _read(self) -> list[Any]:
+        return read(self.loss, self.gradient.isfinite().all())
+
+    @property
     def rounding(self) -> float:
         """Differences of the loss below this are noise."""
-        return 10 * torch.finfo(self.loss.dtype).eps * abs(self.loss.item())
+        return 10 * torch.finfo(self.loss.dtype).eps * abs(self.value)
 
     def average(self, ranks: Ranks) -> "Point":
         """The mean over several processes. What it measures and multiplies by is then global as well."""
@@ -181,7 +200,7 @@ def linearize_closure(
         learnt: what was learnt of closures at earlier points; it is added to.
         ranks: those that take the same step.
         observe: is shown the metric; None: nobody is.
-        keep_graph: hold the graph; else each product traces the closure anew.
+        keep_graph: hold the graph; else each product runs the closure again.
     """
     params = parameters.tensors
     graph = Graph(run, parameters, curvature)
@@ -241,7 +260,10 @@ def linearize_closure(
         if there is None:
             return math.inf, None
         divergence = kl(there)
-        return there.loss.item(), None if divergence is None else divergence.item()
+        if divergence is None:
+            return read(there.loss)[0], None
+        loss, divergence = read(there.loss, divergence)
+        return loss, divergence
 
     at_outputs = isinstance(metric, OutputMetric)
     point = Point(
@@ -259,9 +281,10 @@ def linearize_closure(
         graph=graph,
         parameters=parameters,
         measure=measure,
+        is_empty=graph.is_empty,
         writes_parameters=run.writes_parameters,
     )
-    # Each product of a list traces its closure anew, so that one graph is in memory at a time.
+    # Each product of a list runs its closure again, so that one graph is in memory at a time.
     if not keep_graph:
         graph.release(for_good=False)
     return point
@@ -278,7 +301,7 @@ def linearize_mean(
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
-    Of several closures there is the graph of one at a time: each product traces each of them anew.
+    Of several closures there is the graph of one at a time: each product runs each of them again.
     """
     parts = [
         linearize_closure(
@@ -312,6 +335,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         is_least_squares=all(part.is_least_squares for part in parts),
         outputs=0,
         measure=measure,
+        is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
     )
 

@@ -25,8 +25,8 @@ class ClosureProduct:
         ranks: those that choose alike.
         keep_ways: is told the ways that are left where one no longer works.
         learn: checks the closure anew, where none works any longer.
-        keep_graph: hold the graph for products that need it; else each of them traces the closure
-            anew, and nothing is recorded.
+        keep_graph: hold the graph for products that need it; else each of them runs the closure
+            again, and nothing is recorded.
 
     Attributes:
         ways: those that are left after the choice; the first one is taken.
@@ -96,14 +96,14 @@ class ClosureProduct:
         if self._keep_graph:
             return direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
 
-        def retraced(v: Tensor) -> Tensor:
+        def by_rerun(v: Tensor) -> Tensor:
             self._ranks.together(self._graph.get)
             product = direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
             image = product(v)
             self._graph.release(for_good=False)
             return image
 
-        return retraced
+        return by_rerun
 
 
 class MeanProduct:

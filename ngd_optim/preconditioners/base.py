@@ -37,8 +37,8 @@ class Preconditioning:
         """The preconditioner for a model's system; None where there is none."""
         return None
 
-    def keep(self, products: int) -> None:
-        """Write to the optimizer's state, with how many products the step took."""
+    def keep(self, iterations: int) -> None:
+        """Write to the optimizer's state, with how many iterations were preconditioned."""
 
 
 class Given(Preconditioning):

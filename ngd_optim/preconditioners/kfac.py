@@ -1,7 +1,7 @@
 """Kronecker factors as the preconditioner of a step, and when they are renewed.
 
 The optimizer's state has for each parameter ``left`` and ``right``, its Kronecker factors, or
-``diagonal``; for the first parameter also ``products``, how many these factors have served, and
+``diagonal``; for the first parameter also ``products``, how many iterations these factors have served, and
 ``draws``, how often random vectors were drawn.
 """
 
@@ -31,7 +31,7 @@ SHARE_OF_OLDER = 0.5
 """Of the older factors in renewed ones."""
 
 RENEWED_AFTER = 10
-"""Products that are formed with factors before they are renewed.
+"""Iterations that factors serve before they are renewed.
 
 That takes a pull-back, and the products of what went in and what comes back with themselves:
 together about as much as two products of linear layers, and several of convolutions.
@@ -43,7 +43,7 @@ _NAMES = ("left", "right", "diagonal")
 class Kronecker(Preconditioning):
     """From Kronecker factors, which are estimated while the closures are linearised.
 
-    The state has each parameter's factors, and for the first how many products they have served and
+    The state has each parameter's factors, and for the first how many iterations they have served and
     how often they were drawn.
     """
 
@@ -108,7 +108,7 @@ class Kronecker(Preconditioning):
             return None
         values = {key: value.to(self._parameters.dtype) for key, value in self._values.items()}
         shifts = self._parameters.views(model.shift)
-        means = torch.stack([part.sum() / max(1, part.numel()) for part in shifts]).tolist()
+        means = [part.sum() / max(1, part.numel()) for part in shifts]
         factors = KroneckerFactors(self.layers, values)
         try:
             solve = build_kronecker_preconditioner(factors, self._parameters, means)
@@ -117,8 +117,8 @@ class Kronecker(Preconditioning):
         self.name = "kfac"
         return solve
 
-    def keep(self, products: int) -> None:
-        """The factors, and how many products they have served."""
+    def keep(self, iterations: int) -> None:
+        """The factors, and how many iterations they have served."""
         if self._estimates:
             self.layers = ()  # a direct solver had no use for them
         for i, p in enumerate(self._parameters.tensors):
@@ -128,7 +128,7 @@ class Kronecker(Preconditioning):
                 if (i, name) in self._values:
                     self._state[p][name] = self._values[i, name].to(dtype)
         self._state[self._parameters.tensors[0]] |= {
-            "products": self._served + products,
+            "products": self._served + iterations,
             "draws": self._draws,
         }
 

@@ -19,6 +19,7 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.base import Preconditioning, Solve
+from ngd_optim.reading import read
 from ngd_optim.shown import show
 from ngd_optim.solvers import QuadraticModel
 
@@ -185,9 +186,7 @@ class Nystrom:
         U, values = sketch.basis, sketch.values
         damping = shift.mean()
         scale, rounding = values + damping, torch.finfo(values.dtype)
-        floor = torch.maximum(
-            rounding.eps * scale[0], scale.new_tensor(rounding.tiny / rounding.eps)
-        )
+        floor = (rounding.eps * scale[0]).clamp(min=rounding.tiny / rounding.eps)
         # M⁻¹ = U (Λ + λ)⁻¹Uᵀ + (λ_r + λ)⁻¹ (I − U Uᵀ), times λ_r + λ (Frangella et al. 2023).
         weights = (scale[-1].clamp(min=floor) / scale.clamp(min=floor)) - 1
         return lambda r: r + U @ (weights * (U.T @ r))
@@ -267,13 +266,13 @@ class Sketched(Preconditioning):
             )
             self._draws += 1
         self._sketch = old._replace(age=old.age + 1)
-        if not (old.basis.isfinite().all() and old.values.isfinite().all()):
+        if not all(read(old.basis.isfinite().all(), old.values.isfinite().all())):
             self._sketch = None
             return None  # the step will be refused
         self.name = kind.name
         return kind.solve(old, shift)
 
-    def keep(self, products: int) -> None:
+    def keep(self, iterations: int) -> None:
         """The sketch, with its age."""
         if self._sketch is None:
             return

@@ -1,6 +1,5 @@
 """Properties of aten operations."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ class Facts(NamedTuple):
 
     Attributes:
         in_place: it writes to an argument.
+        written: the arguments that it writes to, each its index and name.
         pointwise: each element of the result depends on the same element of the arguments only.
         random: it draws random numbers.
         shares_memory: what it gives lies in an argument's memory.
@@ -48,6 +48,7 @@ class Facts(NamedTuple):
     """
 
     in_place: bool
+    written: tuple[tuple[int, str], ...]
     pointwise: bool
     random: bool
     shares_memory: bool
@@ -84,6 +85,11 @@ def _facts(func: Any) -> Facts:
     name = func.overloadpacket.__name__
     return Facts(
         in_place=in_place,
+        written=tuple(
+            (index, argument.name)
+            for index, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ),
         pointwise=_TAGS.pointwise in func.tags,
         random=random,
         shares_memory=func.is_view or _TAGS.inplace_view in func.tags or func in _UNMARKED_VIEWS,
@@ -94,14 +100,14 @@ def _facts(func: Any) -> Facts:
     )
 
 
-def find_written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The tensors that a call writes to."""
-    for index, argument in enumerate(schema_of(func).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(tensor, Tensor):
-                    yield tensor
+def find_written(fact: Facts, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that a call of the operation with these facts writes to."""
+    written: list[Tensor] = []
+    for index, name in fact.written:
+        value = args[index] if index < len(args) else kwargs.get(name)
+        tensors = value if isinstance(value, list | tuple) else (value,)
+        written += [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    return written
 
 
 def tensors_of(result: Any) -> list[tuple[int | None, Tensor]]:

@@ -23,22 +23,30 @@ from ngd_optim.recording.program import (
     run,
 )
 from ngd_optim.recording.recorder import take_slots_out
-from ngd_optim.torch_internals import DispatchMode
+from ngd_optim.torch_internals import DispatchMode, memory_of
 
 _aten = torch.ops.aten
 _RECORDERS = count(1)
 
+WRITES_PARAMETERS = "the closure writes to its parameters"
+"""Why there is no program of what does."""
+
 _Mark = tuple[int, str]
 """The slot of a tensor that depends on the parameters, and why autograd does not follow it.
 
-That is ``"detached"``, ``"no_grad"`` or ``"random"``; empty if autograd follows it. A tensor of
-which autograd learnt later has a history, and is followed. But the history of what is ``"constant"``
-ends at a leaf of the closure's own.
+It is empty if autograd follows it. Else it is ``"detached"``, ``"no_grad"``, ``"random"`` (drawn), or
+``"constant"``: made a leaf of the closure's own by ``requires_grad_()``, or computed from such leaves
+alone. A tensor of the first three kinds that has a history nevertheless is one of which autograd
+learnt later, and is followed; the history of what is constant ends at those leaves.
 """
 
 
 class _TensorMark(tuple[int, int, str]):
-    """The number of the recorder that made it, and a mark. It is lost in a copy, to which a tensor hands it on."""
+    """What a tensor carries as an attribute: the number of the recorder that saw it, and the mark's two parts.
+
+    A copy of a tensor (``copy.deepcopy``, ``pickle``) takes attributes along, but the recorder has not
+    seen it: its mark is empty.
+    """
 
     __slots__ = ()
 
@@ -110,9 +118,10 @@ class ForwardRecorder(DispatchMode):
         super().__init__()
         self._number = next(_RECORDERS)
         self._inputs: dict[int, _Mark] = {id(p): (slot, "") for slot, p in enumerate(parameters)}
-        self._parameters = {_memory_of(p) for p in parameters}
+        self._parameters = {memory_of(p) for p in parameters}
         self._memories = list(range(len(parameters)))  # of each slot, a number
-        self._owned: dict[Any, int] = {}  # memory that was written to, and its first slot
+        # Memory that was written to, its first slot, and what keeps others from getting that memory.
+        self._owned: dict[int, tuple[int, torch.UntypedStorage]] = {}
         self._operations: list[Operation] = []
         self._constants: dict[Any, list[tuple[Any, Any, Tensor]]] = {}  # by memory
         self._elsewhere: dict[int, Tensor] = {}  # has a history without the parameters
@@ -174,11 +183,19 @@ class ForwardRecorder(DispatchMode):
             holds=holds,
         )
 
-    def detach_in_place(self, tensor: Tensor) -> None:
+    def note_detached(self, tensor: Tensor) -> None:
         """A tensor is cut off from its history, which no operation tells."""
         mark = self._find(tensor)
         if mark is not None:
             self._mark(tensor, mark[0], mark[1] or "detached")
+
+    def fail(self, problem: str) -> None:
+        """There is no program, for this reason if it is the first one."""
+        self.problem = self.problem or problem
+
+    def note_read(self, tensor: Tensor) -> None:
+        """A tensor's numbers are read, which no operation tells."""
+        self.reads_values |= self.has_seen(tensor)
 
     def depends(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the parameters in this run, in a way that autograd follows."""
@@ -210,7 +227,7 @@ class ForwardRecorder(DispatchMode):
             return func(*args, **kwargs)
         if func is _aten.detach.default:  # autograd calls it too, for what it saves
             return self._detach(args[0])
-        written = list(find_written(func, args, kwargs)) if fact.in_place else []
+        written = find_written(fact, args, kwargs) if fact.written else []
         call = self._find_inputs(func, args, kwargs, written)
         if call is None:
             for tensor in written:
@@ -223,7 +240,7 @@ class ForwardRecorder(DispatchMode):
             return func(*args, **kwargs)
         if fact.random:
             if written:
-                self._fail(f"{func} changes what depends on the parameters at random")
+                self.fail(f"{func} changes what depends on the parameters at random")
             cut = "random"
         if func in STATISTICS:
             _leave_statistics_alone(operation)
@@ -261,20 +278,20 @@ class ForwardRecorder(DispatchMode):
 
         inputs: list[tuple[Any, Any, int]] = []
         own_args = take_slots_out(list(args), inputs, slot_of)
-        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else {}
+        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else kwargs
         if not found:
             return None
-        cuts = [cut for _, cut in found]
+        cuts = {cut for _, cut in found}
         is_followed = torch.is_grad_enabled() and "" in cuts
         held: list[tuple[Any, Any, int]] = []
-        if is_followed and any(cuts):
+        if is_followed and len(cuts) > 1:
             inputs, held = _put_back(inputs, found, written)
         if is_followed:
             cut = ""
         elif torch.is_grad_enabled():
             cut = "constant" if "constant" in cuts else "detached"
         else:
-            cut = "constant" if set(cuts) == {"constant"} else "no_grad"
+            cut = "constant" if cuts == {"constant"} else "no_grad"
         return Operation(func, own_args, own_kwargs, inputs, [], held), cut
 
     def _detach(self, tensor: Tensor) -> Tensor:
@@ -304,7 +321,16 @@ class ForwardRecorder(DispatchMode):
         return None if mark is None or mark[1] else mark[0]
 
     def _find(self, tensor: Tensor, *, is_used: bool = True) -> _Mark | None:
-        """The mark of a tensor that depends on the parameters."""
+        """The mark of a tensor that depends on the parameters; None of others.
+
+        What the question brings to light is noted: that random numbers or something from before the
+        run are differentiated (``problem``), that a tensor comes from an ``autograd.Function``, that it
+        is a view of memory that was written to (an operation, see :meth:`_note_view`).
+
+        Args:
+            tensor: any.
+            is_used: whether the closure computes with it, history and all.
+        """
         number, slot, cut = getattr(tensor, "_ngd_mark", None) or (0, 0, "")
         if number != self._number:
             if (mark := self._inputs.get(id(tensor))) is None:
@@ -317,7 +343,7 @@ class ForwardRecorder(DispatchMode):
         if cut in ("", "constant") or not _has_history(tensor):
             return slot, cut
         if cut == "random":
-            self._fail("random numbers are drawn in a way that is differentiated")
+            self.fail("random numbers are drawn in a way that is differentiated")
         # An autograd.Function runs under no_grad, and autograd follows what it gives.
         if cut == "no_grad":
             self._of_functions.add(slot)
@@ -325,11 +351,11 @@ class ForwardRecorder(DispatchMode):
 
     def _find_by_memory(self, tensor: Tensor, *, is_used: bool) -> _Mark | None:
         """The mark of a tensor that had none when it was made, in memory that was written to since."""
-        if self._owned and (base := self._owned.get(_memory_of(tensor))) is not None:
-            return self._view(tensor, base, "" if _has_history(tensor) else "no_grad")
+        if self._owned and (owned := self._owned.get(memory_of(tensor))) is not None:
+            return self._note_view(tensor, owned[0], "" if _has_history(tensor) else "no_grad")
         is_asked = is_used and self.problem is None and _has_history(tensor)
         if is_asked and self._comes_from_parameters(tensor):
-            self._fail(
+            self.fail(
                 "something was computed from the parameters before the closure ran, in another thread "
                 "or by code that torch does not see"
             )
@@ -344,8 +370,8 @@ class ForwardRecorder(DispatchMode):
 
     def _own_all(self, written: list[Tensor]) -> bool:
         """Before tensors are written to: let them lie in memory that each replay makes anew; whether some did not."""
-        if any(_memory_of(tensor) in self._parameters for tensor in written):
-            self._fail("the closure writes to its parameters")
+        if any(memory_of(tensor) in self._parameters for tensor in written):
+            self.fail(WRITES_PARAMETERS)
             return False
         foreign = [tensor for tensor in written if self._find(tensor) is None]
         for tensor in foreign:
@@ -355,13 +381,13 @@ class ForwardRecorder(DispatchMode):
                 flat = tensor.detach().as_strided((length,), (1,), 0).clone()
             base = len(self._memories)
             self._memories.append(base)
-            self._owned[_memory_of(tensor)] = base
+            self._owned[memory_of(tensor)] = base, tensor.untyped_storage()
             self._operations.append(Operation(_aten.clone.default, [flat], {}, [], [(None, base)]))
-            self._view(tensor, base, "no_grad")
+            self._note_view(tensor, base, "no_grad")
         return bool(foreign)
 
-    def _view(self, tensor: Tensor, base: int, cut: str) -> _Mark:
-        """The mark of a tensor as a view of the memory that another slot lies in."""
+    def _note_view(self, tensor: Tensor, base: int, cut: str) -> _Mark:
+        """Add the operation that makes a tensor, as a view of the memory that another slot lies in; its mark."""
         args = [None, tensor.shape, tensor.stride(), int(tensor.storage_offset())]
         slot = self._new_slot(tensor, self._memories[base], cut)
         self._operations.append(
@@ -397,26 +423,15 @@ class ForwardRecorder(DispatchMode):
             self._note_constants(operation.kwargs)
         self._searched = len(self._operations)
         with self.paused():
-            for place, key, value in self._constants.pop(_memory_of(tensor), ()):
+            for place, key, value in self._constants.pop(memory_of(tensor), ()):
                 place[key] = value.detach().clone()
 
     def _note_constants(self, place: Any) -> None:
         for key, value in place.items() if isinstance(place, dict) else enumerate(place):
             if isinstance(value, Tensor):
-                self._constants.setdefault(_memory_of(value), []).append((place, key, value))
+                self._constants.setdefault(memory_of(value), []).append((place, key, value))
             elif isinstance(value, list):
                 self._note_constants(value)
-
-    def _fail(self, problem: str) -> None:
-        self.problem = self.problem or problem
-
-
-def _memory_of(tensor: Tensor) -> Any:
-    """The same for tensors that share memory, while one of them is held."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # sparse, or a wrapper
-        return None
 
 
 def _has_history(tensor: Tensor) -> bool:

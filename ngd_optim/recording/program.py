@@ -175,7 +175,9 @@ def run(program: list[Operation], last_uses: list[list[int]], values: list[Any])
         for place, key, _ in operation.inputs:
             place[key] = None
         if operation.expected is not None and result != operation.expected:
-            raise CannotReplayError(f"{operation.function} gives {result} here")
+            raise CannotReplayError(
+                f"{operation.function} gives {result} here, and gave {operation.expected} in the first run"
+            )
         for index, slot in operation.outputs:
             values[slot] = result if index is None else result[index]
         for slot in slots:

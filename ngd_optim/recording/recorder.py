@@ -135,7 +135,7 @@ class Recorder(DispatchMode):
         ):
             raise CannotReplayError(f"{func} is random, or reads values that depend on the vector")
         # Memory from elsewhere would keep what the last replay wrote there.
-        if fact.in_place and any(self._memory(t) is None for t in find_written(func, args, kwargs)):
+        if fact.in_place and any(self._memory(t) is None for t in find_written(fact, args, kwargs)):
             raise CannotReplayError(
                 f"{func} writes what depends on the vector to memory from elsewhere"
             )

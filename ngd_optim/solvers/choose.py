@@ -48,7 +48,7 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
     """
     if name == "sample" and not point.outputs:
         raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}; else use 'cg'")
-    if not point.gradient.isfinite().all():
+    if not point.is_finite:
         return conjugate_gradients  # which say so
     if name == "auto":
         name = _choose_automatically(point)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.linalg import LinearSolution
+from ngd_optim.reading import read
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 from ngd_optim.solvers.solver import RootSolver, Solver
 
@@ -123,7 +124,7 @@ class Matrix(Solver):
             return _indefinite_solution(model)
         x = torch.cholesky_solve(model.right_side.unsqueeze(1), L).squeeze(1)
         image = self._matrix @ x + model.shift * x
-        return _solution_of(x, model, image, torch.dot(x, image).item())
+        return _solution_of(x, model, image, torch.dot(x, image))
 
 
 def _gram(A: Tensor) -> Tensor:
@@ -156,22 +157,22 @@ def _find_remainder(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
 def _solution_from_rows(x: Tensor, A: Tensor, model: QuadraticModel) -> LinearSolution:
     pushed = A @ x
     image = A.T @ pushed + model.shift * x
-    return _solution_of(
-        x, model, image, (pushed.square().sum() + torch.dot(model.shift, x * x)).item()
-    )
+    return _solution_of(x, model, image, pushed.square().sum() + torch.dot(model.shift, x * x))
 
 
 def _solution_of(
-    x: Tensor, model: QuadraticModel, image: Tensor, x_dot_ax: float
+    x: Tensor, model: QuadraticModel, image: Tensor, quadratic: Tensor
 ) -> LinearSolution:
     b = model.right_side
-    x_dot_b = torch.dot(x, b).item()
+    x_dot_ax, x_dot_b, residual, norm = read(
+        quadratic, torch.dot(x, b), (b - image).norm(), b.norm()
+    )
     finite = math.isfinite(x_dot_ax) and math.isfinite(x_dot_b)
     return LinearSolution(
         solution=x if finite else torch.zeros_like(x),
         iterations=0,
         products=0,
-        residual=((b - image).norm() / b.norm()).item() if b.any() else 0.0,
+        residual=residual / norm if norm else 0.0,
         stop="exact" if finite else "not_finite",
         x_dot_b=x_dot_b if finite else 0.0,
         x_dot_r=x_dot_b - x_dot_ax if finite else 0.0,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ngd_optim.linalg import LinearSolution, conjugate_gradient
+from ngd_optim.reading import read
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 from ngd_optim.solvers.solver import Solver
 
@@ -34,12 +35,13 @@ class ConjugateGradients(Solver):
         # It may need the graph, which recorded products let go.
         preconditioner = self.precondition(model)
         # CG multiplies x0 first or, without a preconditioner, b.
-        if b.isfinite().all():
-            self.form(self.x0 if self.x0.any() else b)
+        is_finite, starts = read(b.isfinite().all(), self.x0.any())
+        if is_finite:
+            self.form(self.x0 if starts else b)
         return conjugate_gradient(
             model.system,
             b,
-            x0=self.x0,
+            x0=self.x0 if starts else None,
             max_iters=self.max_iters,
             tol=self.tol,
             progress_tol=self.progress_tol,

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ngd_optim.autograd_graph import has_empty_tensors
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
@@ -29,6 +28,24 @@ class Outcome:
     solution: LinearSolution
     step: Step
     trial: Trial
+
+    def is_held_by_damping(self, rounding: float) -> bool:
+        """Whether the damping alone makes a step so short that the loss cannot tell it from rounding.
+
+        Without damping the model falls by more than ``rounding`` along the same solution.
+        """
+        x, gradient = self.solution.solution, self.model.gradient
+        slope = torch.dot(gradient, x).item()
+        if not slope:  # it has underflowed, or there is nothing to go down
+            return bool(gradient.any())
+        damped = torch.dot(x, self.model.damping * x).item()
+        curved = self.solution.x_dot_ax - damped
+        promised = -(slope + 0.5 * curved)
+        # A difference of numbers is known to their rounding; what may be zero is no bound.
+        is_known = curved > 16 * torch.finfo(x.dtype).eps * damped
+        # The lowest point of s gᵀx + ½ s² xᵀ(F + W)x is at −(gᵀx)² / (2 xᵀ(F + W)x).
+        within_reach = slope**2 / (2 * curved) if is_known else math.inf
+        return damped > 0 and abs(promised) <= rounding < within_reach
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Descent:
             check: raises what other processes met while the system was solved.
         """
         solves_again = self.damping.can_retry and self.max_backtracks > 0
+        problem = self._find_problem_of_loss()  # which the graph tells; a solve may let that go
         attempt = 0
         while True:
             attempt += 1
@@ -77,8 +95,12 @@ class Descent:
             solution = self.solver.solve(model)
             step = self._scale(solution, model)
             check()
-            trial = self._search(
-                step, solution, max_backtracks=0 if solves_again else self.max_backtracks
+            trial = (
+                Trial.refuse(problem, forgets=True)
+                if problem
+                else self._search(
+                    step, solution, max_backtracks=0 if solves_again else self.max_backtracks
+                )
             )
             # A direct solver has the Jacobian: another damping costs no product, a shorter step is
             # worse.
@@ -131,8 +153,6 @@ class Descent:
 
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
-        if not self.point.loss.isfinite():
-            return Trial.refuse(self._explain_loss(), forgets=True)
         if solution.stop == "not_finite":
             return self._refuse_not_finite(solution)
         if solution.stop == "indefinite":
@@ -145,7 +165,7 @@ class Descent:
 
         trial = line_search(
             evaluate,
-            self.point.loss.item(),
+            self.point.value,
             step.slope,
             max_kl=self.max_kl,
             max_backtracks=max_backtracks,
@@ -163,17 +183,18 @@ class Descent:
                 return replace(trial, overshot=False, problem=why)
         return trial
 
-    def _explain_loss(self) -> str:
-        traced, _ = self.point.graph.get()
-        said = f"the loss is {self.point.loss.item()}"
+    def _find_problem_of_loss(self) -> str | None:
+        if math.isfinite(self.point.value):
+            return None
+        said = f"the loss is {self.point.value}"
         return (
             f"{said}, and tensors without elements went into it: the batch is empty"
-            if has_empty_tensors([traced.loss])
+            if self.point.is_empty()
             else said
         )
 
     def _refuse_not_finite(self, solution: LinearSolution) -> Trial:
-        if not self.point.gradient.isfinite().all():
+        if not self.point.is_finite:
             return Trial.refuse("the gradient is not finite", forgets=True)
         diagonal = self.solver.diagonal
         if diagonal is not None and not diagonal.isfinite().all():
@@ -195,4 +216,4 @@ class Descent:
 
     def _is_worth_a_retry(self, step: Step) -> bool:
         promises = not step.slope < 0 or step.predicted_decrease(1.0) > self.point.rounding
-        return promises and math.isfinite(self.point.loss.item())
+        return promises and math.isfinite(self.point.value)

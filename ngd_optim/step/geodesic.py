@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ngd_optim.reading import read
 from ngd_optim.solvers import QuadraticModel, RootSolver
 from ngd_optim.step.trust_region import Step
 
@@ -50,16 +51,9 @@ def apply_geodesic_correction(
     # a = −½ (F + λ)⁻¹ Jᵀ r″.
     a = solver.pull_back(second).mul_(-0.5)
     # Beyond that the expansion is not to be trusted (the same paper).
-    if not 2 * _norm(a, model.shift) <= _LARGEST_CORRECTION * _norm(d, model.shift):
+    length_a, length_d = read(*(torch.dot(v, model.shift * v).sqrt() for v in (a, d)))
+    if not 2 * length_a <= _LARGEST_CORRECTION * length_d:
         return step
     direction = d + a
-    return replace(
-        step,
-        direction=direction,
-        decay_slope=torch.dot(theta, model.decay * direction).item(),
-        decay_quadratic=torch.dot(direction, model.decay * direction).item(),
-    )
-
-
-def _norm(v: Tensor, weights: Tensor) -> float:
-    return torch.dot(v, weights * v).sqrt().item()
+    slope, quadratic = read(*(torch.dot(model.decay * v, direction) for v in (theta, direction)))
+    return replace(step, direction=direction, decay_slope=slope, decay_quadratic=quadratic)

@@ -63,7 +63,7 @@ class LastStep:
         """
         lr, change = (
             self._first.get("lr", []),
-            abs(point.loss.item() - self._first.get("new_loss", 0.0)),
+            abs(point.value - self._first.get("new_loss", 0.0)),
         )
         if (
             not self.moved
@@ -102,9 +102,8 @@ class LastStep:
         if self._largest is not None:
             self._write("largest_curvature", self._largest)
         if moved:
-            slope = self._along(x, outcome.model.gradient, rates)
             self._state[self._parameters.tensors[0]] |= {
-                "slope": slope,
+                "slope": outcome.step.slope_of_solution,
                 "new_loss": new_loss,
                 "lr": rates,
             }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.names import MaxKL, TrustRegion
+from ngd_optim.reading import read
 from ngd_optim.solvers import QuadraticModel
 
 DEFAULT_MAX_KL = 0.01
@@ -54,6 +55,7 @@ class Step:
         direction: ``d``, flat.
         scale: what the trust region made of the solution of the system, ``lr`` not counted.
         slope: ``gᵀd``.
+        slope_of_solution: that before the trust region, ``gᵀ(lr · x)``.
         metric: ``dᵀF d``.
         objective_curvature: that again where ``F`` is curvature of the objective too; 0 where it
             measures the KL alone.
@@ -64,6 +66,7 @@ class Step:
     direction: Tensor
     scale: float
     slope: float
+    slope_of_solution: float
     metric: float
     objective_curvature: float
     decay_slope: float
@@ -105,7 +108,11 @@ def scale_step(
     between groups.
     """
     x = solution.solution
-    damping_part = torch.dot(x, (model.decay + model.damping) * x).item()
+
+    def along(v: Tensor) -> list[Tensor]:
+        return [torch.dot(w, v) for w in (model.gradient, model.decay * theta, model.decay * v)]
+
+    damping_part, *of_x = read(torch.dot(x, (model.decay + model.damping) * x), *along(x))
     # xᵀF x = xᵀA x − xᵀ(W + λ)x.
     metric = solution.x_dot_ax - damping_part
     # A difference of two numbers is known to their rounding only, and a boundary step could be
@@ -115,18 +122,21 @@ def scale_step(
     kind = "clip" if solution.stop == "negative_curvature" else trust_region
     scale = trust_region_scale(solution.x_dot_ax if kind == "damped" else size, max_kl, kind)
     direction = (scale * lr) * x
-    quadratic = (
-        torch.dot(direction, model.curvature(direction)).item()
-        if isinstance(lr, Tensor)
-        else (scale * lr) ** 2 * metric
-    )
+    if isinstance(lr, Tensor):
+        product = torch.dot(direction, model.curvature(direction))
+        slope, decay_slope, decay_quadratic, quadratic = read(*along(direction), product)
+    else:  # d is a multiple of x
+        first, second = scale * lr, (scale * lr) ** 2
+        slope, decay_slope, decay_quadratic = first * of_x[0], first * of_x[1], second * of_x[2]
+        quadratic = second * metric
     return Step(
         direction=direction,
         scale=scale,
-        slope=torch.dot(model.gradient, direction).item(),
+        slope=slope,
+        slope_of_solution=slope / scale,
         metric=quadratic,
         objective_curvature=0.0 if measures_kl and kind != "clip" else quadratic,
-        decay_slope=torch.dot(theta, model.decay * direction).item(),
-        decay_quadratic=torch.dot(direction, model.decay * direction).item(),
+        decay_slope=decay_slope,
+        decay_quadratic=decay_quadratic,
         products=int(isinstance(lr, Tensor)),
     )

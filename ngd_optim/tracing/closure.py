@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import ForwardRecorder
+from ngd_optim.recording import WRITES_PARAMETERS, ForwardRecorder
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
@@ -80,8 +80,10 @@ class TracedClosure:
 
     Attributes:
         function: that closure.
-        count: forward passes: how often it ran, or what was recorded of it was replayed.
-        called_backward: whether its first run called ``backward``.
+        count: forward passes that make the step: the first run, and each trial point, run or
+            replayed. Runs for checks and for products are not among them.
+        leaves_gradients: whether its first run left gradients of the loss in ``.grad``, as those
+            that call ``backward`` do.
         writes_parameters: whether that run changed the parameters: projected, or renormalised them.
         gradient: what that run's calls of ``backward`` gave, flat; None if there were none.
     """
@@ -91,10 +93,10 @@ class TracedClosure:
         self._parameters = parameters
         self._autocast = _find_autocast()
         self._effects = SideEffects([parameters.device], parameters.tensors)
-        self._differentiates = self._goes_back = False
+        self._differentiates = self._needs_backward = False
         self._others: list[Tensor] = []
         self._gradients_before: list[Tensor | None] = []
-        self.called_backward = False
+        self.leaves_gradients = False
         self.writes_parameters = False
         self.gradient: Tensor | None = None
         self.count = 0
@@ -116,24 +118,21 @@ class TracedClosure:
             with recorder.paused():
                 return accumulation.add(root)
 
-        mode = Tracing(self._effects, differentiate, recorder.detach_in_place)
+        mode = Tracing(self._effects, differentiate, recorder)
         self._effects.begin()
         places = self._places()
-        try:
-            with recorder:
-                traced = self._run(mode, accumulation, graph=True, broadcast=True)
-            self.writes_parameters = self._places() != places
-            if self.writes_parameters:
-                recorder.problem = "the closure writes to its parameters"
-            accumulation.adopt(traced.loss)
-            self.called_backward = bool(accumulation.roots)
-            self._gradients_before = accumulation.finish()
-            self.gradient = accumulation.total
-        finally:
-            self._effects.is_known = True
-        self._goes_back = mode.reads_gradients or mode.calls > len(mode.roots)
-        self._others = accumulation.find_others() if self._goes_back else []
-        self._differentiates = mode.differentiates or self._goes_back
+        with recorder:
+            traced = self._run(mode, accumulation, graph=True, broadcast=True)
+        self.writes_parameters = self._places() != places
+        if self.writes_parameters:
+            recorder.fail(WRITES_PARAMETERS)
+        accumulation.adopt(traced.loss)
+        self.leaves_gradients = bool(accumulation.roots)
+        self._gradients_before = accumulation.finish()
+        self.gradient = accumulation.total
+        self._needs_backward = mode.reads_gradients or mode.calls > len(mode.roots)
+        self._others = accumulation.find_others() if self._needs_backward else []
+        self._differentiates = mode.differentiates or self._needs_backward
         if not all(p.requires_grad for p in self._parameters.tensors):
             raise RuntimeError(
                 "the closure sets requires_grad of a parameter that the step is for to False; "
@@ -164,7 +163,7 @@ class TracedClosure:
         self._effects.rewind()
         try:
             # Only for a closure that looks at gradients, or has some that are not of its loss.
-            mode = Tracing(self._effects, accumulation.add if self._goes_back else None)
+            mode = Tracing(self._effects, accumulation.add if self._needs_backward else None)
             # What it writes is put back, so that the first run's graph stays as it is.
             with keep_versions(self._effects.tensors):
                 return self._run(
@@ -209,7 +208,7 @@ class TracedClosure:
             self._parameters.tensors, self._gradients_before, gradients, reached, strict=True
         ):
             p.grad = (
-                old if not (flag and self.called_backward) else new if old is None else old + new
+                old if not (flag and self.leaves_gradients) else new if old is None else old + new
             )
 
     def settle(self) -> None:

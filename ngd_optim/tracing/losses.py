@@ -408,6 +408,27 @@ def _triplet_with_distance(
     )
 
 
+def _linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    options: Any = None,
+    **others: Any,
+) -> Call:
+    """``cross_entropy`` of a last layer; the chunks that ``options`` ask for have no second derivative."""
+    # Of a weight (C, d₁, …, in) there is one cross entropy for each d₁, ….
+    logits = F.linear(
+        input,
+        linear_weight.flatten(0, -2),
+        None if linear_bias is None else linear_bias.flatten(),
+    ).unflatten(-1, linear_weight.shape[:-1])
+    given = {} if ignore_index is None else {"ignore_index": ignore_index}
+    return Call(F.cross_entropy, (logits, target), {**given, **others})
+
+
 LOSSES: dict[Callable[..., Any], Loss] = {
     F.binary_cross_entropy: Loss("input"),
     F.binary_cross_entropy_with_logits: Loss("input"),
@@ -433,6 +454,9 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     least_squares: Loss("residuals"),
 }
 """The recognised loss functions."""
+
+if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+    LOSSES[F.linear_cross_entropy] = Loss(rewrite=_linear_cross_entropy)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ngd_optim.torch_internals import base_of, is_transformed
+from ngd_optim.recording import ForwardRecorder
+from ngd_optim.torch_internals import base_of, is_transformed, memory_of
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
-from ngd_optim.tracing.side_effects import SideEffects, memory_of
+from ngd_optim.tracing.side_effects import SideEffects
 
 # Their fused kernels have no second derivatives and no forward mode.
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
@@ -26,6 +27,9 @@ _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.instance_norm: ("use_input_stats", True),
 }
 _GET_GRADIENT = vars(torch.Tensor.__base__)["grad"].__get__
+_READINGS = {"tolist", "numpy", "__array__", "__dlpack__"}
+"""Ways of a tensor's numbers out of torch that are no aten operation, as item() is."""
+
 _HELD = 16
 """So many inputs of functions with a kink are held until the run ends: a loss ends in the last ones."""
 
@@ -97,7 +101,8 @@ class Tracing(TorchFunctionMode):
         effects: is told of everything that the closure is about to change.
         backward: carries out a call of ``backward``, and gives the roots that count from then on;
             None: it is noted only.
-        detach: is told of tensors that are about to be detached in place.
+        recorder: is told what no aten operation tells: of tensors that are about to be detached in
+            place, or read as numbers.
 
     Attributes:
         losses: the calls of recognised loss functions.
@@ -112,12 +117,12 @@ class Tracing(TorchFunctionMode):
         self,
         effects: SideEffects,
         backward: Callable[[Tensor], list[Tensor]] | None,
-        detach: Callable[[Tensor], None] | None = None,
+        recorder: ForwardRecorder | None = None,
     ) -> None:
         super().__init__()
         self._effects = effects
         self._backward = backward
-        self._detach = detach
+        self._recorder = recorder
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
         self._kinks: list[Kink] = []
         self._held: deque[Kink] = deque(maxlen=_HELD)
@@ -141,15 +146,19 @@ class Tracing(TorchFunctionMode):
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
         self.has_hooks |= func is torch.Tensor.register_hook
-        if self._detach is not None and getattr(func, "__name__", None) == "detach_":
-            self._detach(args[0])
+        name = getattr(func, "__name__", None)
+        if self._recorder is not None:
+            if name == "detach_":
+                self._recorder.note_detached(args[0])
+            elif name in _READINGS:
+                self._recorder.note_read(args[0])
         if self.calls and func == _GET_GRADIENT:
             gradient = func(*args, **kwargs)
             self.reads_gradients |= gradient is not None
             return gradient
         self._note_changes(func, args, kwargs)
         result = self._call(func, args, kwargs)
-        if getattr(func, "__name__", None) != "__get__":  # of what was there before, such as .grad
+        if name != "__get__":  # of what was there before, such as .grad
             self._note_made_here(args, kwargs, result)
         return result
 

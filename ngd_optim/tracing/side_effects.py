@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.torch_internals import memory_of
+
 
 class SideEffects:
     """Things that a closure changes, put back before it runs again, so that many runs have the effect of the first one.
@@ -17,9 +19,6 @@ class SideEffects:
     Args:
         devices: whose global random number generators belong to it, the CPU's always.
         parameters: what is moved from outside, and left alone.
-
-    Attributes:
-        is_known: whether the closure has run once, so that all that it changes has been seen.
     """
 
     def __init__(self, devices: Iterable[torch.device], parameters: Iterable[Tensor] = ()) -> None:
@@ -28,7 +27,6 @@ class SideEffects:
         self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
         self._start: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] | None = None
-        self.is_known = False
 
     def track_generator(self, generator: torch.Generator) -> None:
         """The closure is about to draw from a generator."""
@@ -82,11 +80,3 @@ class SideEffects:
         for key, value in values.items():
             _, _, write = self._tracked[key]
             write(value)
-
-
-def memory_of(tensor: Tensor) -> int:
-    """The same for tensors that share memory."""
-    try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
-    except RuntimeError:  # sparse, or inside torch.func.vmap
-        return id(tensor)

@@ -380,6 +380,34 @@ def test_the_reason_blames_what_is_to_blame(name):
     assert torch.equal(w, torch.ones(3))
 
 
+def closure_with(w, *batches):
+    batches = iter(batches)
+    return lambda: (w * next(batches)).square().mean()
+
+
+EMPTY, FULL, NAN = torch.zeros(0, 3), torch.ones(2, 3), torch.full((2, 3), math.nan)
+
+
+@pytest.mark.parametrize(
+    ("batch", "of_curvature", "blames_batch"),
+    [(EMPTY, FULL, True), (EMPTY, EMPTY, True), (NAN, EMPTY, False)],
+)
+def test_the_batch_of_the_loss_is_blamed_and_no_other_is_drawn(batch, of_curvature, blames_batch):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([w])
+    optimizer.step(
+        closure_with(w, batch), curvature_closure=closure_with(w, of_curvature, of_curvature)
+    )
+    assert ("the batch is empty" in optimizer.last_step.reason) == blames_batch
+
+
+def test_an_empty_batch_of_one_closure_of_a_list_is_blamed():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([w])
+    optimizer.step([closure_with(w, *3 * [FULL]), closure_with(w, *3 * [EMPTY])])
+    assert "the batch is empty" in optimizer.last_step.reason
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"momentum": 0.9}, {"preconditioner": "kfac"}, {"solver": "dense"}]
 )

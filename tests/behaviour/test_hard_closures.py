@@ -314,6 +314,23 @@ def test_a_trial_point_outside_the_domain_is_turned_down(caplog):
     assert "not defined at a trial point" in caplog.text
 
 
+def test_a_trial_point_on_another_branch_of_what_cannot_run_again_is_turned_down(caplog):
+    w, batches = nn.Parameter(torch.tensor(1.0, dtype=DTYPE)), iter(real(1000).abs())
+
+    def closure():
+        scale = 1 + next(batches)  # another one at each run
+        return scale * ((w - 0.01).square() if w > 0.5 else w.exp())
+
+    optimizer = NaturalCG([w], damping=1e-3)
+    optimizer.step(closure)
+    assert optimizer.last_step.backtracks
+    assert w > 0.5
+    assert "another branch there than at the parameters as they are (aten." in caplog.text
+    assert (
+        "take the batch and all random numbers that are not torch's before the step" in caplog.text
+    )
+
+
 def test_gradients_of_other_modules_are_those_of_one_backward():
     critic, generator, x = nn.Linear(5, 1), nn.Linear(5, 5), torch.randn(8, 5)
     optimizer = NaturalCG(generator.parameters())

@@ -498,3 +498,53 @@ class TestDefaultTrustRegion:
             ValueError, match=f"trust_region='{trust_region}' needs a number for max_kl"
         ):
             NaturalCG(problem.model.parameters(), trust_region=trust_region).step(problem.closure)
+
+
+SMALL_AND_LARGE = [1e-30, 1e-12, 1e-6, 1.0, 1e12]
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse_loss", "by_hand"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", SMALL_AND_LARGE)
+def test_a_scaled_loss_makes_progress_or_says_why_not(scale, dtype, loss, solver, caplog):
+    if solver == "dense" and loss == "by_hand":
+        pytest.skip("it has no outputs")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    x, y = torch.randn(32, 5, dtype=dtype), torch.arange(32) % 3
+    functions = {
+        "cross_entropy": lambda z: F.cross_entropy(z, y),
+        "mse_loss": lambda z: F.mse_loss(z, F.one_hot(y, 3).to(dtype)),
+        "by_hand": lambda z: -z.log_softmax(-1)[torch.arange(32), y].mean(),
+    }
+
+    def closure():
+        return scale * functions[loss](model(x))
+
+    optimizer = NaturalCG(model.parameters(), solver=solver)
+    start, reports = closure().item(), []
+    for _ in range(15):
+        optimizer.step(closure)
+        reports.append(optimizer.last_step)
+    falls = reports[-1].new_loss < 0.999 * start
+    says = "damping=0.1 outweighs the curvature" in caplog.text
+    is_refused = all(not r.accepted and "its loss" in r.reason for r in reports)
+    # The damping is on its way to the loss's scale, by half at each step.
+    is_adapting = reports[-1].damping < 1e-3 * reports[0].damping
+    assert falls or says or is_refused or is_adapting
+    assert not (falls and says)
+    assert falls or scale != 1.0
+    assert caplog.text.count("outweighs the curvature") == says  # once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damping_is_not_blamed_at_a_minimum(dtype, caplog):
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 4, dtype=dtype), torch.randn(64, 1, dtype=dtype)
+    model = nn.Linear(4, 1).to(dtype)
+    optimizer = NaturalCG(model.parameters())
+    for _ in range(30):
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+    assert math.isnan(optimizer.last_step.reduction_ratio)
+    assert "outweighs the curvature" not in caplog.text

@@ -832,7 +832,8 @@ LAYERS = {
 def inverse_of(found: KroneckerFactors, params: list[Tensor], shift: list[float]) -> Tensor:
     """The preconditioner as a matrix."""
     parameters = FlatParameters([{"params": params}])
-    solve = build_kronecker_preconditioner(found, parameters, shift)
+    shifts = [torch.tensor(value, dtype=parameters.dtype) for value in shift]
+    solve = build_kronecker_preconditioner(found, parameters, shifts)
     n = sum(p.numel() for p in params)
     return torch.stack([solve(unit) for unit in torch.eye(n, dtype=parameters.dtype)], 1)
 
@@ -885,7 +886,7 @@ def test_singular_factors_have_a_positive_definite_inverse(left, right, dtype, s
         {key: value.to(dtype) for key, value in values.items()},
     )
     solve = build_kronecker_preconditioner(
-        found, FlatParameters([{"params": params}]), [shift, shift]
+        found, FlatParameters([{"params": params}]), [torch.tensor(shift, dtype=dtype)] * 2
     )
     r = torch.randn(20, 66, dtype=dtype)
     z = torch.stack([solve(row) for row in r])

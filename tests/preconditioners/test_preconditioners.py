@@ -350,13 +350,13 @@ def test_factors_serve_some_products_and_then_are_mixed_with_new_ones():
     task = Task()
     optimizer = NaturalCG(task.params, cg_progress_tol=0.0, max_cg_iters=4, cg_tol=0.0)
     first = task.params[0]
-    products, draws, rights = 0, [], []
+    served, draws, rights = 0, [], []
     for _ in range(6):
-        due = products >= kfac.RENEWED_AFTER
+        due = served >= kfac.RENEWED_AFTER
         train(task, optimizer, 1)
         state = optimizer.state[first]
-        products = (0 if due else products) + optimizer.last_step.n_product
-        assert state["products"] == products
+        served = (0 if due else served) + optimizer.last_step.cg_iters
+        assert state["products"] == served
         draws.append(state["draws"])
         rights.append(state["right"].clone())
     assert draws == sorted(draws)

@@ -122,6 +122,45 @@ def cross_entropy(shape, kind, weight, smoothing, reduction):
     )
 
 
+def linear_cross_entropy(kind, bias, in_chunks, reduction):
+    """Its arguments are the output ``z``: the input, the layer's weight and its bias."""
+    target, width, spatial = labels(N), 3, (2,) if kind == "several" else ()
+    if kind == "several":
+        target = labels(N, *spatial)
+    elif kind == "ignored":
+        target[0] = -100 if in_chunks else 1
+    elif kind == "distribution":
+        target = distribution()
+    keywords = {"reduction": reduction}
+    if kind == "ignored" and not in_chunks:
+        keywords["ignore_index"] = 1
+    if in_chunks:
+        keywords["options"] = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    rows = C * 2 if spatial else C
+
+    def parts(z):
+        b = z[N + rows :].flatten()[:rows].view(C, *spatial) if bias else None
+        return z[:N], z[N : N + rows].view(C, *spatial, width), b
+
+    def call(z):
+        x, w, b = parts(z)
+        return F.linear_cross_entropy(x, w, target, linear_bias=b, **keywords)
+
+    def logits(z):
+        x, w, b = parts(z)
+        out = torch.einsum("ni,c...i->nc...", x, w)
+        return out if b is None else out + b
+
+    def matrix(z):
+        function = lambda flat: logits(flat.view_as(z)).flatten()  # noqa: E731
+        jacobian = torch.autograd.functional.jacobian(function, z.flatten())
+        options = {name: value for name, value in keywords.items() if name != "options"}
+        loss = lambda out: F.cross_entropy(out, target, **options).mean()  # noqa: E731
+        return jacobian.T @ exact(loss)(logits(z)) @ jacobian
+
+    return (N + rows + (3 if bias else 0), width), call, matrix
+
+
 def nll_loss(shape, kind, weight, reduction):
     shape, target, soft, counts, w = classification(shape, kind, weight, 0.0)
     dim = min(1, len(shape) - 1)
@@ -477,6 +516,12 @@ TABLE = {
         [0.0, 0.1],
         REDUCTIONS,
     ],
+    linear_cross_entropy: [
+        ["labels", "ignored", "several", "distribution"],
+        YES_NO,
+        [False],
+        REDUCTIONS,
+    ],
     nll_loss: [
         CLASSIFIED,
         ["labels", "ignored"],
@@ -522,6 +567,7 @@ MORE = [
     *product([cross_entropy], CLASSIFIED, ["all ignored"], [None], [0.0, 0.1], ["sum", "none"]),
     *product([nll_loss], CLASSIFIED, ["all ignored"], [None, "positive"], ["sum", "none"]),
     *product([nll_loss], ["image"], ["labels"], ["some zero"], REDUCTIONS),
+    *product([linear_cross_entropy], ["labels", "ignored"], YES_NO, [True], REDUCTIONS),
     *product([cross_entropy], ["image"], ["labels"], ["some zero"], [0.0, 0.1], REDUCTIONS),
 ]
 CASES = [(builder, *row) for builder, options in TABLE.items() for row in product(*options)] + MORE
@@ -541,6 +587,8 @@ def test_each_option_of_each_loss_has_its_matrix(case):
         and "weight" not in inspect.signature(F.huber_loss).parameters
     ):
         pytest.skip("this torch has no weights there")
+    if not hasattr(F, builder.__name__):
+        pytest.skip("this torch does not have it")
     shape, call, matrix_at = builder(*options)
     theta = nn.Parameter(real(6))
     size = torch.Size(shape).numel()
@@ -565,7 +613,8 @@ def test_each_option_of_each_loss_has_its_matrix(case):
 
 
 def test_the_table_has_every_recognised_loss():
-    assert {builder.__name__ for builder in TABLE} == {f.__name__ for f in LOSSES} - {
+    names = {builder.__name__ for builder in TABLE}
+    assert {name for name in names if hasattr(F, name)} == {f.__name__ for f in LOSSES} - {
         "least_squares"
     }
 

@@ -1,0 +1,41 @@
+"""A step on a device that is not the CPU: the same numbers, no tensor left behind, and few waits of the host."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from helpers.pretended_device import SCENARIOS
+from helpers.scripts import run_python
+
+MOST_READS = 12
+MORE_WHERE_FACTORS_ARE_RENEWED = 3
+ROUNDING = {"convolutions": 1e-5}
+"""Where other kernels run: the device has no memory layout of its own."""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """The device cannot be unregistered: a process of its own."""
+    pytest.importorskip("torch.utils.backend_registration")
+    return json.loads(run_python("-W", "ignore", "-m", "helpers.pretended_device").splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_steps_are_those_of_the_cpu(found: dict[str, Any], name: str) -> None:
+    assert found[name].get("error") is None
+    assert found[name]["moved"]
+    assert found[name]["difference"] <= ROUNDING.get(name, 0.0)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_host_waits_rarely(found: dict[str, Any], name: str) -> None:
+    # The first step also checks the closure.
+    steps = list(zip(found[name]["reads"], found[name]["iterations"], strict=True))[1:]
+    for reads, iterations in steps:
+        in_solve = sum(n for line, n in reads.items() if line.startswith(("linalg/", "solvers/")))
+        assert in_solve <= math.ceil(iterations / 8) + 7
+        per_trial = max(n for line, n in reads.items() if "there.loss" in line)
+        renews = any(line.startswith("preconditioners/kfac") for line in reads)
+        most = MOST_READS + MORE_WHERE_FACTORS_ARE_RENEWED * renews
+        assert sum(reads.values()) - (per_trial - 1) <= most
