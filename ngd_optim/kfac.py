@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, overload
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ngd_optim.distributed import Ranks, is_one_of_several
-from ngd_optim.kronecker import KroneckerFactors, average_factors, build_kronecker_preconditioner
+from ngd_optim.kronecker import (
+    KroneckerFactors,
+    KroneckerInverse,
+    average_factors,
+    relative_shift,
+)
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, check_shapes, to_plain_numbers
@@ -23,8 +28,8 @@ from ngd_optim.watch import FactorWatch, WatchedModule
 
 logger = logging.getLogger("ngd_optim")
 
-_AT_START = (1, 2, 4, 7)
-"""After so many steps the factors are renewed as well: the first ones know one batch."""
+_AT_START = (1, 2, 3, 4, 6, 8, 14)
+"""After so many steps factors are renewed as well: the curvature grows fast then."""
 
 _TARGET, _RATE = 0.3, 0.2
 """Slope on new data, in units of the slope on the old ones, at which a step had the right length; and how
@@ -93,11 +98,11 @@ class KFAC(Optimizer):
         lr: float | Tensor = 1.0,
         *,
         momentum: float = 0.9,
-        damping: float = 1e-2,
-        radius: float = 5e-4,
+        damping: float = 0.03,
+        radius: float = 1e-3,
         adapt_radius: bool = True,
-        renew_every: int = 5,
-        factor_decay: float = 0.95,
+        renew_every: int = 10,
+        factor_decay: float = 0.85,
         weight_decay: float = 0.0,
         generator: torch.Generator | None = None,
         process_group: Any = None,
@@ -126,7 +131,7 @@ class KFAC(Optimizer):
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None
             self._drawing: torch.Generator | None = None
-        self._inverse: tuple[Any, Callable[[Tensor], Tensor]] | None = None
+        self._inverse: tuple[Any, KroneckerInverse] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr`` and ``weight_decay``."""
@@ -178,10 +183,9 @@ class KFAC(Optimizer):
         self._ranks = Ranks(self.process_group, state.parameters.device, follow_ddp=True)
         if self._drawing is None:  # one for all batches of a step
             self._drawing = self.generator or state.generator()
-        with (
-            self._ranks.noticing_ddp(module),
-            self._watch.watching(state.parameters, self._drawing),
-        ):
+        known = self._invert(None, state, settings.damping).pairs if state.factors else {}
+        watching = self._watch.watching(state.parameters, self._drawing, known)
+        with self._ranks.noticing_ddp(module), watching:
             yield
 
     @torch.no_grad()
@@ -293,29 +297,27 @@ class KFAC(Optimizer):
             estimate = estimate.scale(1 / closures)
         mean = average_factors([estimate], ranks)
         older = state.factors
-        if mean is None and older is None:
-            raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
         if older is None:
-            return mean
+            if mean is None:
+                raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
+            return mean.normalise(known=())
         if mean is None or not mean.is_finite:
             return None
         # A mean of all batches at the start, which forgets later.
         share = min(older_share, state.draws / (state.draws + 1))
-        mean = mean.with_layers_of(older)
+        mean = mean.normalise(known=older.layers).with_layers_of(older)
         return KroneckerFactors(mean.layers, mean.mix(older.values, share))
 
     def _invert(
         self, factors: KroneckerFactors | None, state: StreamState, damping: float
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> KroneckerInverse:
         """``r ↦ (F + λI)⁻¹ r``, with ``λ`` relative to the mean eigenvalue of each layer."""
         key = state.parameters.key, damping
         if factors is None and self._inverse is not None and self._inverse[0] == key:
             return self._inverse[1]
         factors = factors or state.factors
         assert factors is not None
-        means = factors.mean_curvatures()
-        shifts = [damping * means[i] for i in range(len(means))]
-        return build_kronecker_preconditioner(factors, state.parameters, shifts)
+        return KroneckerInverse(factors, state.parameters, relative_shift(factors, damping))
 
     @staticmethod
     def _move(

@@ -9,6 +9,7 @@ were drawn; and ``slope``, that of the loss along the last step.
 
 import math
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import cached_property
 from numbers import Number
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.jacobian import Layer
-from ngd_optim.kronecker import KroneckerFactors, fits
+from ngd_optim.kronecker import KroneckerFactors
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.torch_internals import version_of
 
@@ -45,7 +46,7 @@ class StreamState:
         is_old = self.age >= every or (self.steps in also and self.age > 0)
         return is_old or self.factors is None
 
-    @property
+    @cached_property
     def factors(self) -> KroneckerFactors | None:
         """Those of all parameters; None if some have none, or have them of another shape."""
         params = self.parameters.tensors
@@ -58,7 +59,8 @@ class StreamState:
                 bias, flipped, groups = entry["layer"]
                 layers.append(Layer(i, index.get(bias), flipped, groups))
             values |= {(i, name): entry[name] for name in _FACTORS if name in entry}
-        return KroneckerFactors(tuple(layers), values) if fits(values, layers, params) else None
+        factors = KroneckerFactors(tuple(layers), values)
+        return factors if factors.fits(params) else None
 
     def flat(self, name: str) -> Tensor:
         """A new flat vector of what the parameters have under a name; 0 where they have nothing."""

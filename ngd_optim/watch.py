@@ -1,15 +1,14 @@
 """Kronecker factors of the losses that a training loop differentiates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.curvature import gauss_newton
-from ngd_optim.jacobian import uses_of
+from ngd_optim.curvature import OutputMetric, gauss_newton
+from ngd_optim.jacobian import Layer, uses_of
 from ngd_optim.kronecker import KroneckerFactors, estimate_factors
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing import Evaluation, LossWatch, twice_differentiable
@@ -24,17 +23,31 @@ class FactorWatch:
         self._is_open = False
 
     @contextmanager
-    def watching(self, parameters: FlatParameters, generator: torch.Generator) -> Iterator[None]:
+    def watching(
+        self,
+        parameters: FlatParameters,
+        generator: torch.Generator,
+        inverses: Mapping[Layer, tuple[Tensor, Tensor]],
+    ) -> Iterator[None]:
         """See the losses that the block computes, which may be differentiated there or later.
 
         Args:
             parameters: whose factors they are.
             generator: draws the vectors that are pulled back.
+            inverses: of the factors that are known.
         """
         if self._is_open:
             yield
             return
-        losses = LossWatch(partial(self._see, parameters, generator))
+
+        def see(call: Any, weight: Tensor) -> None:
+            with torch.enable_grad(), twice_differentiable():
+                metric = _metric_of(call, weight)
+                if metric is not None:
+                    uses = uses_of(metric.outputs, parameters.tensors)
+                    self._add(estimate_factors(uses, metric, parameters, generator, inverses))
+
+        losses = LossWatch(see)
         self._losses.append(losses)  # the graph knows it by a weak reference
         self._is_open = True
         try:
@@ -49,22 +62,18 @@ class FactorWatch:
         self._losses.clear()
         return factors
 
-    def _see(
-        self, parameters: FlatParameters, generator: torch.Generator, call: Any, weight: Tensor
-    ) -> None:
-        if call.result.dtype == torch.float16:
-            raise RuntimeError(
-                "the loss is computed in float16, which has too little range for the curvature, "
-                "with a GradScaler too; use torch.autocast(..., dtype=torch.bfloat16) without one"
-            )
-        with torch.enable_grad(), twice_differentiable():
-            loss = (weight * call.result).sum()
-            metric = gauss_newton(Evaluation(loss, None, (call,)))
-            if metric is None:
-                return
-            uses = uses_of(metric.outputs, parameters.tensors)
-            factors = estimate_factors(uses, metric, parameters, generator)
+    def _add(self, factors: KroneckerFactors) -> None:
         self._factors = factors if self._factors is None else self._factors.add(factors)
+
+
+def _metric_of(call: Any, weight: Tensor) -> OutputMetric | None:
+    """Of what counts ``weight`` times the result of a recognised loss function."""
+    if call.result.dtype == torch.float16:
+        raise RuntimeError(
+            "the loss is computed in float16, which has too little range for the curvature, with a "
+            "GradScaler too; use torch.autocast(..., dtype=torch.bfloat16) without one"
+        )
+    return gauss_newton(Evaluation((weight * call.result).sum(), None, (call,)))
 
 
 class WatchedModule:

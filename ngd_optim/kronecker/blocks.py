@@ -1,6 +1,6 @@
 """The inverse of blocks that are products of damped Kronecker factors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ _ROUNDING = 10
 """Factors are singular up to this multiple of their rounding errors."""
 
 
-def build_kronecker_preconditioner(
-    factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[Tensor]
-) -> Callable[[Tensor], Tensor]:
+class KroneckerInverse:
     """``r ↦ M⁻¹ r`` for the blocks ``(L + √λ/π I) ⊗ (R + π √λ I)``, and ``diagonal + λ`` for the rest.
 
     Factored Tikhonov damping, with ``π`` so that both factors get the same share (Martens & Grosse
@@ -26,53 +24,66 @@ def build_kronecker_preconditioner(
         factors: of the curvature.
         parameters: whose flat vectors ``r`` is one of.
         shift: for each parameter the ``λ`` that the system adds to the curvature, 0-dim.
-    """
-    damped = [
-        pair
-        for layer in factors.layers
-        for pair in _dampings(layer, factors.values, shift[layer.weight])
-    ]
-    inverses = iter(_invert_damped(damped))
-    blocks = [_Block(layer, next(inverses), next(inverses)) for layer in factors.layers]
-    diagonals = {
-        i: _make_invertible(value + shift[i])
-        for (i, name), value in factors.values.items()
-        if name == "diagonal"
-    }
 
-    def precondition(r: Tensor) -> Tensor:
+    Attributes:
+        pairs: the inverses of both damped factors of each layer, or their diagonals.
+    """
+
+    def __init__(
+        self, factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[Tensor]
+    ) -> None:
+        damped = [
+            pair
+            for layer in factors.layers
+            for pair in _dampings(layer, factors.values, shift[layer.weight])
+        ]
+        inverses = iter(_invert_damped(damped))
+        self.pairs = {layer: (next(inverses), next(inverses)) for layer in factors.layers}
+        self._parameters = parameters
+        self._diagonals = {
+            i: _make_invertible(value + shift[i])
+            for (i, name), value in factors.values.items()
+            if name == "diagonal"
+        }
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """The solution, flat."""
         result = torch.empty_like(r)
-        sources, targets = parameters.views(r), parameters.views(result)
-        for block in blocks:
-            block.solve(sources, targets)
-        for i, diagonal in diagonals.items():
+        sources, targets = self._parameters.views(r), self._parameters.views(result)
+        for layer, (left, right) in self.pairs.items():
+            _solve(layer, left, right, sources, targets)
+        for i, diagonal in self._diagonals.items():
             torch.div(sources[i], diagonal, out=targets[i])
         return result
 
-    return precondition
+
+def relative_shift(factors: KroneckerFactors, damping: float) -> list[Tensor]:
+    """For each parameter the shift that gives each factor, or diagonal, ``√damping`` times its mean eigenvalue."""
+    shifts: dict[int, Tensor] = {}
+    for layer in factors.layers:
+        sides = [unpack_factor(factors.values[layer.weight, name]) for name in ("left", "right")]
+        means = [trace_of(side).mean() / side.shape[1] for side in sides]
+        shifts[layer.weight] = damping * means[0] * means[1]
+        if layer.bias is not None:
+            shifts[layer.bias] = shifts[layer.weight]
+    for (i, name), value in factors.values.items():
+        if name == "diagonal":
+            shifts[i] = damping**0.5 * value.mean()
+    return [shifts[i] for i in sorted(shifts)]
 
 
-class _Block:
-    """The inverse of one weight's block."""
-
-    def __init__(self, layer: Layer, left: Tensor, right: Tensor) -> None:
-        self._layer, self._left, self._right = layer, left, right
-
-    def solve(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Write the solution for the layer's parameters."""
-        layer = self._layer
-        matrix = layer.join(
-            sources[layer.weight], None if layer.bias is None else sources[layer.bias]
-        )
-        # (L ⊗ R)⁻¹ vec(X) = L⁻¹ X R⁻¹.
-        matrix = self._left @ matrix if self._left.ndim == 3 else self._left.unsqueeze(-1) * matrix
-        matrix = (
-            matrix @ self._right if self._right.ndim == 3 else matrix * self._right.unsqueeze(-2)
-        )
-        weight, bias = layer.split(matrix)
-        targets[layer.weight].copy_(weight.reshape(targets[layer.weight].shape))
-        if layer.bias is not None and bias is not None:
-            targets[layer.bias].copy_(bias.reshape(-1))
+def _solve(
+    layer: Layer, left: Tensor, right: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor]
+) -> None:
+    """Write the solution for a layer's parameters."""
+    matrix = layer.join(sources[layer.weight], None if layer.bias is None else sources[layer.bias])
+    # (L ⊗ R)⁻¹ vec(X) = L⁻¹ X R⁻¹.
+    matrix = left @ matrix if left.ndim == 3 else left.unsqueeze(-1) * matrix
+    matrix = matrix @ right if right.ndim == 3 else matrix * right.unsqueeze(-2)
+    weight, bias = layer.split(matrix)
+    targets[layer.weight].copy_(weight.reshape(targets[layer.weight].shape))
+    if layer.bias is not None and bias is not None:
+        targets[layer.bias].copy_(bias.reshape(-1))
 
 
 def _dampings(layer: Layer, values: Values, shift: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -16,10 +16,9 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer, uses_of
 from ngd_optim.kronecker import (
     KroneckerFactors,
+    KroneckerInverse,
     average_factors,
-    build_kronecker_preconditioner,
     estimate_factors,
-    fits,
     is_worthwhile,
 )
 from ngd_optim.linearization import Point
@@ -93,7 +92,9 @@ class Kronecker(Preconditioning):
         layers = tuple(dict.fromkeys(use.layer for use in uses))
         if not (self._must or is_worthwhile(uses, self._parameters.tensors)):
             self._estimates.append(None)
-        elif self._is_due or not fits(self._values, layers, self._parameters.tensors):
+        elif self._is_due or not KroneckerFactors(layers, self._values).fits(
+            self._parameters.tensors
+        ):
             self._estimates.append(
                 estimate_factors(uses, metric, self._parameters, self._generator)
             )
@@ -111,7 +112,7 @@ class Kronecker(Preconditioning):
         means = [part.sum() / max(1, part.numel()) for part in shifts]
         factors = KroneckerFactors(self.layers, values)
         try:
-            solve = build_kronecker_preconditioner(factors, self._parameters, means)
+            solve = KroneckerInverse(factors, self._parameters, means)
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             return None  # their numbers are at the end of the range; so are the products
         self.name = "kfac"

@@ -21,14 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from ngd_optim.curvature.metric import OutputMetric
 from ngd_optim.distributed import ALONE
 from ngd_optim.jacobian.layers import Layer, uses_of
-from ngd_optim.kronecker import factors as of_factors
-from ngd_optim.kronecker.blocks import build_kronecker_preconditioner
+from ngd_optim.kronecker import estimate
+from ngd_optim.kronecker.blocks import KroneckerInverse
+from ngd_optim.kronecker.estimate import estimate_factors, is_worthwhile
 from ngd_optim.kronecker.factors import (
     KroneckerFactors,
     average_factors,
-    estimate_factors,
-    fits,
-    is_worthwhile,
     pack_factor,
     unpack_factor,
 )
@@ -518,7 +516,7 @@ def test_one_layer_with_squares_has_exactly_the_gauss_newton_matrix(name, monkey
     forward, *shapes = EXACT[name]
     params: list[Tensor] = [weight(*shape) for shape in shapes]
     x, y = real(4, IN), real(4, 2)
-    monkeypatch.setattr(of_factors, "draw", lambda metric, _: [0.5 * ORTHOGONAL])  # H_z = ¼ I
+    monkeypatch.setattr(estimate, "draw", lambda metric, _: [0.5 * ORTHOGONAL])  # H_z = ¼ I
     closure = lambda: F.mse_loss(forward(x, *params), y)  # noqa: E731
     metric = output_metric_of(closure, params)
     expected = gauss_newton(metric, params)
@@ -615,7 +613,7 @@ def test_several_uses_have_the_sum_of_their_traces():
     parameters = FlatParameters([{"params": [W, b]}])
     uses = uses_of(metric.outputs, [W, b])
     values = estimate_factors(uses, metric, parameters, seeded()).values
-    u = of_factors.draw(metric, seeded())
+    u = estimate.draw(metric, seeded())
     total = 0.0
     for use in uses:
         edge = torch.autograd.graph.GradientEdge(use.node, 0)
@@ -635,7 +633,7 @@ def test_what_is_in_no_layer_has_the_square_of_one_gradient():
     params = list(model.parameters())
     metric = output_metric_of(lambda: F.cross_entropy(model(index), y), params)
     values = factors(lambda: F.cross_entropy(model(index), y), params).values
-    gradients = torch.autograd.grad(metric.outputs, params[:3], of_factors.draw(metric, seeded()))
+    gradients = torch.autograd.grad(metric.outputs, params[:3], estimate.draw(metric, seeded()))
     assert values.keys() == {
         (0, "diagonal"),
         (1, "diagonal"),
@@ -689,7 +687,7 @@ def test_the_longer_sides_have_the_diagonal_of_their_factor(module, monkeypatch)
     module, x = module.double(), real(N, 6, *([4] if isinstance(module, nn.Conv1d) else []))
     closure = lambda: F.mse_loss(module(x), module(x).detach() + 1)  # noqa: E731
     whole = pair(closure, module.parameters())
-    monkeypatch.setattr(of_factors, "LARGEST_FACTOR", 4)
+    monkeypatch.setattr(estimate, "LARGEST_FACTOR", 4)
     left, right = pair(closure, module.parameters())
     assert_near(left, whole[0], 1e-12)
     assert_near(right, whole[1].diagonal(dim1=1, dim2=2), 1e-12)
@@ -722,6 +720,41 @@ def mlp_of(features: int) -> nn.Module:
     return nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
+def test_a_part_of_many_rows_stands_for_all():
+    back, into = real(2, 67, 4), real(2, 67, 5)
+    seen = {}
+    for seed in range(60):
+        left, right = estimate._thin_out(
+            [(back[:, :30], into[:, :30]), (back[:, 30:], into[:, 30:])], seeded(seed)
+        )
+        assert left.shape[1] == right.shape[1] in (16, 17)
+        seen[right[0, 0, 0].item()] = left.mT @ left, right.shape[1]
+    assert len(seen) == 4  # every row counts in one of them
+    assert sum(n for _, n in seen.values()) == 67
+    assert_near(sum(moment for moment, _ in seen.values()) / 4, back.mT @ back, 1e-12)
+    few = estimate._thin_out([(back[:, :19], into[:, :19])], seeded())
+    assert torch.equal(few[0], back[:, :19])
+
+
+def test_a_row_that_is_an_outlier_is_cut():
+    rows = torch.cat([torch.ones(1, 99, 2), 1e3 * torch.ones(1, 1, 2)], 1).double()
+    weights = estimate._weights(rows, 0.5 * torch.eye(2).double()[None])
+    assert_near(weights[0, :99], 0.5 * torch.ones(99).double(), 1e-12)
+    assert weights[0, 99].item() == pytest.approx(10 * (99 * 0.5 + 0.5e6) / 100)
+
+
+def test_weighing_by_the_inverse_settles_at_the_factors_of_a_product():
+    """Of rows whose covariance is L ⊗ R, the iteration ends there (Dutilleul 1999)."""
+    torch.manual_seed(0)
+    a, b = real(3, 3), real(4, 4)
+    back, into = real(1, 40000, 3) @ a / 200, real(1, 40000, 4) @ b
+    left, right = torch.eye(3).double()[None], torch.eye(4).double()[None]
+    for _ in range(20):
+        new = estimate._by_inverses((back, into), (left.inverse(), right.inverse()))
+        left, right = (0.5 * (x + y) for x, y in zip((left, right), new, strict=True))
+    assert_near(torch.kron(left[0], right[0]), torch.kron(a.T @ a, b.T @ b), 0.05)
+
+
 def test_the_mean_of_several_closures():
     model = small_mlp().double()
     params = list(model.parameters())
@@ -730,16 +763,8 @@ def test_the_mean_of_several_closures():
     mean = average_factors([one, two], ALONE)
     assert mean is not None
     assert average_factors([one], ALONE) == one
-    for layer in mean.layers:  # L ⊗ R has the mean of the traces, and each L its own one's share
-        left, right = (layer.weight, "left"), (layer.weight, "right")
-        traces = [
-            torch.trace(unpack_factor(part.values[left])[0]).item() for part in (one, two, mean)
-        ]
-        a, b, c = traces
-        assert c**2 == pytest.approx((a**2 + b**2) / 2)
-        for key in (left, right):
-            expected = (a * one.values[key] + b * two.values[key]) / (2 * c)
-            assert_near(mean.values[key], expected, 1e-12)
+    for key, value in mean.values.items():
+        assert_near(value, (one.values[key] + two.values[key]) / 2, 1e-12)
     other = factors(lambda: F.mse_loss(model[0](real(N, IN)), torch.zeros(N, 6).double()), params)
     assert average_factors([one, other], ALONE) is None
     assert average_factors([], ALONE) is None
@@ -760,15 +785,15 @@ def test_values_fit_their_own_layers_only():
     )
     params = list(model.parameters())
     found = factors(lambda: F.mse_loss(model(x), torch.zeros(N, 2).double()), params)
-    assert fits(found.values, found.layers, params)
+    assert found.fits(params)
     without = {key: value for key, value in found.values.items() if key != (0, "right")}
-    assert not fits(without, found.layers, params)
-    assert not fits(found.values, found.layers, [*params, weight(2)])
+    assert not KroneckerFactors(found.layers, without).fits(params)
+    assert not found.fits([*params, weight(2)])
     for change in ({"bias": None}, {"flipped": True}, {"groups": 1}):
         layers = [
             layer._replace(**change) if layer.groups == 2 else layer for layer in found.layers
         ]
-        assert not fits(found.values, layers, params)
+        assert not KroneckerFactors(layers, found.values).fits(params)
 
 
 WORTHWHILE = {
@@ -833,7 +858,7 @@ def inverse_of(found: KroneckerFactors, params: list[Tensor], shift: list[float]
     """The preconditioner as a matrix."""
     parameters = FlatParameters([{"params": params}])
     shifts = [torch.tensor(value, dtype=parameters.dtype) for value in shift]
-    solve = build_kronecker_preconditioner(found, parameters, shifts)
+    solve = KroneckerInverse(found, parameters, shifts)
     n = sum(p.numel() for p in params)
     return torch.stack([solve(unit) for unit in torch.eye(n, dtype=parameters.dtype)], 1)
 
@@ -885,7 +910,7 @@ def test_singular_factors_have_a_positive_definite_inverse(left, right, dtype, s
         (Layer(0, None, flipped=False, groups=1),),
         {key: value.to(dtype) for key, value in values.items()},
     )
-    solve = build_kronecker_preconditioner(
+    solve = KroneckerInverse(
         found, FlatParameters([{"params": params}]), [torch.tensor(shift, dtype=dtype)] * 2
     )
     r = torch.randn(20, 66, dtype=dtype)
