@@ -61,30 +61,28 @@ def estimate_factors(
     inside = {i for layer in by_layer for i in (layer.weight, layer.bias)}
     outside = [i for i in range(len(params)) if i not in inside]
     inputs: Any = [*(GradientEdge(use.node, 0) for use in uses), *(params[i] for i in outside)]
-    empty = [*(use.zeros() for use in uses), *(torch.zeros_like(params[i]) for i in outside)]
     # E[u uᵀ] = H_z, so the pulled-back gradients have the curvature as covariance.
     pulled = torch.autograd.grad(
         metric.outputs, inputs, draw(metric, generator), retain_graph=True, allow_unused=True
     )
-    gradients = [
-        zeros if gradient is None else gradient
-        for gradient, zeros in zip(pulled, empty, strict=True)
-    ]
-    for use, gradient in zip(uses, gradients, strict=False):
-        by_layer[use.layer].append((use, gradient))
+    for use, gradient in zip(uses, pulled, strict=False):
+        by_layer[use.layer].append((use, use.zeros() if gradient is None else gradient))
     values: dict[tuple[int, str], Tensor] = {}
     for layer, own in by_layer.items():
-        rows = [_rows(use, gradient, parameters.dtype) for use, gradient in own]
         if inverses is None:
-            left, right = _by_traces(rows)
+            left, right = _by_traces([_rows(*pair, parameters.dtype) for pair in own])
         else:
-            left, right = _by_inverses(_thin_out(rows, generator), inverses.get(layer))
+            kept = _choose_rows(own, params, generator)
+            parts = [_rows(*pair, parameters.dtype, kept) for pair in own]
+            back, into = (_join(rows) for rows in zip(*parts, strict=True))
+            left, right = _by_inverses(back, into, inverses.get(layer))
         values |= {
             (layer.weight, "left"): pack_factor(left),
             (layer.weight, "right"): pack_factor(right),
         }
-    for i, gradient in zip(outside, gradients[len(uses) :], strict=True):
-        values[i, "diagonal"] = gradient.to(parameters.dtype).square()
+    for i, gradient in zip(outside, pulled[len(uses) :], strict=True):
+        found = torch.zeros_like(params[i]) if gradient is None else gradient
+        values[i, "diagonal"] = found.to(parameters.dtype).square()
     return KroneckerFactors(tuple(by_layer), values)
 
 
@@ -102,17 +100,38 @@ def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
     return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
 
 
-def _rows(use: Use, gradient: Tensor, dtype: torch.dtype) -> Pair:
-    """``l`` and ``r`` of a use, (groups, n, rows) and (groups, n, columns)."""
-    back, into = (rows.to(dtype) for rows in use.rows(gradient))
+def _rows(
+    use: Use, gradient: Tensor, dtype: torch.dtype, kept: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """``l`` and ``r`` of a use, (groups, n, rows) and (groups, n, columns).
+
+    Of some rows only, ``l`` has the weight of all.
+    """
+    back, into = (rows[:, kept].to(dtype) for rows in use.rows(gradient))
     if use.layer.flipped:
         back, into = into, back
     if use.layer.bias is not None:
         into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
-    return back, into
+    return (back if kept.step in (None, 1) else math.sqrt(kept.step) * back), into
 
 
-def _by_traces(uses: Sequence[Pair]) -> Pair:
+def _choose_rows(
+    own: Sequence[tuple[Use, Tensor]], params: Sequence[Tensor], generator: torch.Generator
+) -> slice:
+    """All rows of a weight's uses, or every so many of them where there are enough."""
+    layer = own[0][0].layer
+    _, rows, columns = layer.shape(params)
+    n = sum(use.length for use, _ in own)
+    step = max(1, min(_MOST_SKIPPED, n // (_LEAST_ROWS * max(rows, columns))))
+    first = torch.randint(step, (), generator=generator, device=generator.device)
+    return slice(int(first), None, step)
+
+
+def _join(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(rows), 1) if len(rows) > 1 else rows[0]
+
+
+def _by_traces(uses: Sequence[tuple[Tensor, Tensor]]) -> Pair:
     lefts, rights, traces = [], [], []
     for back, into in uses:
         left, right = _second_moment(back, back), _second_moment(into, into)
@@ -125,8 +144,7 @@ def _by_traces(uses: Sequence[Pair]) -> Pair:
     return scale_factor(sum(lefts), scale), scale_factor(sum(rights), scale)  # pyright: ignore
 
 
-def _by_inverses(rows: Pair, inverses: Pair | None) -> Pair:
-    back, into = rows
+def _by_inverses(back: Tensor, into: Tensor, inverses: Pair | None) -> Pair:
     if inverses is None:
         left_weights, right_weights = into.square().sum(-1), back.square().sum(-1)
     else:
@@ -143,17 +161,6 @@ def _weights(rows: Tensor, inverse: Tensor) -> Tensor:
     images = rows @ inverse if inverse.ndim == 3 else rows * inverse.unsqueeze(-2)
     weights = (images * rows).mean(-1)
     return weights.minimum(_LARGEST_WEIGHT * weights.mean(-1, keepdim=True))
-
-
-def _thin_out(uses: Sequence[Pair], generator: torch.Generator) -> Pair:
-    """The rows of all uses, or every so many of them, which stand for the others."""
-    back, into = (torch.cat(parts, 1) for parts in zip(*uses, strict=True))
-    enough = _LEAST_ROWS * max(back.shape[-1], into.shape[-1])
-    skipped = min(_MOST_SKIPPED, back.shape[1] // enough)
-    if skipped < 2:
-        return back, into
-    first = int(torch.randint(skipped, (), generator=generator, device=generator.device))
-    return math.sqrt(skipped) * back[:, first::skipped], into[:, first::skipped]
 
 
 def _second_moment(rows: Tensor, others: Tensor) -> Tensor:

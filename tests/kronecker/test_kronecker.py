@@ -721,19 +721,21 @@ def mlp_of(features: int) -> nn.Module:
 
 
 def test_a_part_of_many_rows_stands_for_all():
-    back, into = real(2, 67, 4), real(2, 67, 5)
-    seen = {}
+    layer, x = nn.Linear(4, 5, bias=False).double(), real(67, 4)
+    (use,) = uses_of([layer(x)], [layer.weight])
+    gradient, seen = real(67, 5), {}
     for seed in range(60):
-        left, right = estimate._thin_out(
-            [(back[:, :30], into[:, :30]), (back[:, 30:], into[:, 30:])], seeded(seed)
-        )
+        kept = estimate._choose_rows([(use, gradient)], [layer.weight], seeded(seed))
+        left, right = estimate._rows(use, gradient, torch.float64, kept)
+        assert kept.step == 4
         assert left.shape[1] == right.shape[1] in (16, 17)
-        seen[right[0, 0, 0].item()] = left.mT @ left, right.shape[1]
-    assert len(seen) == 4  # every row counts in one of them
-    assert sum(n for _, n in seen.values()) == 67
-    assert_near(sum(moment for moment, _ in seen.values()) / 4, back.mT @ back, 1e-12)
-    few = estimate._thin_out([(back[:, :19], into[:, :19])], seeded())
-    assert torch.equal(few[0], back[:, :19])
+        seen[kept.start] = left.mT @ left, right.mT @ right
+    assert len(seen) == 4
+    lefts, rights = zip(*seen.values(), strict=True)
+    assert_near(sum(lefts)[0] / 4, gradient.T @ gradient, 1e-12)
+    assert_near(sum(rights)[0], x.T @ x, 1e-12)
+    (few,) = uses_of([layer(x[:19])], [layer.weight])
+    assert estimate._choose_rows([(few, gradient)], [layer.weight], seeded()).step == 1
 
 
 def test_a_row_that_is_an_outlier_is_cut():
@@ -750,7 +752,7 @@ def test_weighing_by_the_inverse_settles_at_the_factors_of_a_product():
     back, into = real(1, 40000, 3) @ a / 200, real(1, 40000, 4) @ b
     left, right = torch.eye(3).double()[None], torch.eye(4).double()[None]
     for _ in range(20):
-        new = estimate._by_inverses((back, into), (left.inverse(), right.inverse()))
+        new = estimate._by_inverses(back, into, (left.inverse(), right.inverse()))
         left, right = (0.5 * (x + y) for x, y in zip((left, right), new, strict=True))
     assert_near(torch.kron(left[0], right[0]), torch.kron(a.T @ a, b.T @ b), 0.05)
 
