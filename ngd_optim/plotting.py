@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ngd_optim.report import StepReport
+from ngd_optim.report import KFACReport, StepReport
 from ngd_optim.shown import show
 
 if TYPE_CHECKING:
@@ -17,6 +17,13 @@ PANELS = {
     "damping": "Damping λ",
     "cg_iters": "CG iterations",
 }
+KFAC_PANELS = {
+    "loss": "Loss before the step",
+    "radius": "Radius δ of the step, ½ dᵀF d",
+    "new_slope": "Slope along the last step on new data ÷ on its own",
+    "step_norm": "Norm of the step",
+    "grad_norm": "Norm of the gradient",
+}
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """For runs: told apart by colour-blind readers too (Okabe & Ito 2008)."""
 
@@ -28,8 +35,14 @@ _FEW = 60
 _LONGEST_NAME = 32
 
 
-def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepReport]]) -> "Figure":
+Report = StepReport | KFACReport
+
+
+def plot_history(reports: Sequence[Report] | Mapping[str, Sequence[Report]]) -> "Figure":
     """Draw a run, step by step: loss, KL, reduction ratio, damping and CG iterations.
+
+    Of :class:`~ngd_optim.KFAC` it draws loss, radius, slope on new data, and the norms of step and
+    gradient.
 
     A dashed line is the trust region, where there is one; a cross marks a rejected step; the
     markers of the CG iterations tell why each solve ended. Steps count from 1.
@@ -62,9 +75,11 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
     except ImportError as error:
         raise ImportError("plot_history needs matplotlib: pip install matplotlib") from error
     runs = _runs(reports)
+    kinds = {type(report) for run in runs.values() for report in run}
+    titles = PANELS if kinds == {StepReport} else KFAC_PANELS
     figure = Figure(figsize=(12, 6), layout="constrained")
     *panels, key = figure.subplots(2, 3, sharex=True).flat
-    for axes, (field, title) in zip(panels, PANELS.items(), strict=True):
+    for axes, (field, title) in zip(panels, titles.items(), strict=True):
         for colour, run in zip(_colours(runs), runs.values(), strict=True):
             _draw_field(axes, run, field, colour)
         axes.set_title(title, loc="left", fontsize=10)
@@ -73,7 +88,11 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes = dict(zip(PANELS, panels, strict=True))
+    axes = dict(zip(titles, panels, strict=True))
+    if kinds == {KFACReport}:
+        axes["new_slope"].axhline(0.0, **_RIGHT)
+        _draw_key(key, runs, {}, set(), "the next batch has its lowest point there")
+        return figure
     axes["reduction_ratio"].axhline(1.0, **_RIGHT)
     stops = _stops(runs)
     # One bound for all is drawn in black; bounds of their own in the colour of the run.
@@ -81,12 +100,12 @@ def plot_history(reports: Sequence[StepReport] | Mapping[str, Sequence[StepRepor
     for colour, run in zip(_colours(runs), runs.values(), strict=True):
         _draw_stops(axes["cg_iters"], run, colour, stops)
         _draw_bound(axes["kl"], run, "black" if len(bounds) == 1 else colour)
-    _draw_key(key, runs, stops, bounds)
+    _draw_key(key, runs, stops, bounds, "the decrease was as predicted")
     return figure
 
 
-def _runs(reports: Any) -> dict[str, list[StepReport]]:
-    if isinstance(reports, StepReport) or not isinstance(reports, Iterable):
+def _runs(reports: Any) -> dict[str, list[Any]]:
+    if isinstance(reports, Report) or not isinstance(reports, Iterable):
         raise TypeError(
             "plot_history needs the reports of all steps, as a list or lists by name, got "
             f"{show(reports)}"
@@ -95,12 +114,16 @@ def _runs(reports: Any) -> dict[str, list[StepReport]]:
     runs = {name: list(run) for name, run in named.items()}
     for run in runs.values():
         for report in run:
-            if not isinstance(report, StepReport):
+            if not isinstance(report, Report):
                 raise TypeError(
                     f"plot_history needs values of optimizer.last_step, got {show(report)} among them"
                 )
     if not any(runs.values()):
         raise ValueError("plot_history needs at least one report, got none")
+    if len({type(report) for run in runs.values() for report in run}) > 1:
+        raise TypeError(
+            "plot_history compares runs of one optimizer, got some of NaturalCG and some of KFAC"
+        )
     return runs
 
 
@@ -118,7 +141,7 @@ def _stops(runs: Mapping[str, Sequence[StepReport]]) -> dict[str, str]:
     return dict(zip(found, _STOP_MARKERS, strict=False))
 
 
-def _draw_field(axes: Any, run: Sequence[StepReport], field: str, colour: str) -> None:
+def _draw_field(axes: Any, run: Sequence[Report], field: str, colour: str) -> None:
     values = [getattr(report, field) for report in run]
     dots = "." if len(run) <= _FEW and field != "cg_iters" else None
     axes.plot(range(1, len(run) + 1), values, color=colour, linewidth=1.3, marker=dots)
@@ -177,6 +200,7 @@ def _draw_key(
     runs: Mapping[str, Sequence[StepReport]],
     stops: Mapping[str, str],
     bounds: set[float],
+    grey: str,
 ) -> None:
     """What lines and markers mean, in a place of its own."""
     axes.axis("off")
@@ -188,7 +212,7 @@ def _draw_key(
     if bounds:
         value = f" = {min(bounds):g}" if len(bounds) == 1 else ""
         axes.plot([], [], color="black", **_BOUND, label=f"trust region, max_kl{value}")
-    axes.plot([], [], **_RIGHT, label="the decrease was as predicted")
+    axes.plot([], [], **_RIGHT, label=grey)
     for stop, marker in stops.items():
         axes.plot([], [], marker, color="0.45", label=f"solve ended: {stop.replace('_', ' ')}")
     axes.legend(loc="center left", frameon=False)

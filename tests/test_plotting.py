@@ -1,5 +1,6 @@
 """The picture of a run shows what the reports say."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from ngd_optim import NaturalCG, StepReport, plot_history
-from ngd_optim.plotting import PANELS
+from ngd_optim import KFAC, NaturalCG, StepReport, plot_history
+from ngd_optim.plotting import KFAC_PANELS, PANELS
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,21 @@ def test_long_names_are_shortened_and_runs_are_kept_apart(reports: list[StepRepo
     texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert sum(text.startswith("results/autoencoder") for text in texts) == 2
     assert all(len(text) <= 32 for text in texts if text.startswith("results"))
+
+
+def test_kfac_has_panels_of_its_own(reports: list[StepReport]) -> None:
+    layer = nn.Linear(2, 1)
+    optimizer, own = KFAC(layer.parameters()), []
+    for _ in range(3):
+        optimizer.step(lambda: nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1)))
+        own.append(optimizer.last_step)
+    optimizer.step(lambda: math.nan * nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1)))
+    own.append(optimizer.last_step)
+    figure = plot_history({"a": own, "b": own[:2]})
+    for axes, (field, title) in zip(figure.axes, KFAC_PANELS.items(), strict=False):
+        assert axes.get_title(loc="left") == title
+        drawn = axes.lines[0].get_ydata()
+        assert list(drawn) == pytest.approx([getattr(r, field) for r in own], nan_ok=True)
+    assert "rejected step" in [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
+    with pytest.raises(TypeError, match="runs of one optimizer"):
+        plot_history({"a": own, "b": reports})
