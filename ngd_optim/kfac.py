@@ -31,9 +31,8 @@ logger = logging.getLogger("ngd_optim")
 _AT_START = (1, 2, 3, 4, 6, 8, 14)
 """After so many steps factors are renewed as well: the curvature grows fast then."""
 
-_TARGET, _RATE = 0.3, 0.2
-"""Slope on new data, in units of the slope on the old ones, at which a step had the right length; and how
-fast the radius follows."""
+_TARGET, _RATE = -0.1, 0.3
+"""The radius stays where the next batch has a tenth of the slope left along a step, and how fast it follows."""
 
 
 class KFAC(Optimizer):
@@ -97,8 +96,8 @@ class KFAC(Optimizer):
         params: Any,
         lr: float | Tensor = 1.0,
         *,
-        momentum: float = 0.9,
-        damping: float = 0.03,
+        momentum: float = 0.95,
+        damping: float = 0.003,
         radius: float = 1e-3,
         adapt_radius: bool = True,
         renew_every: int = 10,
