@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.scripts import load_script, run_python
 
-from ngd_optim import NaturalCG, StepReport
+from ngd_optim import KFAC, NaturalCG, StepReport
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -76,6 +76,23 @@ def test_every_option_and_every_field_of_a_report_is_explained():
     page = (ROOT / "docs" / "settings.md").read_text()
     fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
     assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
+
+
+def test_every_option_of_kfac_is_explained():
+    options = {
+        name: p.default
+        for name, p in inspect.signature(KFAC).parameters.items()
+        if name != "params"
+    }
+    page = (ROOT / "docs" / "streams.md").read_text()
+    _, table = page.split("## Settings")
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|", table, re.MULTILINE)
+    explained = {
+        name: ast.literal_eval(default)
+        for names, default in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert explained == options
 
 
 @pytest.mark.parametrize(
