@@ -1,6 +1,6 @@
 """Walk the autograd graph."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,18 @@ def find_reached(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool
     zeros = [torch.zeros_like(root) for root in roots]
     gradients = torch.autograd.grad(roots, inputs, zeros, retain_graph=True, allow_unused=True)
     return [gradient is not None for gradient in gradients]
+
+
+def run_in_backward_of_its_own(work: Callable[[], Any], device: torch.device) -> None:
+    """Within a backward pass, run something that reads what nodes have saved, as another pass would.
+
+    A checkpointed part of the graph computes that again for each pass, and gives it once.
+    """
+    start = torch.zeros((), device=device, requires_grad=True)
+    with torch.enable_grad():
+        end = start.clone()
+    end.register_hook(lambda _: work())
+    torch.autograd.grad(end, start)
 
 
 _LINEAR = {

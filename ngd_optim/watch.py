@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ngd_optim.autograd_graph import run_in_backward_of_its_own
 from ngd_optim.curvature import OutputMetric, gauss_newton
 from ngd_optim.jacobian import Layer, uses_of
 from ngd_optim.kronecker import KroneckerFactors, estimate_factors
@@ -40,12 +41,15 @@ class FactorWatch:
             yield
             return
 
-        def see(call: Any, weight: Tensor) -> None:
+        def estimate(call: Any, weight: Tensor) -> None:
             with torch.enable_grad(), twice_differentiable():
                 metric = _metric_of(call, weight)
                 if metric is not None:
                     uses = uses_of(metric.outputs, parameters.tensors)
                     self._add(estimate_factors(uses, metric, parameters, generator, inverses))
+
+        def see(call: Any, weight: Tensor) -> None:
+            run_in_backward_of_its_own(lambda: estimate(call, weight), weight.device)
 
         losses = LossWatch(see)
         self._losses.append(losses)  # the graph knows it by a weak reference

@@ -9,12 +9,14 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import CASES, CLASSES
 from helpers.problems import assert_near, flatten
 from helpers.states import assert_same_state
 from torch import nn
 from torch.distributions import Categorical
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import KFAC, NaturalCG, least_squares
 from ngd_optim.kronecker import estimate
@@ -403,6 +405,66 @@ def test_naturalcg_says_once_that_kfac_is_for_streams(stream, caplog):
         optimizer.step(closure)
     said = [record for record in caplog.records if "ngd_optim.KFAC is made" in record.message]
     assert len(said) == (stream == "fresh")
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_models(name):
+    ends = []
+    for way in ("closure", "watch"):
+        torch.manual_seed(0)
+        model, x = CASES[name].make(), CASES[name].data()
+        y = torch.arange(len(x)) % CLASSES
+        optimizer = KFAC([p for p in model.parameters() if p.requires_grad])
+        losses = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            if way == "watch":
+                with optimizer.watch():
+                    loss = F.cross_entropy(model(x).reshape(-1, CLASSES)[: len(y)], y)
+                loss.backward()
+                optimizer.step()
+            else:
+                loss = optimizer.step(
+                    lambda: F.cross_entropy(model(x).reshape(-1, CLASSES)[: len(y)], y)  # noqa: B023
+                )
+            losses.append(loss.item())
+            assert optimizer.last_step.accepted
+        ends.append(losses)
+        params = optimizer.param_groups[0]["params"]
+        assert sum("left" in optimizer.state[p] for p in params) >= (
+            name not in ("weight_norm", "spectral_norm")
+        )
+    assert ends[0] == ends[1]
+    assert ends[0][-1] < 0.8 * ends[0][0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Embedding(5, 3, sparse=True), r"Embedding\(sparse=False\)"),
+        (lambda: Reentrant(), "use_reentrant=False"),
+    ],
+    ids=["sparse", "reentrant"],
+)
+def test_models_that_are_refused(make, message):
+    model = make()
+    optimizer = KFAC(model.parameters())
+    before = flatten(model.parameters())
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        optimizer.step(lambda: F.cross_entropy(model(torch.arange(4)), torch.zeros(4).long()))
+    assert torch.equal(before, flatten(model.parameters()))
+
+
+class Reentrant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Embedding(5, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return checkpoint(self.second, self.first(x), use_reentrant=True)
 
 
 # Several losses

@@ -168,7 +168,7 @@ def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
         solution = dense.solve(mean)
         if last is not None:
             slope = g @ last / abs(last_slope)
-            radius *= 2 ** (0.3 * (-0.1 - slope).clamp(-1, 1).item())
+            radius *= 2 ** (-0.2 * slope.clamp(-1, 1).item())
         d = -0.7 * math.sqrt(2 * radius / (mean @ solution).item()) * solution
         expected = (1 - 0.7 * decay) * flatten(model.parameters()) + d
         last, last_slope = d, mean @ d
