@@ -31,8 +31,8 @@ logger = logging.getLogger("ngd_optim")
 _AT_START = (1, 2, 3, 4, 6, 8, 14)
 """After so many steps factors are renewed as well: the curvature grows fast then."""
 
-_RATE = 0.2
-"""How fast the radius follows: 1.15 times larger where the next batch has the whole slope left."""
+_RATE, _UPHILL = 0.2, 0.1
+"""How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
 
 
 class KFAC(Optimizer):
@@ -258,7 +258,9 @@ class KFAC(Optimizer):
             new_slope = slope_now / abs(state.last_slope) if state.last_slope else math.nan
             radius = settings.radius
             if settings.adapt_radius and math.isfinite(new_slope):
-                radius *= 2 ** (-_RATE * max(-1.0, min(1.0, new_slope)))
+                # Short steps, at the end of a schedule, say little about full ones.
+                rate = _RATE * min(1.0, slope_of_step / slope) if slope > 0 else 0.0
+                radius *= 2 ** (rate * max(-1.0, min(1.0, _UPHILL - new_slope)))
             scale = math.sqrt(2 * radius / slope) if 0 < slope < math.inf else math.nan
             accepted = math.isfinite(scale * size * grad_norm)
             d = step.mul_(-scale)
@@ -302,8 +304,8 @@ class KFAC(Optimizer):
             return mean.normalise(known=())
         if mean is None or not mean.is_finite:
             return None
-        # A mean of all batches at the start, which forgets later.
-        share = min(older_share, state.draws / (state.draws + 1))
+        # At the start they change fast, and the older count less.
+        share = min(older_share, state.draws / (state.draws + 2))
         mean = mean.normalise(known=older.layers).with_layers_of(older)
         return KroneckerFactors(mean.layers, mean.mix(older.values, share))
 

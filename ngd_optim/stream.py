@@ -8,7 +8,7 @@ were drawn; and ``slope``, that of the loss along the last step.
 """
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from functools import cached_property
 from numbers import Number
 from typing import Any
@@ -41,10 +41,10 @@ class StreamState:
         self.steps, self.age, self.draws = (first.get(k, 0) for k in ("steps", "age", "draws"))
         self.last_slope = first.get("slope", math.nan)
 
-    def is_due(self, every: int, also: Sequence[int]) -> bool:
-        """Whether factors are to be renewed: after so many steps, at the start more often."""
-        is_old = self.age >= every or (self.steps in also and self.age > 0)
-        return is_old or self.factors is None
+    def is_due(self, every: int, also: Collection[int]) -> bool:
+        """Whether factors are to be renewed: every so many steps, at the start also after some others."""
+        is_time = self.steps % every == 0 or self.steps in also
+        return (is_time and self.age > 0) or self.age >= every or self.factors is None
 
     @cached_property
     def factors(self) -> KroneckerFactors | None:
@@ -127,7 +127,8 @@ def differentiate(
     """Run each closure once: the mean of the losses, detached, and of their gradients.
 
     A closure that calls ``backward`` leaves its gradients in ``.grad``, with what it has added them to.
-    Of another one, its loss is differentiated here, and ``.grad`` stays as it was.
+    Of another one, its loss is differentiated here, and ``.grad`` stays as it was. Of one that does
+    nothing, as Lightning's under manual optimization, what there is in ``.grad`` counts.
 
     Raises:
         TypeError, ValueError: a closure returned something that is no loss.
@@ -164,6 +165,8 @@ def _differentiate(
         returned = closure()
     if _has_called_backward(params, before):
         return _read(returned, parameters), [p.grad for p in params]
+    if returned is None and any(p.grad is not None for p in params):
+        return _read(returned, parameters), [p.grad for p in params]  # computed before the step
     loss = _require_loss(returned)
     kept = [p.grad for p in params]
     try:

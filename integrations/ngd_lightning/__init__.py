@@ -7,15 +7,16 @@ by itself.
 from typing import Any
 
 from ngd_lightning.callback import LightningBridge, NaturalCGCallback
+from ngd_lightning.kfac import KFACBridge, KFACPlugin
 from ngd_lightning.plugin import NaturalCGPlugin
 from ngd_optim import NaturalCG
 
-__all__ = ["NaturalCGCallback", "NaturalCGPlugin"]
+__all__ = ["KFACPlugin", "NaturalCGCallback", "NaturalCGPlugin"]
 
 
-def callbacks() -> list[LightningBridge]:
+def callbacks() -> list[Any]:
     """What Lightning adds to every Trainer, by the entry point ``lightning.pytorch.callbacks_factory``."""
-    return [LightningBridge()]
+    return [LightningBridge(), KFACBridge()]
 
 
 def refusals() -> list[Any]:

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ngd_lightning.checks import check_trainer, warn_of_optimizers
 from ngd_lightning.step import attach
-from ngd_optim import NaturalCG, StepReport, plot_history
+from ngd_optim import KFAC, KFACReport, NaturalCG, StepReport, plot_history
 
-PROGRESS_BAR = ("kl", "cg_iters", "damping", "reduction_ratio", "accepted")
+PROGRESS_BAR = ("kl", "cg_iters", "damping", "radius", "reduction_ratio", "accepted")
 
 
 class LightningBridge(Callback):
@@ -42,11 +42,11 @@ class LightningBridge(Callback):
 
 
 class NaturalCGCallback(LightningBridge):
-    """Shows what NaturalCG does in a run.
+    """Shows what NaturalCG, or KFAC, does in a run.
 
-    Every field of :class:`~ngd_optim.StepReport` goes to the Trainer's loggers, numbers as metrics
-    and words as text (TensorBoard and CSV), under ``ngd/``, or ``ngd/0/``, ``ngd/1/``, … where
-    several NaturalCG optimizers are used.
+    Every field of :class:`~ngd_optim.StepReport`, or of :class:`~ngd_optim.KFACReport`, goes to the
+    Trainer's loggers, numbers as metrics and words as text (TensorBoard and CSV), under ``ngd/``, or
+    ``ngd/0/``, ``ngd/1/``, … where several such optimizers are used.
 
     Args:
         progress_bar: the fields that the progress bar shows.
@@ -73,10 +73,11 @@ class NaturalCGCallback(LightningBridge):
         picture: str | Path | None = None,
     ) -> None:
         self._progress_bar = {progress_bar} if isinstance(progress_bar, str) else set(progress_bar)
-        unknown = self._progress_bar - set(StepReport.__dataclass_fields__)
+        fields = {*StepReport.__dataclass_fields__, *KFACReport.__dataclass_fields__}
+        unknown = self._progress_bar - fields
         if unknown:
             raise ValueError(
-                f"progress_bar must name fields of StepReport, got {', '.join(sorted(unknown))}"
+                f"progress_bar must name fields of StepReport or KFACReport, got {', '.join(sorted(unknown))}"
             )
         if warn_after < 1:
             raise ValueError(f"warn_after must be at least 1, got {warn_after}")
@@ -86,16 +87,14 @@ class NaturalCGCallback(LightningBridge):
         self._picture = picture
         self._warned = False
         self._logged: dict[str, StepReport] = {}
-        self.runs: dict[str, list[StepReport]] = {}
+        self.runs: dict[str, list[Any]] = {}
         """The steps of each NaturalCG optimizer in the last call of ``fit``, by its name in the logs."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the configuration, and note every step from now on."""
         super().on_fit_start(trainer, pl_module)
         warn_of_optimizers(trainer)
-        optimizers = [
-            optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)
-        ]
+        optimizers = [o for o in trainer.optimizers if isinstance(o, NaturalCG | KFAC)]
         names = ["ngd"] if len(optimizers) == 1 else [f"ngd/{i}" for i in range(len(optimizers))]
         self.runs = {name: [] for name in names}
         self._warned = False
@@ -175,7 +174,7 @@ class NaturalCGCallback(LightningBridge):
         ):
             self._warned = True
             rank_zero_warn(
-                f"NaturalCG's last {self._warn_after} steps did not move the parameters; the last "
+                f"The optimizer's last {self._warn_after} steps did not move the parameters; the last "
                 f"one was {last[-1].reason}. Look for a loss that is not finite or differs each "
                 "time that it is computed; else use larger batches, more damping or a smaller "
                 "max_kl, unless the training has converged"

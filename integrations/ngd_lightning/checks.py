@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ngd_optim import NaturalCG
+from ngd_optim import KFAC, NaturalCG
 
 _SMALL_LR = 0.05
 
@@ -24,20 +24,20 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 def warn_of_optimizers(trainer: pl.Trainer) -> None:
     """Warn of optimizers that are likely not what was meant."""
-    optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)]
+    optimizers = [o for o in trainer.optimizers if isinstance(o, NaturalCG | KFAC)]
     if not optimizers:
         names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
         rank_zero_warn(
             f"NaturalCGCallback has nothing to show: configure_optimizers returned {names}; "
-            "return NaturalCG, or use Trainer(plugins=[NaturalCGPlugin()])"
+            "return NaturalCG or KFAC, or use Trainer(plugins=[NaturalCGPlugin()])"
         )
     for optimizer in optimizers:
         lr = min(float(group["lr"]) for group in optimizer.param_groups)
         if lr < _SMALL_LR and not trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"NaturalCG's lr is {lr:g}, as for a first-order optimizer; it multiplies a step "
-                "that already has the right length, so the usual value is 1.0, and max_kl limits "
-                "the step"
+                f"{type(optimizer).__name__}'s lr is {lr:g}, as for a first-order optimizer; it "
+                "multiplies a step that already has the right length, so the usual value is 1.0, "
+                f"and {'radius' if isinstance(optimizer, KFAC) else 'max_kl'} limits the step"
             )
 
 

@@ -13,8 +13,6 @@ from torch.optim import Optimizer
 from ngd_lightning.step import attach
 from ngd_optim import NaturalCG
 
-_OPTIONS = set(inspect.signature(NaturalCG).parameters) - {"params"}
-
 
 class NaturalCGPlugin(Precision):
     """Trainer plugin that puts NaturalCG in the place of the optimizer that the model configures.
@@ -39,20 +37,23 @@ class NaturalCGPlugin(Precision):
         >>> trainer = Trainer(plugins=[NaturalCGPlugin("bf16-mixed", max_kl=0.1)], logger=False)
     """
 
+    optimizer_class: Any = NaturalCG
+
     def __init__(self, precision: str = "32-true", **options: Any) -> None:
         if precision not in ("32-true", "bf16-mixed", "64-true"):
             raise ValueError(
                 f"precision must be '32-true', 'bf16-mixed' or '64-true', got {precision!r}"
             )
-        unknown = options.keys() - _OPTIONS
+        self._name = self.optimizer_class.__name__
+        known = set(inspect.signature(self.optimizer_class).parameters) - {"params"}
+        unknown = options.keys() - known
         if unknown:
             raise TypeError(
-                f"NaturalCG has no option {', '.join(sorted(unknown))}; it has "
-                f"{', '.join(sorted(_OPTIONS))}"
+                f"{self._name} has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(sorted(known))}"
             )
-        NaturalCG(
-            [nn.Parameter()], **options
-        )  # out of range: better said here than when training starts
+        # Out of range: better said here than when training starts.
+        self.optimizer_class([nn.Parameter()], **options)
         self.precision = precision  # pyright: ignore[reportAttributeAccessIssue]
         self._options = options
         self._inner: Precision = DoublePrecision() if precision == "64-true" else Precision()
@@ -67,23 +68,24 @@ class NaturalCGPlugin(Precision):
             return model, optimizers, lr_schedulers
         if len(optimizers) > 1:
             raise ValueError(
-                "NaturalCGPlugin replaces one optimizer, and the model configures "
-                f"{len(optimizers)}; return NaturalCG from configure_optimizers for those that it "
+                f"{self._name}Plugin replaces one optimizer, and the model configures "
+                f"{len(optimizers)}; return {self._name} from configure_optimizers for those that it "
                 "should replace"
             )
         (replaced,) = optimizers
-        rank_zero_info(f"NaturalCG takes the place of {type(replaced).__name__}")
+        rank_zero_info(f"{self._name} takes the place of {type(replaced).__name__}")
         if lr_schedulers:
             rank_zero_warn(
-                "NaturalCGPlugin leaves out the learning-rate schedulers of "
+                f"{self._name}Plugin leaves out the learning-rate schedulers of "
                 f"{type(replaced).__name__}"
             )
         if isinstance(replaced, _MockOptimizer):  # configure_optimizers returned None
             params: Any = [p for p in model.parameters() if p.requires_grad]
         else:
             params = [{"params": group["params"]} for group in replaced.param_groups]
-        optimizer = NaturalCG(params, **self._options)
-        attach(optimizer)
+        optimizer = self.optimizer_class(params, **self._options)
+        if isinstance(optimizer, NaturalCG):
+            attach(optimizer)
         return model, [optimizer], []
 
     def convert_module(self, module: nn.Module) -> nn.Module:  # noqa: D102

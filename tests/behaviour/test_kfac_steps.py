@@ -162,13 +162,13 @@ def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
     for t, x in enumerate(batches):
         closure = lambda x=x: loss(model(x))  # noqa: E731
         g = flatten(torch.autograd.grad(closure(), list(model.parameters())))
-        dense.renew(closure, t, min(0.6, t / (t + 1)))
+        dense.renew(closure, t, min(0.6, t / (t + 2)))
         m = 0.8 * m + 0.2 * g
         mean = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g
         solution = dense.solve(mean)
         if last is not None:
             slope = g @ last / abs(last_slope)
-            radius *= 2 ** (-0.2 * slope.clamp(-1, 1).item())
+            radius *= 2 ** (0.2 * 0.7 * (0.1 - slope).clamp(-1, 1).item())
         d = -0.7 * math.sqrt(2 * radius / (mean @ solution).item()) * solution
         expected = (1 - 0.7 * decay) * flatten(model.parameters()) + d
         last, last_slope = d, mean @ d

@@ -631,7 +631,9 @@ def test_the_callback_warns_of_what_was_likely_not_meant() -> None:
 
 
 def test_the_callback_checks_its_arguments() -> None:
-    with pytest.raises(ValueError, match="progress_bar must name fields of StepReport, got kll"):
+    with pytest.raises(
+        ValueError, match="progress_bar must name fields of StepReport or KFACReport, got kll"
+    ):
         NaturalCGCallback(progress_bar=["kl", "kll"])
     with pytest.raises(ValueError, match="warn_after must be at least 1, got 0"):
         NaturalCGCallback(warn_after=0)
