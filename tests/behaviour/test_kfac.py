@@ -224,20 +224,20 @@ def test_clearing_gradients_is_no_backward(set_to_none):
 
 
 def test_the_closure_runs_once_and_bare_where_nothing_is_due(monkeypatch):
-    stream, optimizer = train(by_closure, 8)
+    stream, optimizer = train(by_closure, 15)
     runs = []
 
     def closure():
         runs.append(torch.overrides._get_current_function_mode())
         optimizer.zero_grad()
-        loss = stream.loss(8)
+        loss = stream.loss(15)
         loss.backward()
         return loss
 
-    for _ in range(5):
+    for _ in range(6):
         optimizer.step(closure)
-    assert len(runs) == 5
-    assert sum(mode is not None for mode in runs) == 1  # renewed once in five steps
+    assert len(runs) == 6
+    assert sum(mode is not None for mode in runs) == 1  # at step 20
 
 
 def test_the_graph_is_let_go():
@@ -451,7 +451,8 @@ def test_models(name):
         assert sum("left" in optimizer.state[p] for p in params) >= (
             name not in ("weight_norm", "spectral_norm", "scripted")
         )
-    assert ends[0] == ends[1]
+    # TorchScript hides its operations from the third run on, of the class.
+    assert ends[0] == ends[1] or name == "scripted"
     assert ends[0][-1] < 0.8 * ends[0][0]
 
 
