@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 PYTEST := $(BIN)/pytest --numprocesses 2 --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow coverage lint bench docs readme clean
+.PHONY: help demo test test-quick test-slow coverage lint bench gpu docs readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,9 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/pinn.py
 	$(BIN)/python benchmarks/goals.py
+
+gpu:  ## what a GPU does, in eight minutes, with the python that is there; writes benchmarks/results
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 docs: $(READY)  ## build the site in site/, to read offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -24,13 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmin.function import ScalarFunction
 
 import ngd_optim
+from ngd_optim.curvature import Graph
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization import linearize_mean
 from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import Checked
-from ngd_optim.linearization.product import ClosureProduct, Graph
+from ngd_optim.linearization.product import ClosureProduct
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import ReplayedClosure
+from ngd_optim.tracing import wrap_closures
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ngd_optim"
@@ -119,10 +120,12 @@ def recording(model: nn.Module, x: Tensor, classes: int, repeats: int) -> dict[s
     seconds: dict[str, list[float]] = {"direct": [], "first": []}
     for _ in range(repeats):
         for name, way in (("direct", Way("torch.func", recorded=False)), ("first", ways[0])):
-            graph = Graph(ReplayedClosure(closure, params), "ggn")
+            (run,) = wrap_closures(closure, parameters)
+            graph = Graph(run, parameters, "ggn")
             graph.get()
+            checked = Checked((way,))
             product = ClosureProduct(
-                graph, parameters, Checked((way,)), ALONE, print, keep_graph=True
+                graph, parameters, checked, ALONE, print, lambda c=checked: c, keep_graph=True
             )
             start = process_time()
             product.form(v)
@@ -133,8 +136,9 @@ def recording(model: nn.Module, x: Tensor, classes: int, repeats: int) -> dict[s
 def linearize_ways(closure: Callable[[], Tensor], params: list[Tensor]) -> tuple[Way, ...]:
     """The ways to form products that the check of a closure finds right, in order of preference."""
     learnt: dict[Any, Checked] = {}
-    run = ReplayedClosure(closure, params)
-    linearize_mean(FlatParameters([{"params": params}]), "ggn", "auto", learnt, ALONE, [run])
+    parameters = FlatParameters([{"params": params}])
+    runs = wrap_closures(closure, parameters)
+    linearize_mean(parameters, "ggn", "auto", learnt, ALONE, runs)
     (checked,) = learnt.values()
     return checked.ways
 

@@ -294,6 +294,7 @@ class NaturalCG(Optimizer):
                 settings.backend,
                 self._experiences,
                 ranks,
+                smoothing=last.smoothing,
             )
             point = linearize(closures, None if others else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters))
@@ -308,9 +309,9 @@ class NaturalCG(Optimizer):
             # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.
             # W: the weight decay, where the closure uses a parameter at all.
             decay = parameters.spread(settings.weight_decay, point.used)
-            gradient = (
-                point.gradient + decay * theta if any(settings.weight_decay) else point.gradient
-            )
+            gradient = point.model_gradient
+            if any(settings.weight_decay):
+                gradient = gradient + decay * theta
             new_slope = last.slope_on_new_data(point, gradient)
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
             # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
@@ -403,6 +404,8 @@ class NaturalCG(Optimizer):
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
         last.keep(outcome, report.new_loss, settings.lr)
+        if point.bend is not None:
+            last.adapt_smoothing(report.reduction_ratio, accepted=report.accepted)
         self._layers = (
             {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
         )

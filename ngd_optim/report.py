@@ -150,7 +150,8 @@ def build_report(
     model, solution, step, trial = outcome.model, outcome.solution, outcome.step, outcome.trial
     moved = trial.fraction if trial.accepted else 0.0
     loss = point.value
-    grad_norm, step_norm = read(model.gradient.norm(), step.direction.norm())
+    gradient = model.gradient if point.bend is None else model.gradient - point.bend
+    grad_norm, step_norm = read(gradient.norm(), step.direction.norm())
     predicted = step.predicted_decrease(trial.fraction)
     # A ratio of two roundings says nothing.
     telling = abs(predicted) > point.rounding

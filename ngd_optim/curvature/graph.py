@@ -38,6 +38,8 @@ class Graph:
         run: the closure.
         parameters: what it is a function of.
         curvature: the setting of that name.
+        smoothing: how wide kinks are rounded; see :func:`~ngd_optim.tracing.kinks.irls_weight`.
+            None: they are not.
 
     Attributes:
         replays: whether trial points replay what was recorded; else they run the closure.
@@ -45,13 +47,18 @@ class Graph:
     """
 
     def __init__(
-        self, run: TracedClosure, parameters: FlatParameters, curvature: Curvature
+        self,
+        run: TracedClosure,
+        parameters: FlatParameters,
+        curvature: Curvature,
+        smoothing: float | None = None,
     ) -> None:
         self.run = run
         self.replays = True
         self.is_repeatable = False
         self._parameters = parameters
         self._curvature: Curvature = curvature
+        self._smoothing = smoothing
         self._kept: tuple[Evaluation, OutputMetric | ScalarMetric] | None = None
         self._recorder: ForwardRecorder | None = None
         self._trial: ForwardProgram | None = None
@@ -75,7 +82,7 @@ class Graph:
                         refuse_moving_transforms(self._returned, self._recorder.has_seen)
                 else:
                     traced = self.run.run_again(graph=True)
-                self._kept = traced, metric_of(traced, self._curvature)
+                self._kept = traced, metric_of(traced, self._curvature, self._smoothing)
         return self._kept
 
     def release(self, *, for_good: bool = True) -> None:

@@ -26,7 +26,7 @@ from ngd_optim.curvature.kl_checks import (
     check_returned_kl,
     largest_kl_at_start,
 )
-from ngd_optim.curvature.vector_products import Map, hessian
+from ngd_optim.curvature.vector_products import Map, hessian, pull_back
 from ngd_optim.names import Curvature, Kind
 from ngd_optim.tracing import Evaluation
 
@@ -47,6 +47,8 @@ class OutputMetric:
             parameters around the outputs counts as well.
         check: at the first step with a closure, whether what serves as a KL is one.
         inputs: what the loss takes of the outputs: it depends on parameters around these.
+        bends: what the slope of the model that rounds kinks has more than the loss's, at as many of
+            the last outputs; empty: no kink is rounded.
     """
 
     outputs: Tensors
@@ -55,6 +57,13 @@ class OutputMetric:
     kind: Kind
     check: Check = check_nothing
     inputs: Tensors = ()
+    bends: Tensors = ()
+
+    def bend(self, params: Tensors) -> Tensors | None:
+        """What the model's gradient has more than the loss's, one tensor per parameter; None: nothing."""
+        if not self.bends:
+            return None
+        return pull_back(self.outputs[-len(self.bends) :], params)(self.bends)
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,10 @@ class ScalarMetric:
         return [self.scalar]
 
 
-def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | ScalarMetric:
-    """The metric that the closure offers and ``curvature`` asks for.
+def metric_of(
+    evaluation: Evaluation, curvature: Curvature, smoothing: float | None
+) -> OutputMetric | ScalarMetric:
+    """The metric that the closure offers and ``curvature`` asks for; ``smoothing`` is for :func:`gauss_newton`.
 
     Raises:
         ValueError: the closure does not offer it, or what it returned has no graph.
@@ -100,7 +111,7 @@ def metric_of(evaluation: Evaluation, curvature: Curvature) -> OutputMetric | Sc
             else fisher(evaluation)
         )
     if curvature in ("auto", "ggn"):
-        metric = gauss_newton(evaluation)
+        metric = gauss_newton(evaluation, smoothing)
         if metric is not None:
             return metric
         if curvature == "ggn":
@@ -201,13 +212,14 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
     )
 
 
-def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
+def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetric | None:
     """The generalised Gauss-Newton metric: the Hessian of all that the loss does after the model's outputs.
 
     Weights, reductions, label smoothing and sums of several losses are followed by autograd
     (Schraudolph 2002). What the loss has a kink in is an output as well, with the curvature of a
-    parabola. None if the loss depends on no recognised loss function's input and not on kinks
-    alone, or on derivatives of a loss function.
+    parabola, and rounded by ``smoothing``, a share of their mean size; None: they are not. The metric
+    is None if the loss depends on no recognised loss function's input and not on kinks alone, or on
+    derivatives of a loss function.
     """
     calls = [call for call in evaluation.losses if call.result.requires_grad]
     # How the loss depends on what the loss functions gave: w of a mean, a sum, a weighted sum.
@@ -233,12 +245,20 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
     edges = [GradientEdge(kink.node, 0) for kink in kinks]
     slopes = torch.autograd.grad(evaluation.loss, edges, retain_graph=True) if edges else ()
     forms = [kink.form() for kink in kinks]
-    bends = [weigh(slope).detach() for (_, weigh), slope in zip(forms, slopes, strict=True)]
+    parabolas = [
+        weigh(slope, smoothing).detach() for (_, weigh), slope in zip(forms, slopes, strict=True)
+    ]
+    # Without the width, h z would be the loss's own slope.
+    bends = [
+        z.detach() * (h - weigh(slope, 0.0)).detach()
+        for (z, weigh), slope, h in zip(forms, slopes, parabolas, strict=True)
+        if smoothing is not None
+    ]
     at_outputs = hessian(loss, outputs) if outputs else None
 
     def apply_hessian(u: Tensors) -> Tensors:
         first, rest = u[: len(outputs)], u[len(outputs) :]
-        bent = [h * t for h, t in zip(bends, rest, strict=True)]
+        bent = [h * t for h, t in zip(parabolas, rest, strict=True)]
         return bent if at_outputs is None else [*at_outputs(first), *bent]
 
     def select(other: Evaluation) -> Tensors:
@@ -257,6 +277,7 @@ def gauss_newton(evaluation: Evaluation) -> OutputMetric | None:
         select,
         "ggn",
         inputs=[*outputs, *(t for kink in kinks for t in kink.inputs)],
+        bends=bends,
     )
 
 

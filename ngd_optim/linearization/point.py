@@ -80,6 +80,8 @@ class Point:
             loss, such as an empty batch.
         writes_parameters: whether a closure of the loss changes the parameters, such as by putting
             them back into bounds.
+        bend: what the gradient of the model, whose kinks are rounded, has more than the loss's;
+            None: nothing.
     """
 
     loss: Tensor
@@ -96,6 +98,12 @@ class Point:
     measure: Callable[[], tuple[float, float | None]]
     is_empty: Callable[[], bool]
     writes_parameters: bool = False
+    bend: Tensor | None = None
+
+    @property
+    def model_gradient(self) -> Tensor:
+        """The gradient of the quadratic model: that of the loss with its kinks rounded."""
+        return self.gradient if self.bend is None else self.gradient + self.bend
 
     def square_root(self) -> SqrtGGN | None:
         """The matrix ``A`` with ``F = AᵀA``, where there are outputs; None if ``F`` is indefinite."""
@@ -141,7 +149,8 @@ class Point:
             return self
         assert not isinstance(self.product, RanksProduct)
         n = len(self.used)
-        flags = ranks.any([*self.reached, *self.used])
+        flags = ranks.any([*self.reached, *self.used, self.bend is not None])
+        bend = torch.zeros_like(self.gradient) if self.bend is None else self.bend
 
         def measure() -> tuple[float, float | None]:
             loss, kl = ranks.together(self.measure)
@@ -156,7 +165,8 @@ class Point:
             loss=ranks.average(self.loss),
             gradient=ranks.average(self.gradient),
             reached=flags[:n],
-            used=flags[n:],
+            used=flags[n : 2 * n],
+            bend=ranks.average(bend) if flags[-1] else None,
             outputs=0,
             product=RanksProduct(self.product, ranks),
             measure=measure,
@@ -173,6 +183,7 @@ class Point:
             kind=other.kind,
             graph=other.graph,
             product=other.product,
+            bend=other.bend,
         )
 
 
@@ -186,6 +197,7 @@ def linearize_closure(
     ranks: Ranks = ALONE,
     observe: Observer | None = None,
     *,
+    smoothing: float | None = None,
     keep_graph: bool = True,
 ) -> Point:
     """A closure at the current parameters.
@@ -200,10 +212,11 @@ def linearize_closure(
         learnt: what was learnt of closures at earlier points; it is added to.
         ranks: those that take the same step.
         observe: is shown the metric; None: nobody is.
+        smoothing: how wide kinks are rounded; None: they are not.
         keep_graph: hold the graph; else each product runs the closure again.
     """
     params = parameters.tensors
-    graph = Graph(run, parameters, curvature)
+    graph = Graph(run, parameters, curvature, smoothing)
 
     def differentiate() -> tuple[Signature, list[bool], Tensor]:
         traced, _ = graph.get()
@@ -266,6 +279,7 @@ def linearize_closure(
         return loss, divergence
 
     at_outputs = isinstance(metric, OutputMetric)
+    bend = metric.bend(params) if at_outputs else None
     point = Point(
         loss=traced.loss.detach(),
         gradient=gradient,
@@ -283,6 +297,7 @@ def linearize_closure(
         measure=measure,
         is_empty=graph.is_empty,
         writes_parameters=run.writes_parameters,
+        bend=None if bend is None else parameters.flatten(bend),
     )
     # Each product of a list runs its closure again, so that one graph is in memory at a time.
     if not keep_graph:
@@ -298,6 +313,8 @@ def linearize_mean(
     ranks: Ranks,
     runs: Sequence[TracedClosure],
     observe: Observer | None = None,
+    *,
+    smoothing: float | None = None,
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
@@ -305,7 +322,15 @@ def linearize_mean(
     """
     parts = [
         linearize_closure(
-            run, parameters, curvature, backend, learnt, ranks, observe, keep_graph=len(runs) == 1
+            run,
+            parameters,
+            curvature,
+            backend,
+            learnt,
+            ranks,
+            observe,
+            smoothing=smoothing,
+            keep_graph=len(runs) == 1,
         )
         for run in runs
     ]
@@ -320,6 +345,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
         return fmean(losses), None if None in kls else fmean(kls)
 
+    bends = [part.bend for part in parts if part.bend is not None]
     first, *others = (part.gradient for part in parts)
     for gradient in others:
         first += gradient
@@ -337,6 +363,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         measure=measure,
         is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
+        bend=torch.stack(bends).sum(0) / len(parts) if bends else None,
     )
 
 

@@ -11,6 +11,8 @@ _GROW = 2.0
 _SHRINK = 1 / 2
 _LITTLE, _MUCH = 0.2, 0.4
 _STEEP = 1 / 3
+_TOO_MUCH = 2.0
+_SHARPEN, _SMOOTHEN = 0.7, 1.1
 _SPAN = 1e7
 
 
@@ -145,6 +147,23 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) ->
     if overshot or reduction_ratio < _LITTLE:
         return _GROW
     return _SHRINK if reduction_ratio > _MUCH else 1.0
+
+
+def smoothing_factor(reduction_ratio: float, *, accepted: bool) -> float:
+    """Factor for how wide kinks are rounded, after a step.
+
+    The step is judged by the loss, its model has the kinks rounded. A wide rounding lets parameters
+    and residuals pass through zero. Near the rounded loss's minimum the loss falls much less than
+    the model says, or much more: less rounding then brings the minimum nearer to the loss's own
+    (Daubechies, DeVore, Fornasier & Güntürk 2010, section 5).
+
+    Args:
+        reduction_ratio: as for :func:`damping_factor`.
+        accepted: likewise.
+    """
+    if not (accepted and _LITTLE <= reduction_ratio <= _TOO_MUCH):
+        return _SHARPEN
+    return _SMOOTHEN if reduction_ratio > _MUCH else 1.0
 
 
 def new_data_factor(slope: float) -> float:

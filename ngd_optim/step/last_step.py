@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.step.damping import smoothing_factor
 from ngd_optim.step.descend import Outcome
 
 _KEPT_ON_NEW_DATA = 0.7
@@ -20,7 +21,8 @@ class LastStep:
 
     That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not
     rejected, the first also has ``slope``, that of the objective along the step at its start,
-    ``new_loss``, the loss at its end, and ``lr``, the rate of each parameter.
+    ``new_loss``, the loss at its end, and ``lr``, the rate of each parameter. If the loss has kinks,
+    the first has ``smoothing``, how wide they are rounded.
 
     Args:
         parameters: of the step that is now taken.
@@ -38,6 +40,16 @@ class LastStep:
     def moved(self) -> bool:
         """Whether there was a step, and it was not rejected."""
         return bool(self._first.get("slope"))
+
+    @property
+    def smoothing(self) -> float:
+        """How wide kinks are rounded, as a share of their mean size."""
+        return self._first.get("smoothing", 1.0)
+
+    def adapt_smoothing(self, reduction_ratio: float, *, accepted: bool) -> None:
+        """After a step of a loss with kinks; see :func:`~ngd_optim.step.damping.smoothing_factor`."""
+        value = self.smoothing * smoothing_factor(reduction_ratio, accepted=accepted)
+        self._state[self._parameters.tensors[0]]["smoothing"] = min(max(value, 1e-6), 1.0)
 
     def momentum(self, used: Sequence[bool], factor: float) -> Tensor | None:
         """``factor`` times the last solution; None: no factor, or the last step was rejected."""

@@ -2,6 +2,11 @@
 
 That is what iteratively reweighted least squares does. It is for functions with a kink that a loss
 ends in: absolute values, norms, hinges and maxima, of which it takes sums with constant weights.
+
+A step rounds the kinks: nearer to one than a width, its model takes the parabola's slope as well as
+its curvature, Huber's function in place of ``|r|``. The slope of ``|r|`` itself is ±1 however near
+the kink is, and would carry the step past it: none would end near a kink. The width falls while
+steps are taken; see :func:`~ngd_optim.step.damping.smoothing_factor`.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,13 +20,16 @@ from torch import Tensor
 
 from ngd_optim.autograd_graph import find_linear_ends
 
-Weigh = Callable[[Tensor], Tensor]
+Weigh = Callable[[Tensor, float | None], Tensor]
+"""``(c, smoothing) ↦ h``; see :class:`Kink`."""
 
 _FLOOR = 0.1
 """Share of the median residual below which residuals count as no smaller: from 0.03 to 0.3 serve as well."""
 
 
-def irls_weight(residual: Tensor, slope: Tensor | float = 1.0) -> Tensor:
+def irls_weight(
+    residual: Tensor, slope: Tensor | float = 1.0, smoothing: float | None = None
+) -> Tensor:
     """``h = c / max(|r|, floor)``, the second derivative of the parabola above ``c |r|``.
 
     For any ``r₀ ≠ 0``, ``c |r| ≤ ½ h r² + ½ c |r₀|`` with ``h = φ′(r₀) / r₀ = c / |r₀|``; both
@@ -41,6 +49,8 @@ def irls_weight(residual: Tensor, slope: Tensor | float = 1.0) -> Tensor:
         residual: ``r``, of any shape; zeros, such as elements that do not count, do not move the
             floor.
         slope: ``c ≥ 0``, a number or a tensor that broadcasts with ``r``.
+        smoothing: share of the mean ``|r|`` of those that are not zero, which is the floor in place
+            of that; at least that mean's rounding.
 
     Returns:
         The weights ``h``, finite and at least 0, without a graph.
@@ -49,9 +59,14 @@ def irls_weight(residual: Tensor, slope: Tensor | float = 1.0) -> Tensor:
     if not size.numel():
         return size
     mean = size.mean()
-    median = torch.where(size > 0, size, torch.nan).nanmedian()
+    if smoothing is None:
+        median = torch.where(size > 0, size, torch.nan).nanmedian()
+        floor = torch.maximum(_FLOOR * median, 0.01 * mean)
+    else:
+        share = max(smoothing, torch.finfo(size.dtype).eps)
+        floor = share * size.sum() / (size > 0).sum().clamp(min=1)
     # Without a residual there is no gradient either, and any weight will do.
-    floor = torch.where(mean > 0, torch.maximum(_FLOOR * median, 0.01 * mean), 1.0)
+    floor = torch.where(mean > 0, floor, 1.0)
     return slope / torch.maximum(size, floor)
 
 
@@ -62,9 +77,10 @@ class Kink:
     Attributes:
         node: of its result in the graph.
         inputs: what it was given, where that requires a gradient.
-        form: gives the coordinate ``z``, which is zero at the kink, and ``c ↦ h`` for the slope
-            ``c = ∂loss/∂result``: the second derivatives in ``z``, one for each element, at least 0.
-            Where the loss is concave there they are 0.
+        form: gives the coordinate ``z``, which is zero at the kink, and ``(c, smoothing) ↦ h`` for
+            the slope ``c = ∂loss/∂result``: the second derivatives in ``z``, one for each element,
+            at least 0. Where the loss is concave there they are 0. The smoothing is that of
+            :func:`irls_weight`.
         takes_memory: whether the inputs would be let go after the call.
         is_smooth: whether it has no kink after all: a square, which that parabola is.
     """
@@ -120,7 +136,9 @@ def call_with_kink(func: Any, args: Any, kwargs: Any) -> tuple[Any, Kink | None]
 
 
 def _abs(x: Tensor) -> Reading:
-    return Reading([x], lambda x: (x, lambda c: irls_weight(x, c.clamp(min=0))))
+    return Reading(
+        [x], lambda x: (x, lambda c, smoothing: irls_weight(x, c.clamp(min=0), smoothing))
+    )
 
 
 def _norm(
@@ -138,9 +156,9 @@ def _norm(
     def form(x: Tensor) -> tuple[Tensor, Weigh]:
         length = torch.linalg.vector_norm(x.detach(), 1 if p == 1 else 2, dims, keepdim=True)
 
-        def weigh(c: Tensor) -> Tensor:
+        def weigh(c: Tensor, smoothing: float | None) -> Tensor:
             slope = c.reshape(length.shape).clamp(min=0)
-            return irls_weight(x if p == 1 else length, slope).expand_as(x)
+            return irls_weight(x if p == 1 else length, slope, smoothing).expand_as(x)
 
         return x, weigh
 
@@ -164,7 +182,7 @@ def _maximum(a: Tensor, b: Any = None, sign: int = 1) -> Reading | None:
 
     def form(a: Tensor, b: Tensor) -> tuple[Tensor, Weigh]:
         z = a - b
-        return z, lambda c: irls_weight(z, 0.5 * (sign * c).clamp(min=0))
+        return z, lambda c, smoothing: irls_weight(z, 0.5 * (sign * c).clamp(min=0), smoothing)
 
     return Reading([a, b], form, takes_memory=True)
 
@@ -180,7 +198,7 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Reading | None:
 
     def form(x: Tensor) -> tuple[Tensor, Weigh]:
         z = x - edge
-        return z, lambda c: irls_weight(z, 0.5 * (sign * c).clamp(min=0))
+        return z, lambda c, smoothing: irls_weight(z, 0.5 * (sign * c).clamp(min=0), smoothing)
 
     return Reading([x], form, takes_memory=True)
 
@@ -199,7 +217,10 @@ def _power(x: Tensor, exponent: Any = 2) -> Reading | None:
 
     def form(x: Tensor) -> tuple[Tensor, Weigh]:
         # φ = |z|ᵉ has φ′/z = e |z|ᵉ⁻².
-        return x, lambda c: exponent * c.clamp(min=0) * irls_weight(x) ** (2 - exponent)
+        def weigh(c: Tensor, smoothing: float | None) -> Tensor:
+            return exponent * c.clamp(min=0) * irls_weight(x, 1.0, smoothing) ** (2 - exponent)
+
+        return x, weigh
 
     return Reading([x], form, is_smooth=exponent == 2)
 

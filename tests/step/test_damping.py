@@ -10,7 +10,13 @@ from torch import nn
 from torch.distributions import Categorical
 
 from ngd_optim import NaturalCG, least_squares
-from ngd_optim.step.damping import damping_factor, new_data_factor, nielsen_factor, retry_factor
+from ngd_optim.step.damping import (
+    damping_factor,
+    new_data_factor,
+    nielsen_factor,
+    retry_factor,
+    smoothing_factor,
+)
 
 RULE = [
     # reduction ratio, accepted, overshot, factor
@@ -35,6 +41,24 @@ RULE = [
 @pytest.mark.parametrize(("ratio", "accepted", "overshot", "factor"), RULE)
 def test_rule(ratio, accepted, overshot, factor):
     assert damping_factor(ratio, accepted=accepted, overshot=overshot) == factor
+
+
+SMOOTHING = [
+    # reduction ratio, accepted, factor
+    (1.0, True, 1.1),
+    (2.0, True, 1.1),
+    (2.001, True, 0.7),
+    (0.4, True, 1.0),
+    (0.2, True, 1.0),
+    (0.1999, True, 0.7),
+    (1.0, False, 0.7),
+    (math.nan, True, 0.7),
+]
+
+
+@pytest.mark.parametrize(("ratio", "accepted", "factor"), SMOOTHING)
+def test_rule_for_kinks(ratio, accepted, factor):
+    assert smoothing_factor(ratio, accepted=accepted) == factor
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Losses by hand that end in a kink: Gauss-Newton with the parabola of iteratively reweighted least squares."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,10 @@ from helpers.problems import real
 from torch import nn
 
 from ngd_optim import NaturalCG, linearize
+from ngd_optim.distributed import ALONE
+from ngd_optim.linearization import linearize_mean
+from ngd_optim.parameters import FlatParameters
+from ngd_optim.tracing import wrap_closures
 from ngd_optim.tracing.kinks import irls_weight
 
 N, C = 6, 3
@@ -154,3 +160,72 @@ def test_a_norm_at_zero_does_not_stop_the_step():
         optimizer.step(closure)
         assert optimizer.last_step.accepted
     assert optimizer.last_step.loss < 0.6 * first
+
+
+def soften(r, width):
+    """Huber's function, with slope 1 far away."""
+    return F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=width) / width
+
+
+ROUNDED = {
+    "abs": (lambda z: (z - TARGET).abs().mean(), lambda z, w: soften(z - TARGET, w).mean()),
+    "hinge": (
+        lambda z: (1 - SIGNS * z).relu().sum(),
+        lambda z, w: (0.5 * (1 - SIGNS * z) + 0.5 * soften(1 - SIGNS * z, w)).sum(),
+    ),
+    "beside_a_loss": (
+        lambda z: F.mse_loss(z, TARGET) + z.abs().sum(),
+        lambda z, w: F.mse_loss(z, TARGET) + soften(z, w).sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("closures", [1, 2])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_the_gradient_of_the_model_is_that_of_the_rounded_loss(name, closures):
+    loss, rounded = ROUNDED[name]
+    z = nn.Parameter(real(N, C))
+    parameters = FlatParameters([{"params": [z]}])
+    runs = wrap_closures([lambda: loss(1 * z)] * closures, parameters)
+    point = linearize_mean(parameters, "auto", "auto", {}, ALONE, runs, smoothing=0.5)
+    r = {"abs": z - TARGET, "hinge": 1 - SIGNS * z, "beside_a_loss": z}[name].detach().abs()
+    assert (r < 0.5 * r.mean()).any()
+    expected = torch.autograd.grad(rounded(z, 0.5 * r.mean().item()), z)[0].flatten()
+    true = torch.autograd.grad(loss(z), z)[0].flatten()
+    assert torch.allclose(point.model_gradient, expected, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(point.gradient, true)
+    assert not torch.allclose(expected, true)
+
+
+def test_the_lasso_is_solved():
+    """Of an orthogonal design: shrinkage by λ, with zeros."""
+    target, shrinkage = torch.linspace(-2, 2, 21, dtype=torch.float64), 0.5
+    w = nn.Parameter(real(21))
+    optimizer = NaturalCG([w])
+
+    def closure():
+        return 0.5 * F.mse_loss(w, target, reduction="sum") + shrinkage * w.abs().sum()
+
+    for _ in range(60):
+        optimizer.step(closure)
+    expected = target.sign() * (target.abs() - shrinkage).relu()
+    assert (w - expected).abs().max() < 1e-3
+
+
+def test_a_resumed_run_rounds_as_wide():
+    def run(steps, resumes):
+        w = nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64))
+        optimizer = NaturalCG([w])
+        for i in range(steps):
+            if resumes and i == steps // 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = NaturalCG([w])
+                optimizer.load_state_dict(saved)
+            optimizer.step(
+                lambda: F.mse_loss(w.sin(), TARGET[0, 0].expand(8)) + 0.1 * w.abs().sum()
+            )
+        return w, optimizer.state[w]["smoothing"]
+
+    (w, smoothing), (other, same) = run(20, False), run(20, True)
+    assert torch.equal(w, other)
+    assert smoothing == same < 1
