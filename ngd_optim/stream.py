@@ -10,7 +10,7 @@ were drawn; and ``slope``, that of the loss along the last step.
 import math
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from functools import cached_property
-from numbers import Number
+from numbers import Real
 from typing import Any
 
 import torch
@@ -137,7 +137,9 @@ def differentiate(
         return _differentiate(closures[0], parameters)
     params = parameters.tensors
     before = [p.grad for p in params]
-    losses, totals, called_backward = [], [None] * len(params), False
+    losses: list[Tensor] = []
+    totals: list[Tensor | None] = [None] * len(params)
+    called_backward = False
     for closure in closures:
         for p in params:
             p.grad = None
@@ -195,7 +197,7 @@ def _read(returned: Any, parameters: FlatParameters) -> Tensor:
     loss = returned[0] if isinstance(returned, tuple) and returned else returned
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.detach().reshape(())
-    value = float(loss) if isinstance(loss, Number) else math.nan
+    value = float(loss) if isinstance(loss, Real) else math.nan
     return torch.tensor(value, dtype=parameters.dtype, device=parameters.device)
 
 

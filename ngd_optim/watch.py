@@ -77,7 +77,7 @@ def _metric_of(call: Any, weight: Tensor) -> OutputMetric | None:
             "the loss is computed in float16, which has too little range for the curvature, with a "
             "GradScaler too; use torch.autocast(..., dtype=torch.bfloat16) without one"
         )
-    return gauss_newton(Evaluation((weight * call.result).sum(), None, (call,)))
+    return gauss_newton(Evaluation((weight * call.result).sum(), None, (call,)), smoothing=None)
 
 
 class WatchedModule:

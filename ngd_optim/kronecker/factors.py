@@ -98,8 +98,9 @@ class KroneckerFactors:
 
 
 def _mix(value: Tensor, older: Tensor | None, share: float) -> Tensor:
-    fits = older is not None and older.shape == value.shape
-    return value.lerp(older.to(value), share) if fits else value
+    if older is None or older.shape != value.shape:
+        return value
+    return value.lerp(older.to(value), share)
 
 
 def _shape(name: str, value: Tensor) -> tuple[int, ...]:
