@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, overload
 
@@ -19,6 +19,7 @@ from ngd_optim.kronecker import (
     relative_shift,
 )
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, check_shapes, to_plain_numbers
 from ngd_optim.shown import show
@@ -174,15 +175,23 @@ class KFAC(Optimizer):
 
     @contextmanager
     def _watching(self, module: nn.Module | None = None) -> Iterator[None]:
+        """Watch the losses of the block if factors are due; ``module`` is about to run."""
         settings = KFACSettings.of(self.param_groups)
         state = StreamState(FlatParameters(self.param_groups), self.state)
         if not state.is_due(settings.renew_every, _AT_START):
             yield
             return
+        with self._watching_for(state, settings.damping, module):
+            yield
+
+    @contextmanager
+    def _watching_for(
+        self, state: StreamState, damping: float, module: nn.Module | None = None
+    ) -> Iterator[None]:
         self._ranks = Ranks(self.process_group, state.parameters.device, follow_ddp=True)
         if self._drawing is None:  # one for all batches of a step
             self._drawing = self.generator or state.generator()
-        known = self._invert(None, state, settings.damping).pairs if state.factors else {}
+        known = self._invert(None, state, damping).pairs if state.factors else {}
         watching = self._watch.watching(state.parameters, self._drawing, known)
         with self._ranks.noticing_ddp(module), watching:
             yield
@@ -209,6 +218,13 @@ class KFAC(Optimizer):
                 "KFAC takes no GradScaler, whose float16 has too little range for the curvature; use "
                 "torch.autocast(..., dtype=torch.bfloat16), and call optimizer.step() yourself"
             )
+        try:
+            return self._step(closure)
+        finally:  # also of a step that failed nothing is left
+            self._watch.take()
+            self._ranks = self._drawing = None
+
+    def _step(self, closure: Any) -> Tensor | None:
         settings = KFACSettings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         state = StreamState(parameters, self.state)
@@ -219,7 +235,7 @@ class KFAC(Optimizer):
         runs = [] if closure is None else wrap_closures(closure, parameters)
         if runs:
             functions = [run.function for run in runs]
-            with self._watching():
+            with self._watching_for(state, settings.damping) if is_due else nullcontext():
                 loss, gradients = differentiate(functions, parameters)
         reached = [g is not None for g in gradients]
         if not any(reached):
@@ -245,28 +261,20 @@ class KFAC(Optimizer):
             mean = gradient.lerp(unbiased, settings.momentum)  # Nesterov's
             x = solve(mean)
             step = parameters.spread(settings.lr) * x
-            sizes = [
-                mean @ x,
-                mean @ step,
-                step.norm(),
-                gradient.norm(),
-                gradient @ state.flat("step"),
-            ]
-            slope, slope_of_step, size, grad_norm, slope_now = torch.stack(sizes).tolist()
+            slope, slope_of_step, slope_now, size, grad_norm = read(
+                mean @ x, mean @ step, gradient @ state.flat("step"), step.norm(), gradient.norm()
+            )
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
             new_slope = slope_now / abs(state.last_slope) if state.last_slope else math.nan
             radius = settings.radius
-            if settings.adapt_radius and math.isfinite(new_slope):
-                # Short steps, at the end of a schedule, say little about full ones.
-                rate = _RATE * min(1.0, slope_of_step / slope) if slope > 0 else 0.0
-                radius *= 2 ** (rate * max(-1.0, min(1.0, _UPHILL - new_slope)))
+            if settings.adapt_radius and slope > 0:
+                radius *= _radius_factor(new_slope, slope_of_step / slope)
             scale = math.sqrt(2 * radius / slope) if 0 < slope < math.inf else math.nan
             accepted = math.isfinite(scale * size * grad_norm)
             d = step.mul_(-scale)
 
         # 5. What the next step needs, and the report. Of a step that is refused nothing is left.
-        self._ranks = self._drawing = None
         if accepted:
             self._move(parameters, d, settings, reached)
             state.keep(momentum=momentum, step=d, slope=-scale * slope_of_step, factors=factors)
@@ -337,9 +345,17 @@ class KFAC(Optimizer):
                 p.mul_(1 - decay).add_(change)
 
 
+def _radius_factor(new_slope: float, lr: float) -> float:
+    """By how much the radius changes; short steps, at the end of a schedule, say little about full ones."""
+    if not math.isfinite(new_slope):
+        return 1.0
+    return 2 ** (_RATE * min(1.0, lr) * max(-1.0, min(1.0, _UPHILL - new_slope)))
+
+
 _NOTHING_SEEN = (
     "KFAC has seen no loss whose Kronecker factors it can take. Write `with optimizer.watch(): loss = ...` "
-    "around the loss, or optimizer.watch(module) once for a module whose forward computes it, or call "
+    "around the loss, or optimizer.watch(module) once for a module whose forward computes it (where "
+    "torch.compile made a module of that, watch the compiled one), or call "
     "optimizer.step(closure); and let the loss come from a function of torch.nn.functional, such as "
     "cross_entropy or mse_loss, or from least_squares"
 )

@@ -104,11 +104,13 @@ class WatchedModule:
             handle.remove()
 
     def _enter(self, *_: Any) -> None:
-        if self._watch is not None:
+        # A hook within a compiled module would be compiled as well.
+        if self._watch is not None and not torch.compiler.is_compiling():
             self._stack.enter_context(self._watch())
 
     def _leave(self, *_: Any) -> None:
-        self._stack.close()
+        if not torch.compiler.is_compiling():
+            self._stack.close()
 
     def __reduce__(self) -> Any:
         return WatchedModule, (None, None)

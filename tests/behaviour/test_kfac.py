@@ -619,18 +619,23 @@ def test_a_batch_that_is_not_finite_is_skipped(steps):
     assert torch.equal(stream.theta, twin.theta)
 
 
-def test_an_exception_in_the_closure_leaves_everything():
-    stream, optimizer = train(by_closure, 3)
+@pytest.mark.parametrize("steps", [3, 5])  # factors are due, or not
+def test_an_exception_in_the_closure_leaves_everything(steps):
+    stream, optimizer = train(by_closure, steps)
+    twin, other = copy.deepcopy((stream, optimizer))
     saved, before = copy.deepcopy(optimizer.state_dict()), stream.theta
 
     def closure():
-        stream.loss(3)
+        stream.loss(99).backward()
         raise KeyError("data")
 
     with pytest.raises(KeyError):
         optimizer.step(closure)
     assert torch.equal(before, stream.theta)
     assert_same_state(saved, optimizer.state_dict())
+    by_closure(stream, optimizer, steps)
+    by_closure(twin, other, steps)
+    assert torch.equal(stream.theta, twin.theta)
 
 
 def test_grad_scaler_and_float16_are_refused_and_bfloat16_works():
