@@ -45,7 +45,7 @@ class FactorWatch:
             with torch.enable_grad(), twice_differentiable():
                 metric = _metric_of(call, weight)
                 if metric is not None:
-                    uses = uses_of(metric.outputs, parameters.tensors)
+                    uses = uses_of(metric.outputs, parameters.tensors, tables=True)
                     self._add(estimate_factors(uses, metric, parameters, generator, inverses))
 
         def see(call: Any, weight: Tensor) -> None:

@@ -74,7 +74,8 @@ class Use(NamedTuple):
         adds_bias: whether the layer's bias is added here.
         length: ``n``, how many rows there are.
         rows: makes of the gradient at the node ``l`` and ``r`` for the weight as it is, not
-            flipped: (groups, n, rows of the weight) and (groups, n, columns).
+            flipped: (groups, n, rows of the weight) and (groups, n, columns). Of a table ``l`` has one 1,
+            whose index is given: (1, n, 1) integers.
     """
 
     node: Node
@@ -89,8 +90,13 @@ class Use(NamedTuple):
         return torch.zeros(out.shape, dtype=out.dtype, device=out.device)
 
 
-def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
-    """Every use of a parameter in a matrix product or a convolution, in the graph that leads to some tensors."""
+def uses_of(
+    roots: Sequence[Tensor], params: Sequence[Tensor], *, tables: bool = False
+) -> list[Use]:
+    """Every use of a parameter in a matrix product or a convolution, in the graph that leads to some tensors.
+
+    With ``tables``, also of embeddings that are used in no other way.
+    """
     index = {id(p): i for i, p in enumerate(params)}
     uses = (_use(node, index, params) for node in nodes(roots))
     found = [use for use in uses if use is not None and params[use.layer.weight].numel()]
@@ -99,11 +105,15 @@ def uses_of(roots: Sequence[Tensor], params: Sequence[Tensor]) -> list[Use]:
     for use in sorted(found, key=lambda use: use.layer.bias is None):
         layer = use.layer if use.layer.bias not in taken else use.layer._replace(bias=None)
         taken.add(layers.setdefault(layer.weight, layer).bias)
-    return [
+    uses = [
         use._replace(layer=layer, adds_bias=use.layer == layer)
         for use in found
         if (layer := layers[use.layer.weight]).groups == use.layer.groups
     ]
+    if tables:
+        lookups = (_lookup(node, index, params) for node in nodes(roots))
+        uses += [use for use in lookups if use is not None and use.layer.weight not in layers]
+    return uses
 
 
 class Factors(NamedTuple):
@@ -201,6 +211,26 @@ def _use(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use |
         return (into, back) if factors.transposed ^ transposed else (back, into)
 
     return Use(node, layer, layer.bias is not None, length, rows)
+
+
+def _lookup(node: Any, index: Mapping[int, int], params: Sequence[Tensor]) -> Use | None:
+    if node.name() != "EmbeddingBackward0" or saved_by(node, "scale_grad_by_freq"):
+        return None
+    weight = index.get(id(variable_of(source_of(node.next_functions[0][0])[0])))
+    if weight is None:
+        return None
+    padding, (size, width) = saved_by(node, "padding_idx"), params[weight].shape
+
+    def rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        indices, gradient = (
+            saved_by(node, "indices").reshape(1, -1, 1),
+            gradient.reshape(1, -1, width),
+        )
+        # −1, for none, is saved as an unsigned number.
+        return indices, gradient * (indices != padding) if padding < size else gradient
+
+    length = math.prod(outputs_of(node)[0].shape[:-1])
+    return Use(node, Layer(weight, None, flipped=False, groups=1), False, length, rows)
 
 
 def source_of(node: Any) -> tuple[Any, bool]:

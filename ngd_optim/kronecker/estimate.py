@@ -75,7 +75,9 @@ def estimate_factors(
             kept = _choose_rows(own, params, generator)
             parts = [_rows(*pair, parameters.dtype, kept) for pair in own]
             back, into = (_join(rows) for rows in zip(*parts, strict=True))
-            left, right = _by_inverses(back, into, inverses.get(layer))
+            by_inverses = _by_inverses if back.is_floating_point() else _of_table
+            _, size, _ = layer.shape(params)
+            left, right = by_inverses(back, into, inverses.get(layer), size)
         values |= {
             (layer.weight, "left"): pack_factor(left),
             (layer.weight, "right"): pack_factor(right),
@@ -105,14 +107,15 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """``l`` and ``r`` of a use, (groups, n, rows) and (groups, n, columns).
 
-    Of some rows only, ``l`` has the weight of all.
+    Of some rows only, ``r`` has the weight of all.
     """
-    back, into = (rows[:, kept].to(dtype) for rows in use.rows(gradient))
+    back, into = (rows[:, kept] for rows in use.rows(gradient))
+    back, into = back.to(dtype) if back.is_floating_point() else back, into.to(dtype)
     if use.layer.flipped:
         back, into = into, back
     if use.layer.bias is not None:
         into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
-    return (back if kept.step in (None, 1) else math.sqrt(kept.step) * back), into
+    return back, into if kept.step in (None, 1) else math.sqrt(kept.step) * into
 
 
 def _choose_rows(
@@ -120,9 +123,9 @@ def _choose_rows(
 ) -> slice:
     """All rows of a weight's uses, or every so many of them where there are enough."""
     layer = own[0][0].layer
-    _, rows, columns = layer.shape(params)
     n = sum(use.length for use, _ in own)
-    step = max(1, min(_MOST_SKIPPED, n // (_LEAST_ROWS * max(rows, columns))))
+    largest = max(layer.shape(params)[1:])
+    step = max(1, min(_MOST_SKIPPED, n // (_LEAST_ROWS * largest)))
     first = torch.randint(step, (), generator=generator, device=generator.device)
     return slice(int(first), None, step)
 
@@ -144,7 +147,7 @@ def _by_traces(uses: Sequence[tuple[Tensor, Tensor]]) -> Pair:
     return scale_factor(sum(lefts), scale), scale_factor(sum(rights), scale)  # pyright: ignore
 
 
-def _by_inverses(back: Tensor, into: Tensor, inverses: Pair | None) -> Pair:
+def _by_inverses(back: Tensor, into: Tensor, inverses: Pair | None, size: int) -> Pair:
     if inverses is None:
         left_weights, right_weights = into.square().sum(-1), back.square().sum(-1)
     else:
@@ -156,10 +159,25 @@ def _by_inverses(back: Tensor, into: Tensor, inverses: Pair | None) -> Pair:
     )
 
 
+def _of_table(indices: Tensor, into: Tensor, inverses: Pair | None, size: int) -> Pair:
+    """The same, where each ``l`` is a column of the identity, and ``L`` a diagonal."""
+    indices = indices.squeeze(-1)
+    if inverses is None:
+        left_weights, right_weights = into.square().sum(-1), torch.ones_like(into[..., 0])
+    else:
+        left_weights = _weights(into, inverses[1])
+        right_weights = _cut(inverses[0].gather(1, indices) / size)
+    left = into.new_zeros(1, size).scatter_add(1, indices, left_weights)
+    return left, _second_moment(into, right_weights.unsqueeze(-1) * into)
+
+
 def _weights(rows: Tensor, inverse: Tensor) -> Tensor:
     """``xᵀ M⁻¹ x ÷`` the length of ``x``, for each row."""
     images = rows @ inverse if inverse.ndim == 3 else rows * inverse.unsqueeze(-2)
-    weights = (images * rows).mean(-1)
+    return _cut((images * rows).mean(-1))
+
+
+def _cut(weights: Tensor) -> Tensor:
     return weights.minimum(_LARGEST_WEIGHT * weights.mean(-1, keepdim=True))
 
 

@@ -192,3 +192,41 @@ def test_first_factors_are_those_of_the_preconditioner():
     for p, one, other in zip(("weight", "bias", "scale"), *values, strict=True):
         for name in {"weight": ("left", "right"), "bias": (), "scale": ("diagonal",)}[p]:
             assert_near(one[name], other[name], 1e-12)
+
+
+class Table(nn.Module):
+    """Tokens through an embedding, or as columns of the identity through a product."""
+
+    def __init__(self, one_hot):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.head = nn.Parameter(torch.randn(7, 4)), nn.Linear(4, 3)
+        self.one_hot = one_hot
+
+    def forward(self, tokens):
+        if self.one_hot:
+            ones = F.one_hot(tokens, 7).double() * (tokens != 2).unsqueeze(-1)
+            constant = (self.weight[2] * (tokens == 2).unsqueeze(-1)).detach()
+            return self.head(
+                (ones.flatten(0, 1) @ self.weight)
+                .view(*tokens.shape, 4)
+                .add(constant)
+                .tanh()
+                .mean(1)
+            )
+        return self.head(F.embedding(tokens, self.weight, padding_idx=2).tanh().mean(1))
+
+
+def test_an_embedding_is_a_product_with_columns_of_the_identity(monkeypatch):
+    monkeypatch.setattr(estimate, "_MOST_SKIPPED", 1)
+    ends = []
+    for one_hot in (True, False):
+        model = Table(one_hot).double()
+        optimizer = KFAC(model.parameters(), renew_every=1)
+        for step in range(4):
+            tokens = torch.randint(0, 7, (N, 5), generator=seeded(step))
+            optimizer.step(lambda: F.cross_entropy(model(tokens), tokens[:, 0] % 3))  # noqa: B023
+        ends.append(flatten(model.parameters()))
+    assert set(optimizer.state[model.weight]) >= {"left", "right", "layer"}
+    assert optimizer.state[model.weight]["left"].shape == (1, 7)
+    assert_near(ends[1], ends[0], 1e-9)

@@ -732,8 +732,8 @@ def test_a_part_of_many_rows_stands_for_all():
         seen[kept.start] = left.mT @ left, right.mT @ right
     assert len(seen) == 4
     lefts, rights = zip(*seen.values(), strict=True)
-    assert_near(sum(lefts)[0] / 4, gradient.T @ gradient, 1e-12)
-    assert_near(sum(rights)[0], x.T @ x, 1e-12)
+    assert_near(sum(lefts)[0], gradient.T @ gradient, 1e-12)
+    assert_near(sum(rights)[0] / 4, x.T @ x, 1e-12)
     (few,) = uses_of([layer(x[:19])], [layer.weight])
     assert estimate._choose_rows([(few, gradient)], [layer.weight], seeded()).step == 1
 
@@ -752,7 +752,7 @@ def test_weighing_by_the_inverse_settles_at_the_factors_of_a_product():
     back, into = real(1, 40000, 3) @ a / 200, real(1, 40000, 4) @ b
     left, right = torch.eye(3).double()[None], torch.eye(4).double()[None]
     for _ in range(20):
-        new = estimate._by_inverses(back, into, (left.inverse(), right.inverse()))
+        new = estimate._by_inverses(back, into, (left.inverse(), right.inverse()), 3)
         left, right = (0.5 * (x + y) for x, y in zip((left, right), new, strict=True))
     assert_near(torch.kron(left[0], right[0]), torch.kron(a.T @ a, b.T @ b), 0.05)
 
