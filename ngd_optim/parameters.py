@@ -141,17 +141,3 @@ class FlatParameters:
         """Set the values, bit for bit."""
         for p, value in zip(self.tensors, values.split(self._sizes), strict=True):
             p.copy_(value.view(p.shape))
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[Tensor]:
-        """Put values, ``requires_grad`` and ``.grad`` back if the block raises. Yields the flat values."""
-        start = self.read()
-        gradients = [p.grad for p in self.tensors]
-        try:
-            yield start
-        except BaseException:
-            self.write(start)
-            for p, gradient in zip(self.tensors, gradients, strict=True):
-                p.requires_grad_(True)
-                p.grad = gradient
-            raise

@@ -10,17 +10,29 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.distributions import kl
 from torch.nn import _reduction
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 
 class DispatchMode(TorchDispatchMode):
-    """Sees every aten operation; no public mode looks below autograd."""
+    """Sees every aten operation of its thread; no public mode looks below autograd.
+
+    Torch's own ``__enter__`` and ``__exit__`` also set flags of the whole process for the compiler,
+    which two threads leave set.
+    """
+
+    def __enter__(self) -> Any:
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -113,3 +125,24 @@ def kl_function_of(kind: type) -> Any:
     if (kind, kind) not in kl._KL_MEMOIZE:
         kl._KL_MEMOIZE[kind, kind] = kl._dispatch_kl(kind, kind)
     return kl._KL_MEMOIZE[kind, kind]
+
+
+def attend_by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """``_scaled_dot_product_attention_math``: what ``SDPBackend.MATH`` takes; the choice itself is the process's."""
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def saves_by_hooks() -> bool:
+    """``_top_saved_tensors_default_hooks``: whether what autograd saves is handed to hooks, as in a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

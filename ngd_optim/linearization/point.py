@@ -35,8 +35,8 @@ Observer = Callable[[OutputMetric | ScalarMetric], None]
 
 
 _CHECKPOINT_CHANGED = (
-    "a checkpointed part of the closure was not the same when it ran again; with an LSTM in it, set "
-    "torch.backends.mkldnn.enabled = False"
+    "a checkpointed part of the closure was not the same when it ran again; let it compute the same each "
+    "time, from what it is given"
 )
 _WRITTEN_TO = (
     "the loss was computed from something that has been written to since, in the closure or by a step, "

@@ -5,7 +5,7 @@ of it: detached tensors, all that is computed under ``no_grad``, random numbers.
 code runs once, and whatever else it does happens once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -106,6 +106,8 @@ class ForwardRecorder(DispatchMode):
 
     Args:
         parameters: what the program is a function of.
+        on_draw: is told of each generator that random numbers are about to be drawn from, None for
+            a global one.
 
     Attributes:
         reads_values: whether the closure read a number that depends on the parameters, other than
@@ -114,8 +116,13 @@ class ForwardRecorder(DispatchMode):
         problem: why there is no program; None if there is one.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        on_draw: Callable[[torch.Generator | None], None] = lambda generator: None,
+    ) -> None:
         super().__init__()
+        self._on_draw = on_draw
         self._number = next(_RECORDERS)
         self._inputs: dict[int, _Mark] = {id(p): (slot, "") for slot, p in enumerate(parameters)}
         self._parameters = {memory_of(p) for p in parameters}
@@ -223,6 +230,8 @@ class ForwardRecorder(DispatchMode):
         kwargs = kwargs or {}
         func = ZEROS if func is LAZY_ZEROS else func
         fact = facts(func)
+        if fact.random:
+            self._on_draw(kwargs.get("generator"))
         if self._paused or fact.asks_about_shapes:
             return func(*args, **kwargs)
         if func is _aten.detach.default:  # autograd calls it too, for what it saves
