@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.distributions import kl
@@ -39,6 +40,30 @@ class DispatchMode(TorchDispatchMode):
         # Closures run without the compiler; the guard against it would import it, and cost time at
         # each call.
         return False
+
+
+class RealZeros(DispatchMode):
+    """Makes zeros of ``aten._efficientzerotensor``, by which forward mode saves memory.
+
+    In any other dispatch mode, a user's for example, an operation on them ends the process (torch
+    2.13: ``mul`` by a number, in what ``mse_loss`` is differentiated by).
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return materialize(func)(*args, **(kwargs or {}))
+
+
+def materialize(operation: Any) -> Any:
+    """``aten.zeros`` for ``aten._efficientzerotensor``, any other operation as it is; see :class:`RealZeros`."""
+    return _ZEROS if operation is _LAZY_ZEROS else operation
+
+
+_LAZY_ZEROS, _ZEROS = torch.ops.aten._efficientzerotensor.default, torch.ops.aten.zeros.default
+
+
+def is_watched() -> bool:
+    """``_len_torch_dispatch_stack``: whether some dispatch mode is active in this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed(values: Iterable[Any]) -> bool:
@@ -73,6 +98,19 @@ def keep_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
     Autograd refuses a graph that has saved a tensor which was written to since.
     """
     return _unsafe_preserve_version_counter(tuple(tensors))
+
+
+def flatten_dense(tensors: Sequence[Tensor]) -> Tensor:
+    """``_flatten_dense_tensors``: a new flat tensor of their elements, by one call for however many."""
+    flat = _flatten_dense_tensors(tuple(tensors))
+    return flat.clone() if len(tensors) == 1 else flat  # of one tensor it is a view
+
+
+def unflatten_dense(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """``_unflatten_dense_tensors``: views of a flat tensor, of the shapes of others."""
+    views = _unflatten_dense_tensors(flat, tuple(like))
+    # What has no elements is given a shape of (0,).
+    return [v if v.numel() else v.view(t.shape) for v, t in zip(views, like, strict=True)]
 
 
 def base_of(tensor: Tensor) -> Tensor | None:

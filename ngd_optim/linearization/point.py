@@ -50,6 +50,9 @@ Learnt = dict[Any, Checked]
 It is not saved, and learnt anew if lost.
 """
 
+_MOST = 256
+"""So much is kept, and the oldest given up: closures whose hooks are new at each step are new each time."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -253,6 +256,8 @@ def linearize_closure(
         )
         if checked is None:
             return assume_unchecked(backend)
+        if len(learnt) >= _MOST:
+            del learnt[next(iter(learnt))]
         learnt[key] = checked
         return checked
 

@@ -1,7 +1,7 @@
 """What a closure changes beside its result: random number generators and buffers."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class SideEffects:
     """
 
     def __init__(self, devices: Iterable[torch.device], parameters: Iterable[Tensor] = ()) -> None:
-        self._apart = {memory_of(p) for p in parameters}
+        self._parameters = list(parameters)
         self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
         self._start: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] | None = None
@@ -45,6 +45,10 @@ class SideEffects:
                 self._track(thing, read, write, start)
         else:
             self._track(generator, generator.get_state, generator.set_state)
+
+    @cached_property
+    def _apart(self) -> set[int]:
+        return {memory_of(p) for p in self._parameters}
 
     def track_tensor(self, tensor: Tensor) -> None:
         """The closure is about to change a tensor in place."""
