@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.torch_internals import flatten_dense, keep_versions, unflatten_dense
+from ngd_optim.torch_internals import copy_all, flatten_dense, keep_versions, unflatten_dense
 
 
 class FlatParameters:
@@ -146,4 +146,4 @@ class FlatParameters:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
-        torch._foreach_copy_(self.tensors, self.views(values))
+        copy_all(self.tensors, self.views(values))

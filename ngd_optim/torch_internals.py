@@ -113,6 +113,11 @@ def unflatten_dense(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [v if v.numel() else v.view(t.shape) for v, t in zip(views, like, strict=True)]
 
 
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``_foreach_copy_``: each source's values into its target."""
+    torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
+
+
 def base_of(tensor: Tensor) -> Tensor | None:
     """``Tensor._base``: what it is a view of; there is no public question."""
     return tensor._base
@@ -183,4 +188,5 @@ def attend_by_products(
 
 def saves_by_hooks() -> bool:
     """``_top_saved_tensors_default_hooks``: whether what autograd saves is handed to hooks, as in a checkpoint."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return top(True) is not None

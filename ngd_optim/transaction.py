@@ -106,7 +106,7 @@ def all_or_nothing(step: Callable[..., Tensor]) -> Any:
             _finish(transaction.undo)
             raise
 
-    whole.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+    vars(whole)["hooked"] = True  # for torch, which would wrap it once more
     return whole
 
 

@@ -159,3 +159,25 @@ def test_dispatch_modes_of_two_threads_leave_no_flag_set():
     left.set()
     thread.join()
     assert not is_in_torch_dispatch_mode()
+
+
+def test_flat_vectors_are_split_joined_and_copied():
+    shapes = [(2, 3), (0, 4), (), (5,)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    flat = internals.flatten_dense(tensors)
+    assert torch.equal(flat, torch.cat([t.flatten() for t in tensors]))
+    views = internals.unflatten_dense(flat, tensors)
+    assert all(map(torch.equal, views, tensors))
+    assert views[0].data_ptr() == flat.data_ptr()
+    alone = internals.flatten_dense(tensors[:1])
+    assert alone.data_ptr() != tensors[0].data_ptr()
+    others = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+    internals.copy_all(others, tensors)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(others, tensors, strict=True))
+
+
+def test_watched_zeros_have_memory():
+    assert not internals.is_watched()
+    with internals.RealZeros():
+        assert internals.is_watched()
+        assert not torch._efficientzerotensor((2,))._is_zerotensor()

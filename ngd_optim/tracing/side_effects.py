@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ngd_optim.torch_internals import memory_of
 
+_Thing = tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]
+"""Something that changes, what reads it and what writes it."""
+
 
 class SideEffects:
     """Things that a closure changes, put back before it runs again, so that many runs have the effect of the first one.
@@ -23,10 +26,12 @@ class SideEffects:
 
     def __init__(self, devices: Iterable[torch.device], parameters: Iterable[Tensor] = ()) -> None:
         self._parameters = list(parameters)
-        self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
+        self._tracked: dict[int, _Thing] = {}
         self._start: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] | None = None
-        self._global = [(torch.default_generator, torch.get_rng_state, torch.set_rng_state)]
+        self._global: list[_Thing] = [
+            (torch.default_generator, torch.get_rng_state, torch.set_rng_state)
+        ]
         for device in {d for d in devices if d.type != "cpu"}:
             module = torch.get_device_module(device)
             get, put = module.get_rng_state, module.set_rng_state
