@@ -3,8 +3,6 @@
 from ngd_optim.tracing.closure import (
     Evaluation,
     TracedClosure,
-    twice_differentiable,
-    undo_on_error,
     wrap_closures,
 )
 from ngd_optim.tracing.least_squares import least_squares
@@ -13,7 +11,5 @@ __all__ = [
     "Evaluation",
     "TracedClosure",
     "least_squares",
-    "twice_differentiable",
-    "undo_on_error",
     "wrap_closures",
 ]

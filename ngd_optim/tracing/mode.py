@@ -3,7 +3,6 @@
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ngd_optim.kernels import differentiable, recompute_alike
 from ngd_optim.recording import ForwardRecorder
-from ngd_optim.torch_internals import base_of, is_transformed, memory_of
+from ngd_optim.torch_internals import base_of, is_transformed, memory_of, saves_by_hooks
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
 
-# Their fused kernels have no second derivatives and no forward mode.
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 # With running statistics as second and third argument, and whether they change as sixth.
 _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
@@ -54,6 +52,7 @@ class Tracing(TorchFunctionMode):
         reads_gradients: whether it looked at a ``.grad`` that ``backward`` left.
         differentiates: whether the closure called ``torch.autograd.grad``.
         has_hooks: whether it registered hooks on gradients.
+        recomputes: whether it uses checkpointing.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class Tracing(TorchFunctionMode):
         self.calls = 0
         self.differentiates = False
         self.has_hooks = False
+        self.recomputes = False
 
     @property
     def kinks(self) -> list[Kink]:
@@ -83,6 +83,9 @@ class Tracing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.recomputes and saves_by_hooks():
+            self.recomputes = True
+            recompute_alike()  # in derivatives that the closure itself takes, too
         if func is torch.Tensor.backward:
             return self._note_backward(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -115,11 +118,7 @@ class Tracing(TorchFunctionMode):
             if kink is not None:
                 (self._held if kink.takes_memory else self._kinks).append(kink)
             return result
-        # Native kernels are slower forward, and can be differentiated as often as one likes.
-        if getattr(func, "__name__", None) in _RECURRENT:
-            with _native_kernels():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        return differentiable(func)(*args, **kwargs)
 
     def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
         generator = kwargs.get("generator")
@@ -187,20 +186,6 @@ class Tracing(TorchFunctionMode):
         )
         for root, gradient in zip(tensors, gradients, strict=True):
             self._note_backward(root, gradient, create_graph=create_graph, inputs=inputs)
-
-
-@contextmanager
-def _native_kernels() -> Iterator[None]:
-    # Their flags() contexts also set TF32, which warns on machines that have none.
-    libraries = [torch.backends.mkldnn, torch.backends.cudnn]
-    before = [library.enabled for library in libraries]
-    try:
-        for library in libraries:
-            library.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
-        yield
-    finally:
-        for library, enabled in zip(libraries, before, strict=True):
-            library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
