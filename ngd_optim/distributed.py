@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -193,8 +194,10 @@ def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
 def _before_ddp_modules(
     action: Callable[[nn.parallel.DistributedDataParallel], None],
 ) -> Iterator[None]:
+    here = get_ident()  # the hook sees the modules of all threads
+
     def hook(module: nn.Module, _: Any) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+        if isinstance(module, nn.parallel.DistributedDataParallel) and get_ident() == here:
             action(module)
 
     handle = register_module_forward_pre_hook(hook)

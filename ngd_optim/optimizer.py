@@ -3,8 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.jacobian import Layer
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Learnt, Point, linearize_mean
 from ngd_optim.names import (
     BackendChoice,
@@ -45,11 +45,8 @@ from ngd_optim.solvers import (
     curvature_diagonal,
 )
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
-from ngd_optim.tracing import (
-    TracedClosure,
-    twice_differentiable,
-    wrap_closures,
-)
+from ngd_optim.tracing import wrap_closures
+from ngd_optim.transaction import all_or_nothing
 
 logger = logging.getLogger("ngd_optim")
 
@@ -226,6 +223,7 @@ class NaturalCG(Optimizer):
         self._on_stream, self._has_advised = 0, False
         self._experiences: Learnt = {}
         self._has_told_of_damping = False
+        self._transaction: Any = None
         self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -251,6 +249,7 @@ class NaturalCG(Optimizer):
         """
         return self._gradient_hooks.register(hook)
 
+    @all_or_nothing
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
@@ -280,7 +279,9 @@ class NaturalCG(Optimizer):
         last = LastStep(parameters, self.state)
         closures = wrap_closures(closure, parameters)
         others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters)
-        with _transaction(parameters, [*closures, *others]) as theta:
+        runs = [*closures, *others]
+        theta = self._transaction.cover(parameters, runs)
+        with twice_differentiable():
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
             ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
             layers = self._layers.get(parameters.key)
@@ -368,7 +369,7 @@ class NaturalCG(Optimizer):
 
         # 5. What the next step needs, and the report.
         # Side effects of one run: the closures' own, of the first time that they ran.
-        for run in [*closures, *others]:
+        for run in runs:
             run.settle()
         closures[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
         self.process_group = ranks.group
@@ -379,7 +380,7 @@ class NaturalCG(Optimizer):
             new_slope=new_slope,
             solver=solver.name,
             preconditioner=preconditioning.name,
-            n_forward=sum(run.count for run in [*closures, *others]),
+            n_forward=sum(run.count for run in runs),
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
         self.last_step = report
@@ -438,17 +439,6 @@ class NaturalCG(Optimizer):
             return None  # the step will be refused
         largest = last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
         return torch.where(largest > 0, largest, 1.0)
-
-
-@contextmanager
-def _transaction(parameters: FlatParameters, closures: Sequence[TracedClosure]) -> Iterator[Tensor]:
-    """Parameters, ``.grad``, random state and buffers: all or nothing. Yields the flat parameters."""
-    with (
-        parameters.restored_on_error() as theta,
-        TracedClosure.undo_on_error(closures),
-        twice_differentiable(),
-    ):
-        yield theta
 
 
 def _require(flags: Sequence[bool], what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.torch_internals import keep_versions
+from ngd_optim.torch_internals import copy_all, flatten_dense, keep_versions, unflatten_dense
 
 
 class FlatParameters:
@@ -47,6 +47,7 @@ class FlatParameters:
                     "parts"
                 )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
+        self._is_uniform = all(p.dtype == self.dtype for p in self.tensors)
         # A flat step would move shared memory twice.
         places = [p.data_ptr() for p in self.tensors if p.numel()]
         if len(set(places)) < len(places) or any(
@@ -62,16 +63,21 @@ class FlatParameters:
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """One tensor per parameter, of its shape, or None for zeros → a new flat vector."""
-        parts = []
-        for p, t in zip(self.tensors, tensors, strict=True):
+        given = list(tensors)
+        for p, t in zip(self.tensors, given, strict=True):
             if t is not None and t.layout != torch.strided:
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; "
                     "sparse gradients are not supported, use Embedding(sparse=False)"
                 )
-            part = torch.zeros_like(p) if t is None else t
-            parts.append(part.detach().reshape(-1).to(self.dtype))
-        return torch.cat(parts)
+        with torch.no_grad():
+            parts = [
+                torch.zeros_like(p) if t is None else t
+                for p, t in zip(self.tensors, given, strict=True)
+            ]
+            if any(part.dtype != self.dtype for part in parts):
+                parts = [part.to(self.dtype) for part in parts]
+            return flatten_dense(parts)
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -80,14 +86,14 @@ class FlatParameters:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one view of it per parameter, of its shape."""
-        return [
-            piece.view(p.shape)
-            for p, piece in zip(self.tensors, flat.split(self._sizes), strict=True)
-        ]
+        return unflatten_dense(flat, self.tensors)
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees."""
-        return [piece.to(p.dtype) for p, piece in zip(self.tensors, self.views(flat), strict=True)]
+        pieces = self.views(flat)
+        if self._is_uniform and flat.dtype == self.dtype:
+            return pieces
+        return [piece.to(p.dtype) for p, piece in zip(self.tensors, pieces, strict=True)]
 
     def by_parameter(self, per_group: Sequence[float]) -> list[float]:
         """One value per group → one per parameter."""
@@ -104,6 +110,10 @@ class FlatParameters:
         values = [
             value * flag for value, flag in zip(self.by_parameter(per_group), flags, strict=True)
         ]
+        return self.repeat(values)
+
+    def repeat(self, values: Sequence[float]) -> float | Tensor:
+        """One value per parameter → the flat vector that has it at the parameter's elements, or a number."""
         if len(set(values)) == 1:
             return values[0]
         repeats = torch.tensor(self._sizes, device=self.device)
@@ -118,10 +128,7 @@ class FlatParameters:
     @torch.no_grad()
     def move(self, start: Tensor, step: Tensor, fraction: float) -> None:
         """Set the values to ``start + fraction · step``."""
-        for p, at, d in zip(
-            self.tensors, start.split(self._sizes), step.split(self._sizes), strict=True
-        ):
-            p.copy_(torch.add(at, d, alpha=fraction).view(p.shape))
+        self.write(torch.add(start, step, alpha=fraction))
 
     @contextmanager
     def displaced(self, start: Tensor, step: Tensor, fraction: float) -> Iterator[None]:
@@ -139,19 +146,4 @@ class FlatParameters:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
-        for p, value in zip(self.tensors, values.split(self._sizes), strict=True):
-            p.copy_(value.view(p.shape))
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[Tensor]:
-        """Put values, ``requires_grad`` and ``.grad`` back if the block raises. Yields the flat values."""
-        start = self.read()
-        gradients = [p.grad for p in self.tensors]
-        try:
-            yield start
-        except BaseException:
-            self.write(start)
-            for p, gradient in zip(self.tensors, gradients, strict=True):
-                p.requires_grad_(True)
-                p.grad = gradient
-            raise
+        copy_all(self.tensors, self.views(values))

@@ -10,23 +10,60 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.distributions import kl
 from torch.nn import _reduction
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 
 class DispatchMode(TorchDispatchMode):
-    """Sees every aten operation; no public mode looks below autograd."""
+    """Sees every aten operation of its thread; no public mode looks below autograd.
+
+    Torch's own ``__enter__`` and ``__exit__`` also set flags of the whole process for the compiler,
+    which two threads leave set.
+    """
+
+    def __enter__(self) -> Any:
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # Closures run without the compiler; the guard against it would import it, and cost time at
         # each call.
         return False
+
+
+class RealZeros(DispatchMode):
+    """Makes zeros of ``aten._efficientzerotensor``, by which forward mode saves memory.
+
+    In any other dispatch mode, a user's for example, an operation on them ends the process (torch
+    2.13: ``mul`` by a number, in what ``mse_loss`` is differentiated by).
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return materialize(func)(*args, **(kwargs or {}))
+
+
+def materialize(operation: Any) -> Any:
+    """``aten.zeros`` for ``aten._efficientzerotensor``, any other operation as it is; see :class:`RealZeros`."""
+    return _ZEROS if operation is _LAZY_ZEROS else operation
+
+
+_LAZY_ZEROS, _ZEROS = torch.ops.aten._efficientzerotensor.default, torch.ops.aten.zeros.default
+
+
+def is_watched() -> bool:
+    """``_len_torch_dispatch_stack``: whether some dispatch mode is active in this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed(values: Iterable[Any]) -> bool:
@@ -61,6 +98,24 @@ def keep_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
     Autograd refuses a graph that has saved a tensor which was written to since.
     """
     return _unsafe_preserve_version_counter(tuple(tensors))
+
+
+def flatten_dense(tensors: Sequence[Tensor]) -> Tensor:
+    """``_flatten_dense_tensors``: a new flat tensor of their elements, by one call for however many."""
+    flat = _flatten_dense_tensors(tuple(tensors))
+    return flat.clone() if len(tensors) == 1 else flat  # of one tensor it is a view
+
+
+def unflatten_dense(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """``_unflatten_dense_tensors``: views of a flat tensor, of the shapes of others."""
+    views = _unflatten_dense_tensors(flat, tuple(like))
+    # What has no elements is given a shape of (0,).
+    return [v if v.numel() else v.view(t.shape) for v, t in zip(views, like, strict=True)]
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``_foreach_copy_``: each source's values into its target."""
+    torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -113,3 +168,25 @@ def kl_function_of(kind: type) -> Any:
     if (kind, kind) not in kl._KL_MEMOIZE:
         kl._KL_MEMOIZE[kind, kind] = kl._dispatch_kl(kind, kind)
     return kl._KL_MEMOIZE[kind, kind]
+
+
+def attend_by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """``_scaled_dot_product_attention_math``: what ``SDPBackend.MATH`` takes; the choice itself is the process's."""
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def saves_by_hooks() -> bool:
+    """``_top_saved_tensors_default_hooks``: whether what autograd saves is handed to hooks, as in a checkpoint."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return top(True) is not None

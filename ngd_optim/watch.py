@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ngd_optim.autograd_graph import run_in_backward_of_its_own
 from ngd_optim.curvature import OutputMetric, gauss_newton
 from ngd_optim.jacobian import Layer, uses_of
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.kronecker import KroneckerFactors, estimate_factors
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import Evaluation, LossWatch, twice_differentiable
+from ngd_optim.tracing import Evaluation, LossWatch
 
 
 class FactorWatch:

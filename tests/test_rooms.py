@@ -26,6 +26,7 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 BASE = [
     "autograd_graph",
     "distributed",
+    "kernels",
     "names",
     "parameters",
     "reading",

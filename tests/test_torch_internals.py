@@ -1,11 +1,15 @@
 """Each private name of torch that the library uses, alone: a failure here says which one broke."""
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from helpers.scripts import run_python
 from torch import distributions as D
 from torch import nn
 from torch.distributions.kl import register_kl
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import torch_internals as internals
 
@@ -113,3 +117,67 @@ def test_forward_mode_can_be_loaded_where_warnings_are_errors():
         "-c",
         f"{load}t.load_forward_mode(); torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))",
     )
+
+
+def test_attention_by_products_has_second_derivatives():
+    q = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    found = internals.attend_by_products(q, q, q, None, 0.0, False, None, False)
+    torch.testing.assert_close(found, ((q @ q.mT) / 2).softmax(-1) @ q)
+    assert torch.autograd.gradgradcheck(
+        lambda q: internals.attend_by_products(q, q, q, None, 0.0, True, 0.5, False), q
+    )
+
+
+def test_checkpoints_save_by_hooks():
+    seen = []
+
+    def look(x):
+        seen.append(internals.saves_by_hooks())
+        return x.sin()
+
+    checkpoint(look, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert seen == [True]
+    assert not internals.saves_by_hooks()
+
+
+def test_dispatch_modes_of_two_threads_leave_no_flag_set():
+    first, second = internals.DispatchMode(), internals.DispatchMode()
+    turns = [threading.Event() for _ in range(2)]
+
+    def other():
+        turns[0].wait()
+        with second:
+            turns[1].set()
+            left.wait()
+
+    left = threading.Event()
+    thread = threading.Thread(target=other)
+    thread.start()
+    with first:
+        turns[0].set()
+        turns[1].wait()
+    left.set()
+    thread.join()
+    assert not is_in_torch_dispatch_mode()
+
+
+def test_flat_vectors_are_split_joined_and_copied():
+    shapes = [(2, 3), (0, 4), (), (5,)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    flat = internals.flatten_dense(tensors)
+    assert torch.equal(flat, torch.cat([t.flatten() for t in tensors]))
+    views = internals.unflatten_dense(flat, tensors)
+    assert all(map(torch.equal, views, tensors))
+    assert views[0].data_ptr() == flat.data_ptr()
+    alone = internals.flatten_dense(tensors[:1])
+    assert alone.data_ptr() != tensors[0].data_ptr()
+    others = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+    internals.copy_all(others, tensors)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(others, tensors, strict=True))
+
+
+def test_watched_zeros_have_memory():
+    assert not internals.is_watched()
+    with internals.RealZeros():
+        assert internals.is_watched()
+        assert not torch._efficientzerotensor((2,))._is_zerotensor()

@@ -6,23 +6,33 @@ autograd's for all of them.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from ngd_optim.torch_internals import load_forward_mode
+from ngd_optim.torch_internals import RealZeros, is_watched, load_forward_mode
 
 Tensors = Sequence[Tensor]
 Map = Callable[[Tensors], Tensors]
 
 
-def push_forward(function: Callable[..., tuple[Tensor, ...]], params: Tensors) -> Map:
-    """``v ↦ J v`` for ``J = ∂ function / ∂ params``, by forward mode."""
+def push_forward(
+    function: Callable[..., tuple[Tensor, ...]], params: Tensors, *, real_zeros: bool = False
+) -> Map:
+    """``v ↦ J v`` for ``J = ∂ function / ∂ params``, by forward mode.
+
+    Args:
+        function: of as many tensors.
+        params: where.
+        real_zeros: for functions that write to tangents, which may be zeros without memory.
+    """
     load_forward_mode()
     primals = tuple(p.detach() for p in params)
 
     def push(v: Tensors) -> Tensors:
-        return [t.detach() for t in torch.func.jvp(function, primals, tuple(v))[1]]
+        with RealZeros() if real_zeros or is_watched() else nullcontext():
+            return [t.detach() for t in torch.func.jvp(function, primals, tuple(v))[1]]
 
     return push
 
@@ -83,7 +93,7 @@ def hessian(scalar: Tensor, variables: Tensors) -> Map:
 def hessian_by_forward_mode(function: Callable[..., Tensor], params: Tensors) -> Map:
     """``v ↦ (∂² function / ∂ params²) v``, by pushing ``v`` through the gradient."""
     gradient = torch.func.grad(function, argnums=tuple(range(len(params))))
-    return push_forward(gradient, params)
+    return push_forward(gradient, params, real_zeros=True)
 
 
 def difference_along(

@@ -242,15 +242,11 @@ def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, flo
 
 
 def find_problem_of_recording(
-    direct: Product, v: Tensor, eps: float, graph: Graph, backend: Backend
+    direct: Product, v: Tensor, eps: float, backend: Backend
 ) -> str | None:
     """None where a recording agrees with the product that it records, and saves time."""
-    _, metric = graph.get()
     if backend == "differences":
         return "differences move the parameters"
-    if backend == "torch.func" and not isinstance(metric, OutputMetric):
-        # jvp(grad(mse_loss(reduction="sum"))) in a dispatch mode ends the process (torch 2.13).
-        return "forward mode through a gradient cannot be watched safely"
     try:
         image, recording = record(direct, v)
         is_small = recording.bytes < _SMALL * recording.length

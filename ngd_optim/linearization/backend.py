@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError, record
 from ngd_optim.torch_internals import version_of
-from ngd_optim.tracing import twice_differentiable
 
 logger = logging.getLogger("ngd_optim")
 
@@ -108,14 +108,15 @@ def direct_product(
         penalty: whether the Hessian of what the loss takes from parameters around the outputs is
             added.
     """
-    with twice_differentiable():
+    recomputes = graph.run.recomputes
+    with twice_differentiable(recomputes=recomputes):
         products = [graph.product(backend)]
         around = graph.penalty() if penalty else None
     product = flat_product(products if around is None else [*products, around], parameters)
 
     def in_context(v: Tensor) -> Tensor:
         # Checkpoints run parts of the closure again, here, and must find the kernels of the trace.
-        with twice_differentiable():
+        with twice_differentiable(recomputes=recomputes):
             return product(v)
 
     return in_context

@@ -204,7 +204,7 @@ def check_closure(
     ways = [Way(first, recorded=False)]
     direct = direct_product(first, graph, parameters, penalty=False)
     ranks.together(lambda: metric.check(parameters, direct, v))
-    problem = ranks.together(lambda: find_problem_of_recording(direct, v, eps, graph, first))
+    problem = ranks.together(lambda: find_problem_of_recording(direct, v, eps, first))
     if ranks.all(problem is None):
         ways.insert(0, Way(first, recorded=True))
     else:

@@ -6,11 +6,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization.point import Point, linearize_closure
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.shown import show
-from ngd_optim.tracing import TracedClosure, twice_differentiable
+from ngd_optim.tracing import TracedClosure
 
 
 class Linearization:
@@ -60,7 +61,7 @@ class Linearization:
         It is exact: the sums of squares of a Jacobian's columns where that is small, else from
         ``n`` products.
         """
-        with twice_differentiable():
+        with twice_differentiable(recomputes=self._point.graph.run.recomputes):
             diagonal = self._point.compute_cheap_diagonal()
         if diagonal is not None:
             return diagonal

@@ -35,8 +35,8 @@ Observer = Callable[[OutputMetric | ScalarMetric], None]
 
 
 _CHECKPOINT_CHANGED = (
-    "a checkpointed part of the closure was not the same when it ran again; with an LSTM in it, set "
-    "torch.backends.mkldnn.enabled = False"
+    "a checkpointed part of the closure was not the same when it ran again; let it compute the same each "
+    "time, from what it is given"
 )
 _WRITTEN_TO = (
     "the loss was computed from something that has been written to since, in the closure or by a step, "
@@ -49,6 +49,9 @@ Learnt = dict[Any, Checked]
 
 It is not saved, and learnt anew if lost.
 """
+
+_MOST = 256
+"""So much is kept, and the oldest given up: closures whose hooks are new at each step are new each time."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ def linearize_closure(
         )
         if checked is None:
             return assume_unchecked(backend)
+        if len(learnt) >= _MOST:
+            del learnt[next(iter(learnt))]
         learnt[key] = checked
         return checked
 

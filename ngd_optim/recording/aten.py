@@ -27,10 +27,6 @@ Where these are among the arguments, and then whether they change.
 """
 
 
-LAZY_ZEROS, ZEROS = torch.ops.aten._efficientzerotensor.default, torch.ops.aten.zeros.default
-"""The former, multiplied by a number in a dispatch mode, end the process (torch 2.13): call the latter instead."""
-
-
 class Facts(NamedTuple):
     """Properties of an aten overload.
 

@@ -5,8 +5,9 @@ of it: detached tensors, all that is computed under ``no_grad``, random numbers.
 code runs once, and whatever else it does happens once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.autograd_graph import leaves
-from ngd_optim.recording.aten import LAZY_ZEROS, STATISTICS, ZEROS, facts, find_written, tensors_of
+from ngd_optim.recording.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.recording.program import (
     CannotReplayError,
     Operation,
@@ -23,7 +24,7 @@ from ngd_optim.recording.program import (
     run,
 )
 from ngd_optim.recording.recorder import take_slots_out
-from ngd_optim.torch_internals import DispatchMode, memory_of
+from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
 _aten = torch.ops.aten
 _RECORDERS = count(1)
@@ -106,6 +107,8 @@ class ForwardRecorder(DispatchMode):
 
     Args:
         parameters: what the program is a function of.
+        on_draw: is told of each generator that random numbers are about to be drawn from, None for
+            a global one.
 
     Attributes:
         reads_values: whether the closure read a number that depends on the parameters, other than
@@ -114,11 +117,16 @@ class ForwardRecorder(DispatchMode):
         problem: why there is no program; None if there is one.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        on_draw: Callable[[torch.Generator | None], None] = lambda generator: None,
+    ) -> None:
         super().__init__()
+        self._on_draw = on_draw
         self._number = next(_RECORDERS)
         self._inputs: dict[int, _Mark] = {id(p): (slot, "") for slot, p in enumerate(parameters)}
-        self._parameters = {memory_of(p) for p in parameters}
+        self._parameters = parameters
         self._memories = list(range(len(parameters)))  # of each slot, a number
         # Memory that was written to, its first slot, and what keeps others from getting that memory.
         self._owned: dict[int, tuple[int, torch.UntypedStorage]] = {}
@@ -210,6 +218,10 @@ class ForwardRecorder(DispatchMode):
         """Whether something was met that makes ``has_functions`` of a program true."""
         return bool(self._of_functions)
 
+    @cached_property
+    def _parameter_memories(self) -> set[Any]:
+        return {memory_of(p) for p in self._parameters}
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is noted."""
@@ -221,8 +233,10 @@ class ForwardRecorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        func = ZEROS if func is LAZY_ZEROS else func
+        func = materialize(func)
         fact = facts(func)
+        if fact.random:
+            self._on_draw(kwargs.get("generator"))
         if self._paused or fact.asks_about_shapes:
             return func(*args, **kwargs)
         if func is _aten.detach.default:  # autograd calls it too, for what it saves
@@ -370,7 +384,7 @@ class ForwardRecorder(DispatchMode):
 
     def _own_all(self, written: list[Tensor]) -> bool:
         """Before tensors are written to: let them lie in memory that each replay makes anew; whether some did not."""
-        if any(memory_of(tensor) in self._parameters for tensor in written):
+        if any(memory_of(tensor) in self._parameter_memories for tensor in written):
             self.fail(WRITES_PARAMETERS)
             return False
         foreign = [tensor for tensor in written if self._find(tensor) is None]

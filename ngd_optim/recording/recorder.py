@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import LAZY_ZEROS, ZEROS, facts, find_written, tensors_of
+from ngd_optim.recording.aten import facts, find_written, tensors_of
 from ngd_optim.recording.passes import optimise
 from ngd_optim.recording.program import (
     CannotReplayError,
@@ -20,7 +20,7 @@ from ngd_optim.recording.program import (
     find_last_uses,
     run,
 )
-from ngd_optim.torch_internals import DispatchMode
+from ngd_optim.torch_internals import DispatchMode, materialize
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -114,7 +114,7 @@ class Recorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        func = ZEROS if func is LAZY_ZEROS else func
+        func = materialize(func)
         fact = facts(func)
         if fact.asks_about_shapes:
             return func(*args, **kwargs)

@@ -128,10 +128,7 @@ class LastStep:
         return self._state.get(p, {})  # the state is made where it is written to
 
     def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
-        parts = zip(
-            self._parameters.views(solution), self._parameters.views(gradient), lr, strict=True
-        )
-        return sum(rate * torch.dot(x.flatten(), g.flatten()) for x, g, rate in parts).item()  # pyright: ignore
+        return torch.dot(self._parameters.repeat(lr) * solution, gradient).item()
 
     def _write(self, name: str, flat: Tensor) -> None:
         for p, part in zip(self._parameters.tensors, self._parameters.unflatten(flat), strict=True):

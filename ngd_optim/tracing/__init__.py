@@ -3,7 +3,6 @@
 from ngd_optim.tracing.closure import (
     Evaluation,
     TracedClosure,
-    twice_differentiable,
     wrap_closures,
 )
 from ngd_optim.tracing.least_squares import least_squares
@@ -14,6 +13,5 @@ __all__ = [
     "LossWatch",
     "TracedClosure",
     "least_squares",
-    "twice_differentiable",
     "wrap_closures",
 ]

@@ -2,9 +2,8 @@
 
 import logging
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Number
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
+from ngd_optim.kernels import AUTOCAST_KINDS
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import WRITES_PARAMETERS, ForwardRecorder
 from ngd_optim.shown import show
@@ -30,8 +29,6 @@ from ngd_optim.tracing.side_effects import SideEffects
 logger = logging.getLogger("ngd_optim")
 
 Closure = Callable[[], Any]
-
-_AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,7 @@ class TracedClosure:
         leaves_gradients: whether its first run left gradients of the loss in ``.grad``, as those
             that call ``backward`` do.
         writes_parameters: whether that run changed the parameters: projected, or renormalised them.
+        recomputes: whether it uses checkpointing.
         gradient: what that run's calls of ``backward`` gave, flat; None if there were none.
     """
 
@@ -98,6 +96,7 @@ class TracedClosure:
         self._gradients_before: list[Tensor | None] = []
         self.leaves_gradients = False
         self.writes_parameters = False
+        self.recomputes = False
         self.gradient: Tensor | None = None
         self.count = 0
 
@@ -111,7 +110,7 @@ class TracedClosure:
             Exception: whatever the closure raises.
         """
         self.count += 1
-        recorder = ForwardRecorder(self._parameters.tensors)
+        recorder = ForwardRecorder(self._parameters.tensors, self._effects.track_generator)
         accumulation = GradientAccumulation(self._parameters)
 
         def differentiate(root: Tensor) -> list[Tensor]:
@@ -123,6 +122,7 @@ class TracedClosure:
         places = self._places()
         with recorder:
             traced = self._run(mode, accumulation, graph=True, broadcast=True)
+        self.recomputes = mode.recomputes
         self.writes_parameters = self._places() != places
         if self.writes_parameters:
             recorder.fail(WRITES_PARAMETERS)
@@ -215,17 +215,9 @@ class TracedClosure:
         """Put everything that the closure changes to where one run leaves it."""
         self._effects.settle()
 
-    @staticmethod
-    @contextmanager
-    def undo_on_error(runs: "Sequence[TracedClosure]") -> Iterator[None]:
-        """Undo the side effects of closures, which first ran in this order, if the block raises."""
-        try:
-            yield
-        except BaseException:
-            # The last to run goes first: each had noted the state that the one before it left.
-            for run in reversed(runs):
-                run._effects.rewind()
-            raise
+    def rewind(self) -> None:
+        """Undo what the closure changed."""
+        self._effects.rewind()
 
 
 class GradientAccumulation:
@@ -362,26 +354,6 @@ def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosur
     return [TracedClosure(function, parameters) for function in closures]
 
 
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Choose kernels that have second derivatives and forward mode, and modules that torch functions can be seen in.
-
-    Where the closure uses checkpointing, derivatives run parts of it again, and must find the same
-    kernels. An autocast around it is for the closure alone: it would round the solve as well.
-    """
-    with ExitStack() as stack:
-        for kind in _AUTOCAST_KINDS:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        # Fused attention has no second derivative and no forward mode (torch 2.13, CPU and CUDA).
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Compiled graphs hide their operations. Nobody has compiled anything if it is not imported,
-        # which takes a second.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
 def _find_autocast() -> list[Callable[[], torch.autocast]]:
     """What makes each kind of device's autocast as it is now."""
     return [
@@ -391,7 +363,7 @@ def _find_autocast() -> list[Callable[[], torch.autocast]]:
             dtype=torch.get_autocast_dtype(kind),
             cache_enabled=torch.is_autocast_cache_enabled(),
         )
-        for kind in _AUTOCAST_KINDS
+        for kind in AUTOCAST_KINDS
         if torch.is_autocast_enabled(kind)
     ]
 

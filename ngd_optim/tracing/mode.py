@@ -1,10 +1,9 @@
 """See, and change, every torch function that a closure calls."""
 
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ngd_optim.kernels import differentiable, recompute_alike, uncompiled
 from ngd_optim.recording import ForwardRecorder
-from ngd_optim.torch_internals import base_of, is_transformed, memory_of
+from ngd_optim.torch_internals import base_of, is_transformed, memory_of, saves_by_hooks
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
 
-# Their fused kernels have no second derivatives and no forward mode.
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 # With running statistics as second and third argument, and whether they change as sixth.
 _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
     F.batch_norm: ("training", False),
@@ -37,6 +35,9 @@ _IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
 }
+
+
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 class LossWatch(TorchFunctionMode):
@@ -56,10 +57,7 @@ class LossWatch(TorchFunctionMode):
         self._stance = ExitStack()
 
     def __enter__(self) -> "LossWatch":
-        # Compiled graphs hide their losses and layers. Nobody has compiled anything if it is not
-        # imported.
-        if "torch._dynamo" in sys.modules:
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stance.enter_context(uncompiled())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -76,9 +74,8 @@ class LossWatch(TorchFunctionMode):
                 self._calls[key] = call
                 call.result.register_hook(partial(_show, weakref.ref(self), key))
             return call.result
-        if getattr(func, "__name__", None) in _RECURRENT:  # their fused kernels hide the weights
-            with _native_kernels():
-                return func(*args, **kwargs)
+        if func in _RECURRENT:  # their fused kernels hide the weights
+            func = differentiable(func)
         return func(*args, **kwargs)
 
     def show(self, key: int, gradient: Tensor) -> None:
@@ -111,6 +108,7 @@ class Tracing(TorchFunctionMode):
         reads_gradients: whether it looked at a ``.grad`` that ``backward`` left.
         differentiates: whether the closure called ``torch.autograd.grad``.
         has_hooks: whether it registered hooks on gradients.
+        recomputes: whether it uses checkpointing.
     """
 
     def __init__(
@@ -132,6 +130,7 @@ class Tracing(TorchFunctionMode):
         self.calls = 0
         self.differentiates = False
         self.has_hooks = False
+        self.recomputes = False
 
     @property
     def kinks(self) -> list[Kink]:
@@ -140,6 +139,9 @@ class Tracing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.recomputes and saves_by_hooks():
+            self.recomputes = True
+            recompute_alike()  # in derivatives that the closure itself takes, too
         if func is torch.Tensor.backward:
             return self._note_backward(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -172,11 +174,7 @@ class Tracing(TorchFunctionMode):
             if kink is not None:
                 (self._held if kink.takes_memory else self._kinks).append(kink)
             return result
-        # Native kernels are slower forward, and can be differentiated as often as one likes.
-        if getattr(func, "__name__", None) in _RECURRENT:
-            with _native_kernels():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        return differentiable(func)(*args, **kwargs)
 
     def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
         generator = kwargs.get("generator")
@@ -244,20 +242,6 @@ class Tracing(TorchFunctionMode):
         )
         for root, gradient in zip(tensors, gradients, strict=True):
             self._note_backward(root, gradient, create_graph=create_graph, inputs=inputs)
-
-
-@contextmanager
-def _native_kernels() -> Iterator[None]:
-    # Their flags() contexts also set TF32, which warns on machines that have none.
-    libraries = [torch.backends.mkldnn, torch.backends.cudnn]
-    before = [library.enabled for library in libraries]
-    try:
-        for library in libraries:
-            library.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
-        yield
-    finally:
-        for library, enabled in zip(libraries, before, strict=True):
-            library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

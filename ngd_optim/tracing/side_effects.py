@@ -1,7 +1,7 @@
 """What a closure changes beside its result: random number generators and buffers."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -9,12 +9,15 @@ from torch import Tensor
 
 from ngd_optim.torch_internals import memory_of
 
+_Thing = tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]
+"""Something that changes, what reads it and what writes it."""
+
 
 class SideEffects:
     """Things that a closure changes, put back before it runs again, so that many runs have the effect of the first one.
 
     Dropout masks and sampled noise then agree between the runs, and running statistics move once a
-    step.
+    step. What the closure does not touch is left alone: another thread may be using it.
 
     Args:
         devices: whose global random number generators belong to it, the CPU's always.
@@ -22,15 +25,35 @@ class SideEffects:
     """
 
     def __init__(self, devices: Iterable[torch.device], parameters: Iterable[Tensor] = ()) -> None:
-        self._devices = {d for d in devices if d.type != "cpu"}
-        self._apart = {memory_of(p) for p in parameters}
-        self._tracked: dict[int, tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]] = {}
+        self._parameters = list(parameters)
+        self._tracked: dict[int, _Thing] = {}
         self._start: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] | None = None
+        self._global: list[_Thing] = [
+            (torch.default_generator, torch.get_rng_state, torch.set_rng_state)
+        ]
+        for device in {d for d in devices if d.type != "cpu"}:
+            module = torch.get_device_module(device)
+            get, put = module.get_rng_state, module.set_rng_state
+            self._global.append((device, partial(get, device), partial(put, device=device)))
+        self._before: list[Tensor] = []
 
-    def track_generator(self, generator: torch.Generator) -> None:
-        """The closure is about to draw from a generator."""
-        self._track(generator, generator.get_state, generator.set_state)
+    def begin(self) -> None:
+        """Before the first run: note where the global generators are; tensors are noted before they change."""
+        self._before = [read() for _, read, _ in self._global]
+
+    def track_generator(self, generator: torch.Generator | None) -> None:
+        """The closure is about to draw from a generator; None: from a global one."""
+        if generator is None:
+            # From where it was at the beginning: the closure may have seeded it since.
+            for (thing, read, write), start in zip(self._global, self._before, strict=True):
+                self._track(thing, read, write, start)
+        else:
+            self._track(generator, generator.get_state, generator.set_state)
+
+    @cached_property
+    def _apart(self) -> set[int]:
+        return {memory_of(p) for p in self._parameters}
 
     def track_tensor(self, tensor: Tensor) -> None:
         """The closure is about to change a tensor in place."""
@@ -40,24 +63,18 @@ class SideEffects:
         self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.data.copy_(value))
 
     def _track(
-        self, thing: Any, read: Callable[[], Tensor], write: Callable[[Tensor], Any]
+        self,
+        thing: Any,
+        read: Callable[[], Tensor],
+        write: Callable[[Tensor], Any],
+        start: Tensor | None = None,
     ) -> None:
         if id(thing) not in self._tracked:
+            now = read() if start is None else start
             self._tracked[id(thing)] = (thing, read, write)
-            self._start[id(thing)] = read()
+            self._start[id(thing)] = now
             if self._after is not None:  # made in the first run, and about to change in another
-                self._after[id(thing)] = self._start[id(thing)]
-
-    def begin(self) -> None:
-        """Before the first run: note where the generators are. Tensors are noted when they are about to change."""
-        self._track(torch.default_generator, torch.get_rng_state, torch.set_rng_state)
-        for device in self._devices:
-            module = torch.get_device_module(device)
-            self._track(
-                device,
-                partial(module.get_rng_state, device),
-                partial(module.set_rng_state, device=device),
-            )
+                self._after[id(thing)] = now
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -9,9 +9,7 @@ from helpers.models import (
     BATCH,
     CASES,
     CLASSES,
-    FEATURES,
     LOSSES,
-    STEPS,
     Apply,
     Problem,
     as_problem,
@@ -117,20 +115,6 @@ class TestRefusals:
         x, y = tokens(), torch.randint(0, CLASSES, (BATCH,))
         with pytest.raises(ValueError, match="Embedding\\(sparse=False\\)"):
             NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
-
-    def test_a_checkpointed_lstm_says_what_it_needs(self):
-        model = nn.LSTM(FEATURES, CLASSES, batch_first=True)
-        x, y = torch.randn(BATCH, STEPS, FEATURES), torch.randn(BATCH, STEPS, CLASSES)
-
-        def closure():
-            return F.mse_loss(checkpoint(lambda x: model(x)[0], x, use_reentrant=False), y)
-
-        optimizer = NaturalCG(model.parameters())
-        with pytest.raises(RuntimeError, match=r"set torch\.backends\.mkldnn\.enabled = False"):
-            optimizer.step(closure)
-        with torch.backends.mkldnn.flags(enabled=False):
-            optimizer.step(closure)
-        assert optimizer.last_step.accepted
 
     def test_float16(self):
         model, x, y = mlp().half(), vector().half(), torch.randint(0, CLASSES, (BATCH,))

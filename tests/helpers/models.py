@@ -231,6 +231,15 @@ CASES = {
             head=nn.Linear(FEATURES, CLASSES),
         ),
     ),
+    "checkpoint_lstm": Case(
+        "Non-reentrant checkpointing of an LSTM",
+        lambda: Apply(
+            lambda m, x: m.head(checkpoint(lambda x: m.core(x)[0], x, use_reentrant=False).mean(1)),
+            core=nn.LSTM(FEATURES, 6, batch_first=True),
+            head=nn.Linear(6, CLASSES),
+        ),
+        sequence,
+    ),
     "compiled": Case("torch.compile", lambda: torch.compile(mlp(), backend="eager")),
     "scripted": Case("TorchScript", lambda: torch.jit.script(mlp())),
     "autograd_inside": Case(

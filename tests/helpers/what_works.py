@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "what_works.md"
 REFUSED = [
     ("Reentrant checkpointing", "use `use_reentrant=False`"),
-    ("Checkpointing of an `LSTM`", "set `torch.backends.mkldnn.enabled = False`"),
     ("`Embedding(sparse=True)`", "use `sparse=False`"),
     ("float16, GradScaler", "use bfloat16"),
     (

@@ -10,9 +10,10 @@ from torch.distributions import Beta, Gamma, Normal
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError
-from ngd_optim.tracing import TracedClosure, twice_differentiable
+from ngd_optim.tracing import TracedClosure
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*sparse.*")
 

@@ -47,12 +47,12 @@ SMOOTHING = [
     # reduction ratio, accepted, factor
     (1.0, True, 1.1),
     (2.0, True, 1.1),
-    (2.001, True, 0.7),
+    (2.001, True, 0.75),
     (0.4, True, 1.0),
     (0.2, True, 1.0),
-    (0.1999, True, 0.7),
-    (1.0, False, 0.7),
-    (math.nan, True, 0.7),
+    (0.1999, True, 0.75),
+    (1.0, False, 0.75),
+    (math.nan, True, 0.75),
 ]
 
 
