@@ -1,24 +1,31 @@
 """Kronecker factors as the preconditioner of a step, and when they are renewed.
 
-The optimizer's state has for each parameter ``left`` and ``right``, its Kronecker factors, or
-``diagonal``; for the first parameter also ``products``, how many iterations these factors have served, and
-``draws``, how often random vectors were drawn.
+The optimizer's state has for each parameter ``left`` and ``right``, its Kronecker factors, and
+``diagonal``, one of which is empty; ``layer_groups``, ``layer_flipped`` and ``layer_bias``, what is
+known of its layer; for the first parameter also ``products``, how many iterations these factors have
+served, and ``draws``, how often random vectors were drawn.
+
+``left`` has the factor of a weight's rows and ``right`` that of its columns, as vectors that are long
+enough for all layers that the weight may be in; of a grouped convolution they have names of their
+own. ``layer_groups`` is 0 where a parameter is the weight of no layer, and -1 where nobody knows.
 """
 
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer, uses_of
 from ngd_optim.linearization import Point
-from ngd_optim.parameters import FlatParameters
+from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.preconditioners.base import Preconditioning, Solve
 from ngd_optim.preconditioners.kronecker import (
+    LARGEST_FACTOR,
     KroneckerFactors,
     average_factors,
     build_kronecker_preconditioner,
@@ -40,6 +47,8 @@ together about as much as two products of linear layers, and several of convolut
 """
 
 _NAMES = ("left", "right", "diagonal")
+_GROUPED = ("grouped_left", "grouped_right")
+_LAYER = ("layer_groups", "layer_flipped", "layer_bias")
 
 
 class Kronecker(Preconditioning):
@@ -53,23 +62,19 @@ class Kronecker(Preconditioning):
         self,
         parameters: FlatParameters,
         state: MutableMapping[Tensor, dict[str, Any]],
-        layers: tuple[Layer, ...] | None,
         generator: torch.Generator | None,
         *,
         must: bool,
     ) -> None:
-        self.layers = layers
         self._must = must
         self._parameters = parameters
         self._state = state
         own = [state.get(p, {}) for p in parameters.tensors]
         self._served, self._draws = own[0].get("products", 0), own[0].get("draws", 0)
-        self._values = {
-            (i, name): entry[name]
-            for i, entry in enumerate(own)
-            for name in _NAMES
-            if name in entry
-        }
+        self.layers, self._values = (
+            load_factors(own, parameters.tensors) if self._draws else (None, {})
+        )
+        self._known, self._is_new = self.layers, False
         self._is_due = self._served >= RENEWED_AFTER
         self._generator = generator or torch.Generator(device="cpu").manual_seed(self._draws)
         self._estimates: list[KroneckerFactors | None] = []
@@ -123,20 +128,26 @@ class Kronecker(Preconditioning):
         """The factors, and how many iterations they have served."""
         if self._estimates:
             self.layers = ()  # a direct solver had no use for them
+        first = self._parameters.tensors[0]
+        self._state[first] |= {"products": self._served + iterations, "draws": self._draws}
+        if not self._is_new and self.layers == self._known:
+            return
+        forget(self._state, (*_NAMES, *_GROUPED, *_LAYER))
+        layers = {layer.weight: layer for layer in self.layers or ()}
         for i, p in enumerate(self._parameters.tensors):
-            dtype = torch.promote_types(p.dtype, torch.float32)  # what load_state_dict leaves alone
+            layer = layers.get(i)
+            unknown = {"layer_groups": -1 if self.layers is None else 0}
+            self._state[p] |= unknown if layer is None else _describe(layer)
+            dtype = torch.promote_types(p.dtype, torch.float32)
             for name in _NAMES:
-                self._state[p].pop(name, None)
                 if (i, name) in self._values:
-                    self._state[p][name] = self._values[i, name].to(dtype)
-        self._state[self._parameters.tensors[0]] |= {
-            "products": self._served + iterations,
-            "draws": self._draws,
-        }
+                    saved, value = _to_saved(name, self._values[i, name], layer, p)
+                    self._state[p][saved] = value.to(dtype)
 
     def _renew(self, ranks: Ranks) -> None:
         """Mix the estimates of all closures and ranks with what was known."""
         # Each renewal draws other vectors, and the same ones when a run is resumed.
+        self._is_new = True
         self._served, self._draws = 0, self._draws + 1
         estimates = [factors for factors in self._estimates if factors is not None]
         mean = average_factors(estimates) if len(estimates) == len(self._estimates) else None
@@ -154,6 +165,100 @@ class Kronecker(Preconditioning):
             self._values = {
                 key: _mix(values.pop(key), self._values.get(key)) for key in list(values)
             }
+
+
+def find_sizes_of_factors(p: Tensor) -> dict[str, int]:
+    """How long ``left`` and ``right`` are in a parameter's state; empty if it cannot be a layer's weight."""
+    if p.ndim < 2 or not p.numel():
+        return {}
+    # One row more, for a bias.
+    return {
+        name: max(_length(n), _length(n + 1))
+        for name, n in (("left", len(p)), ("right", p.numel() // len(p)))
+    }
+
+
+def _length(order: int) -> int:
+    return order * (order + 1) // 2 if order <= LARGEST_FACTOR else order
+
+
+def _describe(layer: Layer) -> dict[str, int]:
+    bias = -1 if layer.bias is None else layer.bias
+    return dict(zip(_LAYER, (layer.groups, int(layer.flipped), bias), strict=True))
+
+
+def _saved_name(name: str, layer: Layer) -> str:
+    if layer.groups > 1:
+        return f"grouped_{name}"
+    return {"left": "right", "right": "left"}[name] if layer.flipped else name
+
+
+def _to_saved(name: str, value: Tensor, layer: Layer | None, p: Tensor) -> tuple[str, Tensor]:
+    """The name and the form in which a factor or a diagonal is kept."""
+    if layer is None or name == "diagonal":
+        return name, value
+    saved = _saved_name(name, layer)
+    if layer.groups > 1:
+        return saved, value
+    flat = value.flatten()
+    return saved, F.pad(flat, (0, find_sizes_of_factors(p)[saved] - len(flat)))
+
+
+def _from_saved(
+    name: str, entry: Mapping[str, Any], layer: Layer, params: Sequence[Tensor]
+) -> Tensor | None:
+    """The factor; None if the state does not have it."""
+    value = entry.get(_saved_name(name, layer))
+    if value is None or layer.groups > 1:
+        return value
+    order = layer.shape(params)[1 if name == "left" else 2]
+    length = _length(order)
+    if value.ndim != 1 or len(value) < length:
+        return None
+    packed = (1, order) if order > LARGEST_FACTOR else (1, order + 1 - order % 2, (order + 1) // 2)
+    return value[:length].view(packed)
+
+
+def load_factors(
+    own: Sequence[Mapping[str, Any]], params: Sequence[Tensor]
+) -> tuple[tuple[Layer, ...] | None, dict[tuple[int, str], Tensor]]:
+    """The layers, None if they are not known, and the values that the state has."""
+    values: dict[tuple[int, str], Tensor] = {}
+    layers: list[Layer] = []
+    for i, entry in enumerate(own):
+        groups, flipped, bias = (entry.get(name, -1) for name in _LAYER)
+        if "layer_groups" not in entry:  # as version 0.1.0 kept them
+            values |= {(i, name): entry[name] for name in _NAMES if name in entry}
+        elif groups > 0:
+            layers.append(Layer(i, bias if bias >= 0 else None, flipped == 1, groups))
+    if not all(_is_possible(layer, params) for layer in layers):
+        return None, values
+    for layer in layers:
+        for name in ("left", "right"):
+            value = _from_saved(name, own[layer.weight], layer, params)
+            values |= {} if value is None else {(layer.weight, name): value}
+    inside = {i for layer in layers for i in (layer.weight, layer.bias)}
+    outside = [i for i, entry in enumerate(own) if entry.get("layer_groups") == 0]
+    if layers:
+        values |= {
+            (i, "diagonal"): own[i]["diagonal"]
+            for i in outside
+            if i not in inside and "diagonal" in own[i]
+        }
+    is_known = all(entry.get("layer_groups", -1) >= 0 for entry in own)
+    fit = not layers or fits(values, layers, params)
+    return (tuple(layers) if is_known and fit else None), values
+
+
+def _is_possible(layer: Layer, params: Sequence[Tensor]) -> bool:
+    """Whether the parameters can be in such a layer: they may be others than when it was found."""
+    weight = params[layer.weight]
+    if weight.ndim < 2 or not weight.numel() or len(weight) % layer.groups:
+        return False
+    if layer.bias is None:
+        return True
+    groups, rows, _ = layer.shape(params)
+    return layer.bias < len(params) and params[layer.bias].shape == (groups * rows,)
 
 
 def _mix(value: Tensor, older: Tensor | None) -> Tensor:
