@@ -36,6 +36,7 @@ from ngd_optim.settings import (
     SETTINGS,
     Settings,
     add_missing,
+    check_initial,
     check_owner,
     check_settings,
     to_plain_numbers,
@@ -218,6 +219,10 @@ class NaturalCG(Optimizer):
             check_owner(group)
             add_missing(group, _DEFAULTS)
             check_settings(group)
+            # Older versions took this from the optimizer that loads.
+            at_start = state.get("defaults", self.__dict__.get("defaults", _DEFAULTS))["damping"]
+            add_missing(group, {"initial_damping": at_start})
+            check_initial(group)
         check_state(state["state"], [p for g in state["param_groups"] for p in g["params"]])
         super().__setstate__(state)
         self._complete()
@@ -272,6 +277,8 @@ class NaturalCG(Optimizer):
         ):  # else it is one of those that the optimizer is made with
             first = self.param_groups[0]
             add_missing(param_group, {name: first[name] for name in COMMON_SETTINGS})
+        # The limits of the damping are around it, as it is in the first group.
+        add_missing(param_group, {"initial_damping": float(self.defaults["damping"])})
         super().add_param_group(param_group)
         try:
             to_plain_numbers(self.param_groups[-1])
@@ -414,7 +421,7 @@ class NaturalCG(Optimizer):
                 lowest=settings.min_damping,
                 highest=settings.max_damping,
                 exact=solver.is_direct,
-                at_start=float(self.defaults["damping"]),
+                at_start=self.param_groups[0]["initial_damping"],
             )
             if not point.is_least_squares:  # its residuals may all vanish: noise is no matter
                 damping.adapt_to_new_data(new_slope)

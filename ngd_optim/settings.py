@@ -166,6 +166,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
+def check_initial(group: Mapping[str, Any]) -> None:
+    """Check the damping that a parameter group began with, which is no setting, and saved with these.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if not _FINITE.holds(group["initial_damping"]):
+        raise ValueError(
+            f"initial_damping must be {_FINITE.words}, got {show(group['initial_damping'])}"
+        )
+
+
 def to_plain_numbers(group: dict[str, Any]) -> None:
     """Make a parameter group's settings that are numpy's numbers Python's: these can be saved."""
     for name in SETTINGS:

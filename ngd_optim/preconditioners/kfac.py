@@ -6,10 +6,11 @@ known of its layer; for the first parameter also ``products``, how many iteratio
 served, and ``draws``, how often random vectors were drawn.
 
 ``left`` has the factor of a weight's rows and ``right`` that of its columns, as vectors that are long
-enough for all layers that the weight may be in; of a grouped convolution they have names of their
-own. ``layer_groups`` is 0 where a parameter is the weight of no layer, and -1 where nobody knows.
+enough for all layers that the weight may be in; of some grouped convolutions, whose vectors are
+longer, they have names of their own (``grouped_left``, ``grouped_right``). ``layer_groups`` is 0 where a parameter is the weight of no layer, and -1 where nobody knows.
 """
 
+import logging
 import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from ngd_optim.preconditioners.kronecker import (
 from ngd_optim.reading import read
 from ngd_optim.solvers import QuadraticModel
 
+logger = logging.getLogger("ngd_optim")
+
 SHARE_OF_OLDER = 0.5
 """Of the older factors in renewed ones."""
 
@@ -48,6 +51,7 @@ together about as much as two products of linear layers, and several of convolut
 
 _NAMES = ("left", "right", "diagonal")
 _GROUPED = ("grouped_left", "grouped_right")
+_SWAPPED = {"left": "right", "right": "left"}
 _LAYER = ("layer_groups", "layer_flipped", "layer_bias")
 
 
@@ -171,10 +175,12 @@ def find_sizes_of_factors(p: Tensor) -> dict[str, int]:
     """How long ``left`` and ``right`` are in a parameter's state; empty if it cannot be a layer's weight."""
     if p.ndim < 2 or not p.numel():
         return {}
-    # One row more, for a bias.
+    # One row more, for a bias; a matrix for each row of a weight that may be of a depthwise convolution.
+    matrices = len(p) if p.ndim > 2 and p.shape[1] == 1 else 1
+    rows, columns = len(p), p.numel() // len(p)
     return {
-        name: max(_length(n), _length(n + 1))
-        for name, n in (("left", len(p)), ("right", p.numel() // len(p)))
+        "left": max(_length(rows), _length(rows + 1)),
+        "right": max(_length(columns), _length(columns + 1)) * matrices,
     }
 
 
@@ -187,36 +193,27 @@ def _describe(layer: Layer) -> dict[str, int]:
     return dict(zip(_LAYER, (layer.groups, int(layer.flipped), bias), strict=True))
 
 
-def _saved_name(name: str, layer: Layer) -> str:
-    if layer.groups > 1:
-        return f"grouped_{name}"
-    return {"left": "right", "right": "left"}[name] if layer.flipped else name
-
-
 def _to_saved(name: str, value: Tensor, layer: Layer | None, p: Tensor) -> tuple[str, Tensor]:
     """The name and the form in which a factor or a diagonal is kept."""
     if layer is None or name == "diagonal":
         return name, value
-    saved = _saved_name(name, layer)
-    if layer.groups > 1:
-        return saved, value
-    flat = value.flatten()
-    return saved, F.pad(flat, (0, find_sizes_of_factors(p)[saved] - len(flat)))
+    saved, flat = _SWAPPED[name] if layer.flipped else name, value.flatten()
+    rest = find_sizes_of_factors(p)[saved] - len(flat)
+    return (saved, F.pad(flat, (0, rest))) if rest >= 0 else (f"grouped_{saved}", flat)
 
 
 def _from_saved(
     name: str, entry: Mapping[str, Any], layer: Layer, params: Sequence[Tensor]
 ) -> Tensor | None:
     """The factor; None if the state does not have it."""
-    value = entry.get(_saved_name(name, layer))
-    if value is None or layer.groups > 1:
-        return value
-    order = layer.shape(params)[1 if name == "left" else 2]
-    length = _length(order)
-    if value.ndim != 1 or len(value) < length:
+    groups, rows, columns = layer.shape(params)
+    order = rows if name == "left" else columns
+    packed = (order,) if order > LARGEST_FACTOR else (order + 1 - order % 2, (order + 1) // 2)
+    saved, length = _SWAPPED[name] if layer.flipped else name, groups * _length(order)
+    value = entry.get(f"grouped_{saved}", entry.get(saved))
+    if value is None or value.ndim != 1 or len(value) < length:
         return None
-    packed = (1, order) if order > LARGEST_FACTOR else (1, order + 1 - order % 2, (order + 1) // 2)
-    return value[:length].view(packed)
+    return value[:length].view(groups, *packed)
 
 
 def load_factors(
@@ -246,8 +243,10 @@ def load_factors(
             if i not in inside and "diagonal" in own[i]
         }
     is_known = all(entry.get("layer_groups", -1) >= 0 for entry in own)
-    fit = not layers or fits(values, layers, params)
-    return (tuple(layers) if is_known and fit else None), values
+    if is_known and layers and not fits(values, layers, params):
+        logger.info("Kronecker factors that the state does not have are estimated anew")
+        return None, values
+    return (tuple(layers) if is_known else None), values
 
 
 def _is_possible(layer: Layer, params: Sequence[Tensor]) -> bool:
