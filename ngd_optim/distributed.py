@@ -211,15 +211,18 @@ def _require(common: Sequence[Common], agreed: Sequence[bool]) -> None:
 def checksum(tensor: Tensor) -> Tensor:
     """A number that is the same for the same bits in the same places, 0-dim; rounding has no part in it."""
     flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(_INTEGERS[tensor.element_size()])
-    body = len(bits) // _WIDTH * _WIDTH
-    square = bits[:body].view(-1, _WIDTH)
-    # Sums of rows and of columns: places count, and no product is as large as the tensor.
-    parts = (square.sum(1), square.sum(0), bits[body:].long())
-    return sum(
-        (part * torch.arange(1, len(part) + 1, device=part.device)).sum() * factor
-        for part, factor in zip(parts, _FACTORS, strict=True)
-    )  # pyright: ignore[reportReturnType]
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # integers of 64 bits begin at every eighth byte
+    row = _WIDTH * 8 // flat.element_size()
+    body = len(flat) // row * row
+    # Sums of rows and of columns: places count, and nothing as large as the tensor is made.
+    square = flat[:body].view(torch.int64).view(-1, _WIDTH)
+    rest = flat[body:].view(_INTEGERS[flat.element_size()]).long()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part, factor in zip((square.sum(1), square.sum(0), rest), _FACTORS, strict=True):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total += (part * places).sum() * factor
+    return total
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,7 +7,8 @@ served, and ``draws``, how often random vectors were drawn.
 
 ``left`` has the factor of a weight's rows and ``right`` that of its columns, as vectors that are long
 enough for all layers that the weight may be in; of some grouped convolutions, whose vectors are
-longer, they have names of their own (``grouped_left``, ``grouped_right``). ``layer_groups`` is 0 where a parameter is the weight of no layer, and -1 where nobody knows.
+longer, they have names of their own (``grouped_left``, ``grouped_right``). ``layer_groups`` is 0
+where a parameter is the weight of no layer, and -1 where nobody knows.
 """
 
 import logging
