@@ -49,7 +49,7 @@ from ngd_optim.solvers import (
     build_solver,
     curvature_diagonal,
 )
-from ngd_optim.state import check_state, complete_state, keep_precision
+from ngd_optim.state import check_state, complete_state, join_keys, keep_precision
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import (
     TracedClosure,
@@ -249,8 +249,13 @@ class NaturalCG(Optimizer):
             ValueError: it is the state of another optimizer, or of other parameters.
         """
         final: dict[str, Any] = {}
+
+        def see(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            final.update(loaded, state=join_keys(loaded["state"]))
+            return final
+
         # The last hook sees what the user's leave.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: final.update(state))
+        handle = self.register_load_state_dict_pre_hook(see)
         try:
             super().load_state_dict(state_dict)
         finally:

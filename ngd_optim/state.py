@@ -109,10 +109,13 @@ def complete_state(
             entry.setdefault(name, number)
         for name, shape, dtype in _tensors(settings, parameters, p):
             if name not in entry or (to_be_written and not entry[name].any()):
-                zeros = torch.zeros((), dtype=dtype, device=p.device).expand(shape)
-                entry[name] = (
-                    zeros.clone(memory_format=torch.contiguous_format) if to_be_written else zeros
-                )
+                empty = _empty(shape, dtype, p.device)
+                entry[name] = torch.zeros_like(empty) if to_be_written else empty
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros with the memory of one."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 def _numbers(settings: Settings, *, is_first: bool) -> Iterator[tuple[str, float]]:
@@ -190,7 +193,7 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
                     f"parameter of shape {tuple(p.shape)} must be {allowed.words}, got {got}"
                 )
             if isinstance(value, Tensor) and not value.any():
-                state[p][name] = value.new_zeros(()).expand(value.shape)  # without its memory
+                state[p][name] = _empty(value.shape, value.dtype, value.device)
             is_finite = (
                 value.isfinite().all() if isinstance(value, Tensor) else math.isfinite(value)
             )
@@ -205,6 +208,15 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
             for name, allowed in _ENTRIES.items():
                 if allowed.part_of == part:
                     state[p].pop(name, None)
+
+
+def join_keys(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A saved state by index, where ``dcp.load`` has put tensors at ``0`` and numbers at ``"0"``."""
+    joined = dict(state)
+    for key in state:
+        if isinstance(key, str) and key.isdecimal() and isinstance(state.get(int(key)), dict):
+            joined[int(key)] = joined[int(key)] | joined.pop(key)
+    return joined
 
 
 def keep_precision(
@@ -226,8 +238,9 @@ def keep_precision(
                 "Kronecker factors": torch.promote_types(p.dtype, torch.float32),
                 "sketch": widest,
             }.get(part, p.dtype)  # pyright: ignore[reportArgumentType]
-            if isinstance(value, Tensor) and value.dtype != dtype and value.any():
-                state[p][name] = entry[name].to(value.device, dtype)
+            if isinstance(value, Tensor) and value.dtype != dtype:
+                wide = entry[name].to(value.device, dtype)
+                state[p][name] = wide if value.any() else _empty(value.shape, dtype, value.device)
 
 
 def _spread_rates(state: Mapping[Any, dict[str, Any]], own: Sequence[Tensor]) -> None:
@@ -235,7 +248,9 @@ def _spread_rates(state: Mapping[Any, dict[str, Any]], own: Sequence[Tensor]) ->
     stepped = [state[p] for p in own if "solution" in state[p]]
     for entry in stepped:
         rates = entry.get("lr")
-        if isinstance(rates, list):
+        if isinstance(rates, list) and all(
+            _is_number(rate, p) for rate, p in zip(rates, own, strict=False)
+        ):
             del entry["lr"]
             if len(rates) == len(stepped):
                 for other, rate in zip(stepped, rates, strict=True):
