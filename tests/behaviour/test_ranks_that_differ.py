@@ -1,6 +1,8 @@
 """Two processes that do not do the same: one sentence on each of them, nothing moved, and nobody left waiting."""
 
 import copy
+import shutil
+import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -9,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from helpers.ranks import on_two_ranks, results_of
 from helpers.states import assert_same_state
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
@@ -24,12 +32,16 @@ FEATURES, HIDDEN, CLASSES, SAMPLES = 4, 6, 3, 20
 class Training:
     """A classifier on this rank's part of the data."""
 
-    def __init__(self, rank: int, *, ddp: bool = True, seed: int = 0, **settings: Any) -> None:
+    def __init__(
+        self, rank: int, *, ddp: bool = True, alone: bool = False, seed: int = 0, **settings: Any
+    ) -> None:
         torch.manual_seed(seed)
         layers = nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)
         self.model: nn.Module = nn.Sequential(*layers).double()
-        self.run: nn.Module = DistributedDataParallel(self.model) if ddp else self.model
-        if not ddp:
+        self.run: nn.Module = (
+            DistributedDataParallel(self.model) if ddp and not alone else self.model
+        )
+        if not ddp and not alone:
             settings["process_group"] = dist.group.WORLD
         self.optimizer = NaturalCG(self.model.parameters(), **settings)
         generator = torch.Generator().manual_seed(rank)
@@ -333,6 +345,34 @@ def count_collectives(rank: int) -> list[tuple[int, int, int]]:
     return found
 
 
+def checkpoint(rank: int, *, flat: bool) -> tuple[Tensor, Tensor, str]:
+    """A run that goes on, one that was resumed from files, and where these are."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    t, twin = Training(rank), Training(rank, seed=1, lr=0.1)
+    for _ in range(3):
+        t.optimizer.step(t.loss)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    saved = get_optimizer_state_dict(t.run, t.optimizer, options=options)
+    dcp.save({"optimizer": saved, "model": t.model.state_dict()}, checkpoint_id=folder[0])
+    load_checkpoint(twin, folder[0], options)
+    for _ in range(2):
+        t.optimizer.step(t.loss)
+        twin.optimizer.step(twin.loss)
+    assert_same_state(t.optimizer.state_dict(), twin.optimizer.state_dict())
+    return t.theta, twin.theta, folder[0]
+
+
+def load_checkpoint(t: Training, folder: str, options: StateDictOptions) -> None:
+    loaded: dict[str, Any] = {
+        "optimizer": get_optimizer_state_dict(t.run, t.optimizer, options=options),
+        "model": t.model.state_dict(),
+    }
+    dcp.load(loaded, checkpoint_id=folder)
+    t.model.load_state_dict(loaded["model"])
+    set_optimizer_state_dict(t.run, t.optimizer, loaded["optimizer"], options=options)
+
+
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{f"error {name}": partial(raise_on_one_rank, name=name) for name in ERRORS},
     **{f"differ {name}": partial(differ, name=name, ddp=True) for name in DISAGREEMENTS},
@@ -340,6 +380,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         f"differ without ddp {name}": partial(differ, name=name, ddp=False)
         for name in ("value", "lr", "all frozen")
     },
+    **{f"checkpoint {flat}": partial(checkpoint, flat=flat) for flat in (False, True)},
     "first step": differ_at_first_step,
     "collectives": count_collectives,
 }
@@ -432,3 +473,27 @@ def test_what_is_compared_travels_with_what_is_exchanged_anyway(ranks: Any) -> N
     assert found == other
     for total, vectors, trials in found[1:]:
         assert total - vectors - 2 * trials <= 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_checkpoint_of_two_ranks(ranks: Any, flat: bool) -> None:
+    """Resumed by both, bit for bit; and by one process, which has another part of the data."""
+    results = ranks(f"checkpoint {flat}")
+    folder = results[0][2]
+    try:
+        for theta, resumed, _ in results:
+            assert torch.equal(theta, results[0][0])
+            assert torch.equal(resumed, theta)
+        t = Training(0, alone=True)
+        load_checkpoint(t, folder, StateDictOptions(flatten_optimizer_state_dict=flat))
+        state = t.optimizer.state[t.optimizer.param_groups[0]["params"][0]]
+        assert state["solution"].any()
+        assert state["slope"] < 0
+        assert state["draws"] == 1
+        t.optimizer.step(t.loss)
+        assert t.optimizer.last_step is not None
+        assert t.optimizer.last_step.accepted
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

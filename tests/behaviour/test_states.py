@@ -290,27 +290,26 @@ KINDS = {
     "sketch": ({"preconditioner": Nystrom(rank=2)}, ("sketch", "sketch_values", "sketch_age")),
 }
 ENTRIES = {name: settings for settings, names in KINDS.values() for name in names}
-REALS = {
-    name: s
-    for name, s in ENTRIES.items()
-    if name not in (*KINDS["layers"][1], *KINDS["counters"][1], "sketch_age")
-}
+INTEGERS = {*KINDS["layers"][1], *KINDS["counters"][1], "sketch_age"}
+REALS = {name: settings for name, settings in ENTRIES.items() if name not in INTEGERS}
 
 
-@pytest.mark.parametrize("value", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize(("name", "settings"), ENTRIES.items(), ids=ENTRIES)
 def test_an_entry_of_a_wrong_type_is_refused_and_nothing_is_lost(
-    name: str, settings: dict[str, Any], value: Any
+    name: str, settings: dict[str, Any]
 ) -> None:
     run = Run(**settings)
     run.step(2)
     before = copy.deepcopy(run.optimizer.state_dict())
     assert name in before["state"][0]
-    broken = copy.deepcopy(before)
-    broken["state"][0][name] = value
-    with pytest.raises((ValueError, TypeError), match=r"state|dict|expect|argument"):
-        run.optimizer.load_state_dict(broken)
-    assert_same_state(run.optimizer.state_dict(), before)
+    for value in BROKEN.values():
+        broken = copy.deepcopy(before)
+        broken["state"][0][name] = value
+        with pytest.raises(
+            ValueError, match=f"this state cannot be loaded.*{name!r} of a parameter"
+        ):
+            run.optimizer.load_state_dict(broken)
+        assert_same_state(run.optimizer.state_dict(), before)
     run.step()
 
 
