@@ -65,6 +65,7 @@ _FACTOR = "a tensor of one to three dimensions", _has_dimensions(1, 2, 3)
 
 _ENTRIES = {
     **{name: _Entry(*_NUMBER, "last step") for name in ("slope", "new_loss", "lr")},
+    "smoothing": _Entry(*_NUMBER, "rounding of kinks"),
     "solution": _Entry(*_LIKE_IT, "last step"),
     "largest_curvature": _Entry(*_LIKE_IT, "largest curvature"),
     "diagonal": _Entry(*_LIKE_IT, "Kronecker factors"),
@@ -121,7 +122,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 def _numbers(settings: Settings, *, is_first: bool) -> Iterator[tuple[str, float]]:
     yield "lr", 0.0
     if is_first:
-        yield from (("slope", 0.0), ("new_loss", 0.0))
+        yield from (("slope", 0.0), ("new_loss", 0.0), ("smoothing", 1.0))
     if settings.preconditioner in ("auto", "kfac"):
         yield from (("layer_groups", -1), ("layer_flipped", 0), ("layer_bias", -1))
         if is_first:
