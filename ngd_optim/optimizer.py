@@ -49,7 +49,7 @@ from ngd_optim.solvers import (
     build_solver,
     curvature_diagonal,
 )
-from ngd_optim.state import check_state, complete_state, join_keys, keep_precision
+from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import (
     TracedClosure,
@@ -239,6 +239,16 @@ class NaturalCG(Optimizer):
         clone.process_group = self.process_group
         return clone
 
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and state, which are tensors and numbers."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not self.state and any(p.grad is not None for p in params):
+            # torch.distributed.checkpoint makes no state where it finds gradients, and then loads none.
+            parameters = FlatParameters(self.param_groups)
+            complete_state(self.state, parameters, Settings.of(self.param_groups))
+        saved = super().state_dict()
+        return {**saved, "state": give_memory(saved["state"])}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the settings and the state that :meth:`state_dict` gave.
 
@@ -329,12 +339,8 @@ class NaturalCG(Optimizer):
         """
         if closure is None and curvature_closure is None and self._stands_still():
             # torch.distributed.checkpoint has optimizers make their state in this way.
-            complete_state(
-                self.state,
-                FlatParameters(self.param_groups),
-                Settings.of(self.param_groups),
-                to_be_written=True,
-            )
+            parameters = FlatParameters(self.param_groups)
+            complete_state(self.state, parameters, Settings.of(self.param_groups))
             return torch.zeros((), device=self._device)
         with Ranks(
             self.process_group,

@@ -24,7 +24,7 @@ from ngd_optim.shown import show
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real or (isinstance(value, Tensor) and value.ndim == 0)
+    return is_real or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
 
 
 def _is_auto(value: Any) -> bool:

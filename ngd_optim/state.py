@@ -86,15 +86,14 @@ NAMES = tuple(_ENTRIES)
 """Those of all entries. Any others are the user's, and left alone."""
 
 
+_FEW = 2**16
+"""More parameters than this are seldom solved for directly, with a largest curvature, unless one says so."""
+
 # Made in full.
 
 
 def complete_state(
-    state: MutableMapping[Any, dict[str, Any]],
-    parameters: FlatParameters,
-    settings: Settings,
-    *,
-    to_be_written: bool = False,
+    state: MutableMapping[Any, dict[str, Any]], parameters: FlatParameters, settings: Settings
 ) -> None:
     """Give each parameter the entries that it does not have, empty.
 
@@ -102,16 +101,29 @@ def complete_state(
         state: the optimizer's.
         parameters: of a step.
         settings: of that step.
-        to_be_written: give each tensor memory for all of its elements.
     """
     for p in parameters.tensors:
         entry = state[p]
         for name, number in _numbers(settings, is_first=p is parameters.tensors[0]):
             entry.setdefault(name, number)
         for name, shape, dtype in _tensors(settings, parameters, p):
-            if name not in entry or (to_be_written and not entry[name].any()):
-                empty = _empty(shape, dtype, p.device)
-                entry[name] = torch.zeros_like(empty) if to_be_written else empty
+            if name not in entry:
+                entry[name] = _empty(shape, dtype, p.device)
+
+
+def give_memory(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A state whose empty tensors can be written to, as ``torch.distributed.checkpoint`` does when it loads."""
+    return {
+        key: {name: _write(value) for name, value in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in state.items()
+    }
+
+
+def _write(value: Any) -> Any:
+    is_empty = isinstance(value, Tensor) and value.numel() > 1 and not any(value.stride())
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if is_empty else value
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -136,12 +148,12 @@ def _tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     wide = torch.promote_types(p.dtype, torch.float32)
     yield "solution", tuple(p.shape), p.dtype
-    if settings.damping_scale != "identity":
+    scale = settings.damping_scale
+    if scale == "diagonal" or (scale == "auto" and parameters.size <= _FEW):
         yield "largest_curvature", tuple(p.shape), p.dtype
     if settings.preconditioner in ("auto", "kfac"):
-        yield "diagonal", tuple(p.shape), wide
-        for name, size in find_sizes_of_factors(p).items():
-            yield name, (size,), wide
+        for name, shape in find_sizes_of_factors(p).items():
+            yield name, shape, wide
     columns = min(_sketch_columns(settings), parameters.size)
     if columns:
         yield "sketch", (p.numel(), columns), parameters.dtype

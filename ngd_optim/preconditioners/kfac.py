@@ -1,14 +1,14 @@
 """Kronecker factors as the preconditioner of a step, and when they are renewed.
 
 The optimizer's state has for each parameter ``left`` and ``right``, its Kronecker factors, and
-``diagonal``, one of which is empty; ``layer_groups``, ``layer_flipped`` and ``layer_bias``, what is
+``diagonal``, which may be empty; ``layer_groups``, ``layer_flipped`` and ``layer_bias``, what is
 known of its layer; for the first parameter also ``products``, how many iterations these factors have
 served, and ``draws``, how often random vectors were drawn.
 
 ``left`` has the factor of a weight's rows and ``right`` that of its columns, as vectors that are long
-enough for all layers that the weight may be in; of some grouped convolutions, whose vectors are
-longer, they have names of their own (``grouped_left``, ``grouped_right``). ``layer_groups`` is 0
-where a parameter is the weight of no layer, and -1 where nobody knows.
+enough for all layers that the weight may be in, and for its diagonal if it is in none. Those of some
+grouped convolutions are longer, and have names of their own (``grouped_left``, ``grouped_right``).
+``layer_groups`` is 0 where a parameter is the weight of no layer, and -1 where nobody knows.
 """
 
 import logging
@@ -146,8 +146,8 @@ class Kronecker(Preconditioning):
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in _NAMES:
                 if (i, name) in self._values:
-                    saved, value = _to_saved(name, self._values[i, name], layer, p)
-                    self._state[p][saved] = value.to(dtype)
+                    kept = _to_saved(name, self._values[i, name], layer, p)
+                    self._state[p] |= {saved: value.to(dtype) for saved, value in kept.items()}
 
     def _renew(self, ranks: Ranks) -> None:
         """Mix the estimates of all closures and ranks with what was known."""
@@ -172,17 +172,18 @@ class Kronecker(Preconditioning):
             }
 
 
-def find_sizes_of_factors(p: Tensor) -> dict[str, int]:
-    """How long ``left`` and ``right`` are in a parameter's state; empty if it cannot be a layer's weight."""
-    if p.ndim < 2 or not p.numel():
-        return {}
+def find_sizes_of_factors(p: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a parameter's state has of Kronecker factors and diagonals."""
+    if p.ndim < 2 or not p.numel():  # never a layer's weight
+        return {"diagonal": tuple(p.shape)}
     # One row more, for a bias; a matrix for each row of a weight that may be of a depthwise convolution.
     matrices = len(p) if p.ndim > 2 and p.shape[1] == 1 else 1
     rows, columns = len(p), p.numel() // len(p)
-    return {
-        "left": max(_length(rows), _length(rows + 1)),
-        "right": max(_length(columns), _length(columns + 1)) * matrices,
-    }
+    left = max(_length(rows), _length(rows + 1))
+    right = max(_length(columns), _length(columns + 1)) * matrices
+    sizes: dict[str, tuple[int, ...]] = {"left": (left,), "right": (right,)}
+    # Its diagonal goes there as well, unless these themselves are diagonals.
+    return sizes if left + right >= p.numel() else sizes | {"diagonal": tuple(p.shape)}
 
 
 def _length(order: int) -> int:
@@ -194,13 +195,28 @@ def _describe(layer: Layer) -> dict[str, int]:
     return dict(zip(_LAYER, (layer.groups, int(layer.flipped), bias), strict=True))
 
 
-def _to_saved(name: str, value: Tensor, layer: Layer | None, p: Tensor) -> tuple[str, Tensor]:
-    """The name and the form in which a factor or a diagonal is kept."""
+def _to_saved(name: str, value: Tensor, layer: Layer | None, p: Tensor) -> dict[str, Tensor]:
+    """A factor or a diagonal by the names, and in the forms, in which it is kept."""
+    sizes, flat = find_sizes_of_factors(p), value.flatten()
     if layer is None or name == "diagonal":
-        return name, value
-    saved, flat = _SWAPPED[name] if layer.flipped else name, value.flatten()
-    rest = find_sizes_of_factors(p)[saved] - len(flat)
-    return (saved, F.pad(flat, (0, rest))) if rest >= 0 else (f"grouped_{saved}", flat)
+        if "diagonal" in sizes:
+            return {"diagonal": value}
+        left, right = sizes["left"][0], sizes["right"][0]
+        both = F.pad(flat, (0, left + right - len(flat)))
+        return {"left": both[:left].clone(), "right": both[left:].clone()}
+    saved = _SWAPPED[name] if layer.flipped else name
+    rest = sizes[saved][0] - len(flat)
+    return {saved: F.pad(flat, (0, rest))} if rest >= 0 else {f"grouped_{saved}": flat}
+
+
+def _diagonal(entry: Mapping[str, Any], p: Tensor) -> Tensor | None:
+    sizes = find_sizes_of_factors(p)
+    if "diagonal" in sizes or "diagonal" in entry:
+        return entry.get("diagonal")
+    parts = [entry.get(name) for name in ("left", "right")]
+    if any(part is None or part.shape != sizes[n] for n, part in zip(sizes, parts, strict=True)):
+        return None
+    return torch.cat(parts)[: p.numel()].view(p.shape)  # pyright: ignore[reportArgumentType]
 
 
 def _from_saved(
@@ -226,7 +242,11 @@ def load_factors(
     for i, entry in enumerate(own):
         groups, flipped, bias = (entry.get(name, -1) for name in _LAYER)
         if "layer_groups" not in entry:  # as version 0.1.0 kept them
-            values |= {(i, name): entry[name] for name in _NAMES if name in entry}
+            values |= {
+                (i, name): entry[name]
+                for name in _NAMES
+                if name in entry and (name == "diagonal" or entry[name].ndim > 1)
+            }
         elif groups > 0:
             layers.append(Layer(i, bias if bias >= 0 else None, flipped == 1, groups))
     if not all(_is_possible(layer, params) for layer in layers):
@@ -237,12 +257,9 @@ def load_factors(
             values |= {} if value is None else {(layer.weight, name): value}
     inside = {i for layer in layers for i in (layer.weight, layer.bias)}
     outside = [i for i, entry in enumerate(own) if entry.get("layer_groups") == 0]
-    if layers:
-        values |= {
-            (i, "diagonal"): own[i]["diagonal"]
-            for i in outside
-            if i not in inside and "diagonal" in own[i]
-        }
+    for i in outside if layers else ():
+        diagonal = None if i in inside else _diagonal(own[i], params[i])
+        values |= {} if diagonal is None else {(i, "diagonal"): diagonal}
     is_known = all(entry.get("layer_groups", -1) >= 0 for entry in own)
     if is_known and layers and not fits(values, layers, params):
         logger.info("Kronecker factors that the state does not have are estimated anew")
