@@ -152,7 +152,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     rate = settings["lr"]
     if isinstance(rate, Tensor) and rate.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")  # in the words of torch's optimizers
+        # In the words of torch's optimizers.
+        raise ValueError(f"Tensor lr must be 1-element, got {show(rate)}")
     for name, allowed in _ALLOWED.items():
         if not allowed.holds(settings[name]):
             raise ValueError(f"{name} must be {allowed.words}, got {show(settings[name])}")

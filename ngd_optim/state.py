@@ -200,10 +200,16 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
                 state[p].pop(name, None)
                 continue
             if not allowed.holds(value, p):
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else show(value)
+                is_tensor = isinstance(value, Tensor)
+                got = tuple(value.shape) if is_tensor else show(value)
+                why = (
+                    "was saved of other parameters"
+                    if is_tensor
+                    else "is broken, or of other parameters"
+                )
                 raise ValueError(
-                    f"this state cannot be loaded, it is broken or was saved of other parameters: {name!r} of a "
-                    f"parameter of shape {tuple(p.shape)} must be {allowed.words}, got {got}"
+                    f"this state cannot be loaded, it {why}: one of shape {tuple(p.shape)} had {got} as "
+                    f"{name!r}, which must be {allowed.words}"
                 )
             if isinstance(value, Tensor) and not value.any():
                 state[p][name] = _empty(value.shape, value.dtype, value.device)

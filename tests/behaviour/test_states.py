@@ -310,7 +310,7 @@ def test_an_entry_of_a_wrong_type_is_refused_and_nothing_is_lost(
         broken = copy.deepcopy(before)
         broken["state"][index][name] = value
         with pytest.raises(
-            ValueError, match=f"this state cannot be loaded.*{name!r} of a parameter"
+            ValueError, match=f"this state cannot be loaded.*{name!r}, which must be"
         ):
             run.optimizer.load_state_dict(broken)
         assert_same_state(run.optimizer.state_dict(), before)
