@@ -98,8 +98,8 @@ class Ranks:
         """
         result = self.deferring_errors(work)
         # NaN on one rank makes all stop; the error itself is raised where the host waits anyway.
-        failed = result is None or self._error is not None
-        total = torch.full_like(v, torch.nan) if failed else result.clone()
+        is_lost = result is None or self._error is not None
+        total = torch.full_like(v, torch.nan) if is_lost else result.clone()  # pyright: ignore[reportOptionalMemberAccess]
         dist.all_reduce(total, group=self.group)
         return total.div_(dist.get_world_size(self.group))
 

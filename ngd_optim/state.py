@@ -213,10 +213,9 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
                 )
             if isinstance(value, Tensor) and not value.any():
                 state[p][name] = _empty(value.shape, value.dtype, value.device)
-            is_finite = (
-                value.isfinite().all() if isinstance(value, Tensor) else math.isfinite(value)
-            )
-            if not is_finite:
+            number: Any = value
+            is_tensor = isinstance(value, Tensor)
+            if not (value.isfinite().all() if is_tensor else math.isfinite(number)):
                 lost.add(allowed.part_of)
     for part in sorted(lost):
         logger.warning(
@@ -252,11 +251,11 @@ def keep_precision(
         widest = torch.promote_types(widest, p.dtype)
     for p, entry in saved.items():
         for name, value in state.get(p, {}).items():
-            part = _ENTRIES[name].part_of if name in _ENTRIES else None
+            part = _ENTRIES[name].part_of if name in _ENTRIES else ""
             dtype = {
                 "Kronecker factors": torch.promote_types(p.dtype, torch.float32),
                 "sketch": widest,
-            }.get(part, p.dtype)  # pyright: ignore[reportArgumentType]
+            }.get(part, p.dtype)
             if isinstance(value, Tensor) and value.dtype != dtype:
                 wide = entry[name].to(value.device, dtype)
                 state[p][name] = wide if value.any() else _empty(value.shape, dtype, value.device)
