@@ -194,9 +194,8 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
     lost: set[str] = set()
     for p in own:
         for name, allowed in _ENTRIES.items():
-            value = state[p].get(name)
-            if value is None or (isinstance(value, dict) and not value):
-                # As distributed checkpoints, flat ones, give what was not saved.
+            value: Any = state[p].get(name)
+            if _is_absent(value):
                 state[p].pop(name, None)
                 continue
             if not allowed.holds(value, p):
@@ -213,9 +212,7 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
                 )
             if isinstance(value, Tensor) and not value.any():
                 state[p][name] = _empty(value.shape, value.dtype, value.device)
-            number: Any = value
-            is_tensor = isinstance(value, Tensor)
-            if not (value.isfinite().all() if is_tensor else math.isfinite(number)):
+            if not _is_finite(value):
                 lost.add(allowed.part_of)
     for part in sorted(lost):
         logger.warning(
@@ -259,6 +256,15 @@ def keep_precision(
             if isinstance(value, Tensor) and value.dtype != dtype:
                 wide = entry[name].to(value.device, dtype)
                 state[p][name] = wide if value.any() else _empty(value.shape, dtype, value.device)
+
+
+def _is_absent(value: Any) -> bool:
+    """Flat distributed checkpoints give an empty dict for what was not saved."""
+    return value is None or (isinstance(value, dict) and not value)
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(value.isfinite().all()) if isinstance(value, Tensor) else math.isfinite(value)
 
 
 def _spread_rates(state: Mapping[Any, dict[str, Any]], own: Sequence[Tensor]) -> None:
