@@ -1,6 +1,6 @@
 """Parameters as one flat vector, and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,3 +147,11 @@ class FlatParameters:
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
         copy_all(self.tensors, self.views(values))
+
+
+def forget(state: Mapping[Any, Any], names: Sequence[str]) -> None:
+    """Take entries out of the state of every parameter. Users keep other things there as well."""
+    for p, entry in state.items():
+        if isinstance(p, Tensor):
+            for name in names:
+                entry.pop(name, None)

@@ -24,7 +24,7 @@ from ngd_optim.shown import show
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real or (isinstance(value, Tensor) and value.ndim == 0)
+    return is_real or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
 
 
 def _is_auto(value: Any) -> bool:
@@ -140,6 +140,9 @@ _ALLOWED: dict[str, _Allowed] = {
 SETTINGS = tuple(_ALLOWED)
 """The names of all settings."""
 
+COMMON_SETTINGS = tuple(name for name, allowed in _ALLOWED.items() if not allowed.per_group)
+"""Those in which groups must agree."""
+
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Check one parameter group's settings.
@@ -147,6 +150,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting is out of range; the message has its value and what is allowed.
     """
+    rate = settings["lr"]
+    if isinstance(rate, Tensor) and rate.numel() != 1:
+        # In the words of torch's optimizers.
+        raise ValueError(f"Tensor lr must be 1-element, got {show(rate)}")
     for name, allowed in _ALLOWED.items():
         if not allowed.holds(settings[name]):
             raise ValueError(f"{name} must be {allowed.words}, got {show(settings[name])}")
@@ -160,6 +167,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
+def check_initial(group: Mapping[str, Any]) -> None:
+    """Check the damping that a parameter group began with, which is no setting, and saved with these.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if not _FINITE.holds(group["initial_damping"]):
+        raise ValueError(
+            f"initial_damping must be {_FINITE.words}, got {show(group['initial_damping'])}"
+        )
+
+
 def to_plain_numbers(group: dict[str, Any]) -> None:
     """Make a parameter group's settings that are numpy's numbers Python's: these can be saved."""
     for name in SETTINGS:
@@ -168,30 +187,20 @@ def to_plain_numbers(group: dict[str, Any]) -> None:
             group[name] = int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_saved(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
-) -> None:
-    """Check what was saved of an optimizer before it takes the place of anything.
-
-    Args:
-        groups: the parameter groups.
-        state: by parameter.
+def check_owner(group: Mapping[str, Any]) -> None:
+    """Check that a saved parameter group is of this optimizer: some settings may be newer than what saved it.
 
     Raises:
-        ValueError: it is another optimizer's, or was saved of parameters of other shapes.
+        ValueError: it has less than half of the settings.
     """
-    for group in groups:
-        missing = [name for name in SETTINGS if name not in group]
-        if missing:
-            raise ValueError(
-                f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
-            )
-        check_settings(group)
-    # By parameter once the optimizer has mapped them; before that the keys are numbers.
-    for p, entry in state.items():
-        for saved in (entry[name] for name in ("solution", "largest_curvature") if name in entry):
-            if isinstance(p, Tensor) and saved.shape != p.shape:
-                raise ValueError(
-                    f"the state was saved of other parameters: one of shape {tuple(p.shape)} had "
-                    f"{tuple(saved.shape)}"
-                )
+    missing = [name for name in SETTINGS if name not in group]
+    if 2 * len(missing) > len(SETTINGS):
+        raise ValueError(
+            f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
+        )
+
+
+def add_missing(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Give a parameter group those of some settings that it does not have."""
+    for name, value in settings.items():
+        group.setdefault(name, value)

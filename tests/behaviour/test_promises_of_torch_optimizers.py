@@ -62,7 +62,8 @@ def test_resumed_run_is_bit_identical(comes_back, settings, dtype):
     optimizer = NaturalCG(task.model.parameters(), lr=0.9, **settings)
     train(task, optimizer, 3)
     twin, resumed = comes_back(task, optimizer)
-    assert resumed.last_step is None or comes_back is by_deepcopy
+    keeps_report = comes_back in (by_deepcopy, by_pickle)
+    assert repr(resumed.last_step) == repr(optimizer.last_step if keeps_report else None)
     assert resumed.param_groups[0]["damping"] == optimizer.param_groups[0]["damping"] != 1e-2
     before = task.theta
     assert train(task, optimizer, 3) == train(twin, resumed, 3)
