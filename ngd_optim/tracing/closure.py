@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -96,6 +97,7 @@ class TracedClosure:
         self._differentiates = self._needs_backward = False
         self._others: list[Tensor] = []
         self._hooks: list[Hook] = []
+        self._retained: list[tuple[weakref.ref[Tensor], Tensor | None]] = []
         self._gradients_before: list[Tensor | None] = []
         self.leaves_gradients = False
         self.writes_parameters = False
@@ -132,6 +134,8 @@ class TracedClosure:
         self._gradients_before = accumulation.finish()
         self.gradient = accumulation.total
         self._hooks = mode.hooks
+        tensors = [(reference, reference()) for reference in mode.retaining]
+        self._retained = [(ref, t.grad) for ref, t in tensors if t is not None]
         self._needs_backward = mode.reads_gradients or mode.calls > len(mode.roots)
         self._others = accumulation.find_others() if self._needs_backward else []
         self._differentiates = mode.differentiates or self._needs_backward
@@ -220,6 +224,9 @@ class TracedClosure:
     def settle(self) -> None:
         """Put everything that the closure changes to where one run leaves it."""
         self._effects.settle()
+        for reference, gradient in self._retained:  # which products have added to
+            if (tensor := reference()) is not None:
+                tensor.grad = gradient
 
     def rewind(self) -> None:
         """Undo what the closure changed."""

@@ -81,6 +81,7 @@ class Tracing(TorchFunctionMode):
         reads_gradients: whether it looked at a ``.grad`` that ``backward`` left.
         differentiates: whether the closure called ``torch.autograd.grad``.
         hooks: those on gradients of tensors that it registered.
+        retaining: the tensors that it called ``retain_grad`` of.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Tracing(TorchFunctionMode):
         self.calls = 0
         self.differentiates = False
         self.hooks: list[Hook] = []
+        self.retaining: list[weakref.ref[Tensor]] = []
         self._hooks_before = hooks_before
 
     def __exit__(self, *exception: Any) -> None:
@@ -124,6 +126,8 @@ class Tracing(TorchFunctionMode):
         self.differentiates |= func is torch.autograd.grad
         if func is torch.Tensor.register_hook:
             return func(args[0], self._note_hook(*args[1:], **kwargs))
+        if func is torch.Tensor.retain_grad:
+            self.retaining.append(weakref.ref(args[0]))
         name = getattr(func, "__name__", None)
         if self._recorder is not None:
             if name == "detach_":

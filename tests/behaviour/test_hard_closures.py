@@ -286,6 +286,31 @@ class TestHooksOfTheClosure:
             (gradient,) = seen
             assert torch.allclose(gradient.sum(1), torch.zeros(20).double())  # of a softmax
 
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("goes_back", [True, False])
+    def test_retained_gradients_are_those_of_one_run(self, goes_back, count):
+        torch.manual_seed(0)
+        model, x, y = nn.Linear(5, 3).double(), real(20, 5), torch.arange(20) % 3
+        kept = []
+
+        def closure():
+            z = model(x)
+            if z.requires_grad and len(kept) < count:
+                z.retain_grad()
+                kept.append(z)
+            loss = F.cross_entropy(z, y)
+            if goes_back:
+                loss.backward()
+            return loss
+
+        closure()
+        expected, kept[:] = kept[0].grad, []
+        model.zero_grad()
+        NaturalCG(model.parameters()).step([closure] * count)
+        assert len(kept) == count
+        for z in kept:
+            assert (z.grad is None) if expected is None else torch.allclose(z.grad, expected)
+
     def test_one_that_changes_gradients_is_part_of_the_products(self):
         model, closure = self.make(lambda g: 0.5 * g, goes_back=False)
         plain, free = self.make(lambda g: None, goes_back=False)
