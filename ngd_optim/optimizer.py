@@ -155,13 +155,13 @@ class NaturalCG(Optimizer):
         tensor(True)
     """
 
-    process_group: Any = None
+    process_group: Any
     """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
 
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None
     """Draws the random vectors of a preconditioner; no part of ``state_dict``."""
 
-    last_step: StepReport | None = None
+    last_step: StepReport | None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
 
     def __init__(
@@ -274,6 +274,10 @@ class NaturalCG(Optimizer):
     def _complete(self) -> None:
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
         self.defaults.pop("momentum", None)
+        # No attributes of the class: wrappers of Lightning and Fabric are subclasses, which look for
+        # what they lack in the optimizer.
+        for name in ("last_step", "process_group", "generator"):
+            self.__dict__.setdefault(name, None)
         # load_state_dict keeps hooks, as torch's optimizers keep theirs.
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()

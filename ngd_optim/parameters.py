@@ -17,7 +17,7 @@ class FlatParameters:
     parameters' dtypes, and float32 at least; parameters of other dtypes are converted on the way.
 
     Raises:
-        TypeError: a parameter is complex.
+        TypeError: a parameter is complex, or float16.
         ValueError: no parameter is trainable, or they live on several devices.
     """
 
@@ -45,6 +45,12 @@ class FlatParameters:
                 raise TypeError(
                     f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
                     "parts"
+                )
+            if p.dtype is torch.float16:
+                raise TypeError(
+                    "float16 parameters are not supported: float16 has too little range for "
+                    "curvature products, and a GradScaler cannot scale them; use bfloat16 or "
+                    "float32"
                 )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._is_uniform = all(p.dtype == self.dtype for p in self.tensors)

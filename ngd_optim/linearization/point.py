@@ -228,10 +228,10 @@ def linearize_closure(
     graph = Graph(run, parameters, curvature, smoothing)
 
     def differentiate() -> tuple[Signature, list[bool], Tensor]:
-        traced, _ = graph.get()
+        traced, metric = graph.get()
         signature = signature_of(graph, parameters)
         if (curvature, backend, signature) not in learnt:
-            refuse_unsupported(traced)
+            refuse_unsupported(traced, metric)
         try:
             if run.gradient is not None:  # by the closure's own backward
                 return signature, find_reached([traced.loss], params), run.gradient
