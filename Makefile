@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 CONSTRAINTS := constraints.txt
+SCHEMAS := .ci/torchvision_schemas
 PYTEST := $(BIN)/pytest --numprocesses 2 --durations 10
 
 .DEFAULT_GOAL := help
@@ -11,9 +12,9 @@ PYTEST := $(BIN)/pytest --numprocesses 2 --durations 10
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml $(CONSTRAINTS) $(SCHEMAS)/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,vision]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,vision]' ./$(SCHEMAS)
 	touch $(READY)
 
 demo: $(READY)  ## train on real data beside Adam and L-BFGS; writes examples/quickstart.png

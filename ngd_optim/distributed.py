@@ -1,9 +1,10 @@
 """Several processes that take the same steps: global averages, and decisions that all of them share."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,30 +14,70 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 T = TypeVar("T")
 
 
+class Common(NamedTuple):
+    """Something that all ranks must have in common when a step begins.
+
+    Attributes:
+        number: the same where it is the same; 0-dim if it is a tensor.
+        sentence: what is said where it is not.
+    """
+
+    number: int | Tensor
+    sentence: str
+
+
 class Ranks:
-    """The processes of a group, each with its own part of the data; or this process alone.
+    """The processes of a group in one step, each with its own part of the data; or this process alone.
 
     Every average is the mean over the ranks, each of which counts the same, as in
     DistributedDataParallel. An exception on one rank is raised there and answered by a RuntimeError
-    on the others, at the next thing that they do together.
+    on the others, at the next thing that they do together. As a context manager it has the others
+    told also of what is raised before the first such thing.
 
     Args:
         group: a ``torch.distributed`` process group, or None.
         device: where the parameters are.
         follow_ddp: without a group, take that of the DistributedDataParallel module that runs in
             :meth:`together`.
+        parameters: by which such a module is found if an exception is raised before it runs.
 
     Attributes:
         group: the group, or None for this process alone.
     """
 
-    def __init__(self, group: Any, device: torch.device, *, follow_ddp: bool) -> None:
+    def __init__(
+        self,
+        group: Any,
+        device: torch.device,
+        *,
+        follow_ddp: bool,
+        parameters: Sequence[Tensor] = (),
+    ) -> None:
         self.group = group
         self._device = device
         self._follow_ddp = (
             follow_ddp and group is None and dist.is_available() and dist.is_initialized()
         )
-        self._error: Exception | None = None
+        self._parameters = parameters
+        self._error: BaseException | None = None
+        self._common: Callable[[], Sequence[Common]] = tuple
+        self._length = 0
+
+    def begin_with(self, length: int, common: Callable[[], Sequence[Common]] = tuple) -> None:
+        """Compare what ``common()`` gives, of this length, when the ranks first meet, at no exchange of its own.
+
+        That raises ValueError on all ranks.
+        """
+        self._length, self._common = length, common
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if (
+            error is not None and self._length
+        ):  # the others are still to come to their first exchange
+            self._tell(error)
 
     def together(self, work: Callable[[], T]) -> T:
         """What ``work()`` returns on this rank, if it raises on none."""
@@ -45,8 +86,8 @@ class Ranks:
         try:
             with self.noticing_ddp():
                 result = work()
-        except Exception as error:
-            self._exchange(error)
+        except BaseException as error:
+            self._tell(error)
             raise
         self._exchange(None)
         return result
@@ -56,22 +97,30 @@ class Ranks:
 
         :meth:`check` raises that later: nothing here waits for the device.
         """
-        try:
-            total = work().clone()
-        except Exception as error:
-            # NaN on one rank makes all stop; the error itself is raised where the host waits
-            # anyway.
-            self._error = self._error or error
-            total = torch.full_like(v, torch.nan)
+        result = self.deferring_errors(work)
+        # NaN on one rank makes all stop; the error itself is raised where the host waits anyway.
+        is_lost = result is None or self._error is not None
+        total = torch.full_like(v, torch.nan) if is_lost else result.clone()  # pyright: ignore[reportOptionalMemberAccess]
         dist.all_reduce(total, group=self.group)
         return total.div_(dist.get_world_size(self.group))
 
+    def deferring_errors(self, work: Callable[[], T]) -> T | None:
+        """What ``work()`` returns; None if it raises. Means are then NaN, until :meth:`check` raises that."""
+        if self.group is None:
+            return work()
+        try:
+            return work()
+        except BaseException as error:
+            self._error = self._error or error
+            return None
+
     def check(self) -> None:
-        """Raise what :meth:`mean_deferring_errors` met on a rank."""
+        """Raise what :meth:`deferring_errors` met on a rank."""
         error, self._error = self._error, None
-        self._exchange(error)
         if error is not None:
+            self._tell(error)
             raise error
+        self._exchange(None)
 
     def average(self, value: Tensor) -> Tensor:
         """The mean over the ranks, in float32 at least."""
@@ -83,53 +132,60 @@ class Ranks:
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is set on some rank."""
-        if self.group is None:
-            return list(flags)
-        return [bool(value) for value in self._maximum([int(flag) for flag in flags])]
+        return list(flags) if self.group is None else [bool(v) for v in self._meet(flags, [])[0]]
 
-    def all(self, flag: bool) -> bool:
-        """Whether a flag is set on every rank."""
-        return not self.any([not flag])[0]
+    def all(self, flag: bool, common: Sequence[Common] = ()) -> bool:
+        """Whether a flag is set on every rank.
+
+        Raises:
+            ValueError: the ranks have not in common what they must.
+        """
+        if self.group is None:
+            return flag
+        (missing,), agreed = self._meet([not flag], [entry.number for entry in common])
+        _require(common, agreed)
+        return not missing
 
     def agree(self, number: int) -> bool:
         """Whether every rank gives the same number."""
-        if self.group is None:
-            return True
-        # All equal: the maximum is the minimum.
-        highest, lowest = self._maximum([number, -number])
-        return highest == -lowest
+        return self.group is None or self._meet([], [number])[1][0]
 
-    def require_equal(self, v: Tensor) -> None:
-        """Compare the parameters between the ranks.
+    def _meet(
+        self, values: Sequence[int], numbers: Sequence[int | Tensor]
+    ) -> tuple[list[int], list[bool]]:
+        """The ranks' maxima of some values, and for each number whether it is the same on all ranks."""
+        # ~x falls where x rises, without overflow: all are equal where the maximum is the minimum.
+        parts = [*values, *numbers, *(~number for number in numbers)]
+        tensor = torch.stack(
+            [torch.as_tensor(x, dtype=torch.int64, device=self._device) for x in parts]
+        )
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        found, n = tensor.tolist(), len(values)
+        highest, lowest = found[n : n + len(numbers)], found[n + len(numbers) :]
+        return found[:n], [x == ~y for x, y in zip(highest, lowest, strict=True)]
 
-        Raises:
-            ValueError: they differ.
-        """
+    def _tell(self, error: BaseException) -> None:
+        """Tell the other ranks of an error; it is to be raised, and not what may be raised here."""
+        if self.group is None and self._follow_ddp:  # raised before the module ran
+            self.group = _find_ddp_group(self._parameters)
+        with suppress(Exception):
+            self._exchange(error)
+
+    def _exchange(self, error: BaseException | None) -> None:
+        """Tell the other ranks of an error, or be told of one; the first time, compare what must be common."""
         if self.group is None:
             return
-        lowest, highest = v.detach().clone(), v.detach().clone()
-        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.group)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
-        if not torch.allclose(lowest, highest, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                "the parameters differ between the ranks of the process group; start from the "
-                "same ones: torch.nn.parallel.DistributedDataParallel sends rank 0's to all"
+        failed = 0 if error is None else 1 + dist.get_rank(self.group)
+        n, self._length = self._length, 0
+        common = self._common() if n and not failed else ()
+        (failed,), agreed = self._meet([failed], [entry.number for entry in common] or [0] * n)
+        if error is not None:
+            return
+        if failed:
+            raise RuntimeError(
+                f"rank {failed - 1} raised an exception in this step, so this rank did not move either"
             )
-
-    def _maximum(self, values: list[int]) -> list[int]:
-        tensor = torch.tensor(values, device=self._device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        return tensor.tolist()
-
-    def _exchange(self, error: Exception | None) -> None:
-        """Tell the other ranks of an error, or be told of one."""
-        if self.group is not None:
-            (failed,) = self._maximum([0 if error is None else 1 + dist.get_rank(self.group)])
-            if failed and error is None:
-                raise RuntimeError(
-                    f"rank {failed - 1} raised an exception in this step, so this rank did not "
-                    "move either"
-                )
+        _require(common, agreed)
 
     @contextmanager
     def noticing_ddp(self, running: nn.Module | None = None) -> Iterator[None]:
@@ -153,6 +209,46 @@ def is_one_of_several() -> bool:
 
 
 ALONE = Ranks(None, torch.device("cpu"), follow_ddp=False)
+
+
+def _require(common: Sequence[Common], agreed: Sequence[bool]) -> None:
+    for entry, is_same in zip(common, agreed, strict=True):
+        if not is_same:
+            raise ValueError(entry.sentence)
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A number that is the same for the same bits in the same places, 0-dim; rounding has no part in it."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # integers of 64 bits begin at every eighth byte
+    row = _WIDTH * 8 // flat.element_size()
+    body = len(flat) // row * row
+    # Sums of rows and of columns: places count, and nothing as large as the tensor is made.
+    square = flat[:body].view(torch.int64).view(-1, _WIDTH)
+    rest = flat[body:].view(_INTEGERS[flat.element_size()]).long()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part, factor in zip((square.sum(1), square.sum(0), rest), _FACTORS, strict=True):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total += (part * places).sum() * factor
+    return total
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WIDTH = 1024
+_FACTORS = (1, 1_000_003, 998_244_353)
+
+
+def _find_ddp_group(parameters: Sequence[Tensor]) -> Any:
+    """That of a DistributedDataParallel module with some of these parameters; None if there is none."""
+    ours = {id(p) for p in parameters}
+    for thing in gc.get_objects():
+        # Asking for __class__, as isinstance does, may have lazy objects of others do things.
+        if issubclass(type(thing), nn.parallel.DistributedDataParallel) and any(
+            id(p) in ours for p in thing.parameters()
+        ):
+            return thing.process_group
+    return None
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
     average_factors,
-    relative_shift,
 )
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
@@ -326,7 +325,7 @@ class KFAC(Optimizer):
             return self._inverse[1]
         factors = factors or state.factors
         assert factors is not None
-        return KroneckerInverse(factors, state.parameters, relative_shift(factors, damping))
+        return KroneckerInverse.relative(factors, state.parameters, damping)
 
     @staticmethod
     def _move(

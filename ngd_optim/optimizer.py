@@ -1,5 +1,7 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
+import copy
+import inspect
 import logging
 import math
 import warnings
@@ -12,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ngd_optim.common import Beginning
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
-from ngd_optim.jacobian import Layer
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Learnt, Point, linearize_mean
 from ngd_optim.names import (
@@ -30,9 +32,12 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Preconditioner, build_preconditioner
 from ngd_optim.report import StepReport, build_report
 from ngd_optim.settings import (
+    COMMON_SETTINGS,
     SETTINGS,
     Settings,
-    check_saved,
+    add_missing,
+    check_initial,
+    check_owner,
     check_settings,
     to_plain_numbers,
 )
@@ -44,6 +49,7 @@ from ngd_optim.solvers import (
     build_solver,
     curvature_diagonal,
 )
+from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.transaction import all_or_nothing
@@ -152,13 +158,13 @@ class NaturalCG(Optimizer):
         tensor(True)
     """
 
-    process_group: Any = None
+    process_group: Any
     """The ``torch.distributed`` process group whose ranks take the same steps; no part of ``state_dict``."""
 
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None
     """Draws the random vectors of a preconditioner; no part of ``state_dict``."""
 
-    last_step: StepReport | None = None
+    last_step: StepReport | None
     """What the last step did and why; None before the first. It is no part of ``state_dict``."""
 
     def __init__(
@@ -207,16 +213,74 @@ class NaturalCG(Optimizer):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
+        """After a copy, unpickling or ``load_state_dict``."""
         for group in state["param_groups"]:
-            group.setdefault("backend", "auto")  # 0.1.0 had none
-        check_saved(state["param_groups"], state["state"])
+            check_owner(group)
+            add_missing(group, _DEFAULTS)
+            check_settings(group)
+            # Older versions took this from the optimizer that loads.
+            at_start = state.get("defaults", self.__dict__.get("defaults", _DEFAULTS))["damping"]
+            add_missing(group, {"initial_damping": at_start})
+            check_initial(group)
+        check_state(state["state"], [p for g in state["param_groups"] for p in g["params"]])
         super().__setstate__(state)
         self._complete()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be pickled: all but hooks, as torch's optimizers have it, and the process group."""
+        mine = {"generator": self.generator, "last_step": self.last_step}
+        return {**super().__getstate__(), **mine}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NaturalCG":
+        """A copy in this process, and so with the same process group."""
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone.process_group = self.process_group
+        return clone
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and state, which are tensors and numbers."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not self.state and any(p.grad is not None for p in params):
+            # torch.distributed.checkpoint makes no state where it finds gradients, and then loads none.
+            parameters = FlatParameters(self.param_groups)
+            complete_state(self.state, parameters, Settings.of(self.param_groups))
+        saved = super().state_dict()
+        return {**saved, "state": give_memory(saved["state"])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the settings and the state that :meth:`state_dict` gave.
+
+        Settings that this version has, and the one that saved did not have, have their defaults.
+        What is not finite is dropped, with a warning.
+
+        Raises:
+            ValueError: it is the state of another optimizer, or of other parameters.
+        """
+        final: dict[str, Any] = {}
+
+        def see(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            final.update(loaded, state=join_keys(loaded["state"]))
+            return final
+
+        # The last hook sees what the user's leave.
+        handle = self.register_load_state_dict_pre_hook(see)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in final["param_groups"] for i in group["params"]]
+        entries = {p: final["state"].get(i, {}) for p, i in zip(params, saved, strict=True)}
+        keep_precision(self.state, entries)
 
     def _complete(self) -> None:
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
         self.defaults.pop("momentum", None)
+        # No attributes of the class: wrappers of Lightning and Fabric are subclasses, which look for
+        # what they lack in the optimizer.
+        for name in ("last_step", "process_group", "generator"):
+            self.__dict__.setdefault(name, None)
         # load_state_dict keeps hooks, as torch's optimizers keep theirs.
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
@@ -224,12 +288,17 @@ class NaturalCG(Optimizer):
         self._experiences: Learnt = {}
         self._has_told_of_damping = False
         self._transaction: Any = None
-        self._layers: dict[tuple[int, ...], tuple[Layer, ...]] = {}
+        self._has_met = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
-        if self.param_groups and "momentum" not in self.defaults:
-            param_group.setdefault("momentum", self.param_groups[0]["momentum"])
+        if (
+            "momentum" not in self.defaults
+        ):  # else it is one of those that the optimizer is made with
+            first = self.param_groups[0]
+            add_missing(param_group, {name: first[name] for name in COMMON_SETTINGS})
+        # The limits of the damping are around it, as it is in the first group.
+        add_missing(param_group, {"initial_damping": float(self.defaults["damping"])})
         super().add_param_group(param_group)
         try:
             to_plain_numbers(self.param_groups[-1])
@@ -274,6 +343,23 @@ class NaturalCG(Optimizer):
             Exception: whatever the closure raises; the parameters, their ``requires_grad`` and
                 ``.grad``, and torch's random numbers are then as before.
         """
+        if closure is None and curvature_closure is None and self._stands_still():
+            # torch.distributed.checkpoint has optimizers make their state in this way.
+            parameters = FlatParameters(self.param_groups)
+            complete_state(self.state, parameters, Settings.of(self.param_groups))
+            return torch.zeros((), device=self._device)
+        with Ranks(
+            self.process_group,
+            self._device,
+            follow_ddp=True,
+            parameters=[p for group in self.param_groups for p in group["params"]],
+        ) as ranks:
+            return self._step(closure, curvature_closure, ranks)
+
+    def _step(
+        self, closure: Closures | None, curvature_closure: Closures | None, ranks: Ranks
+    ) -> Tensor:
+        ranks.begin_with(Beginning.length)
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         last = LastStep(parameters, self.state)
@@ -283,10 +369,19 @@ class NaturalCG(Optimizer):
         theta = self._transaction.cover(parameters, runs)
         with twice_differentiable():
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
-            ranks = Ranks(self.process_group, parameters.device, follow_ddp=True)
-            layers = self._layers.get(parameters.key)
+            beginning = Beginning(
+                self.param_groups,
+                settings,
+                parameters.tensors,
+                theta,
+                self.state,
+                not self._has_met,
+                self.generator,
+                (len(closures), len(others)),
+            )
+            ranks.begin_with(beginning.length, beginning.common)
             preconditioning = build_preconditioner(
-                settings.preconditioner, parameters, self.state, layers, self.generator
+                settings.preconditioner, parameters, self.state, self.generator
             )
             linearize = partial(
                 linearize_mean,
@@ -345,7 +440,7 @@ class NaturalCG(Optimizer):
                 lowest=settings.min_damping,
                 highest=settings.max_damping,
                 exact=solver.is_direct,
-                at_start=float(self.defaults["damping"]),
+                at_start=self.param_groups[0]["initial_damping"],
             )
             if not point.is_least_squares:  # its residuals may all vanish: noise is no matter
                 damping.adapt_to_new_data(new_slope)
@@ -407,10 +502,9 @@ class NaturalCG(Optimizer):
         last.keep(outcome, report.new_loss, settings.lr)
         if point.bend is not None:
             last.adapt_smoothing(report.reduction_ratio, accepted=report.accepted)
-        self._layers = (
-            {} if preconditioning.layers is None else {parameters.key: preconditioning.layers}
-        )
         preconditioning.keep(report.cg_iters)
+        complete_state(self.state, parameters, settings)
+        self._has_met = True
         return point.loss
 
     def _advise(self, point: Point, new_slope: float) -> None:
@@ -428,6 +522,17 @@ class NaturalCG(Optimizer):
                 _STREAM,
             )
 
+    @property
+    def _device(self) -> torch.device:
+        return next(p.device for group in self.param_groups for p in group["params"])
+
+    def _stands_still(self) -> bool:
+        """Whether every learning rate and every gradient is zero."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(
+            p.grad is not None and p.grad.any() for p in params
+        )
+
     @staticmethod
     def _damping_scale(
         setting: DampingScale, solver: Solver, point: Point, last: LastStep, *, is_new: bool
@@ -439,6 +544,9 @@ class NaturalCG(Optimizer):
             return None  # the step will be refused
         largest = last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
         return torch.where(largest > 0, largest, 1.0)
+
+
+_DEFAULTS = {name: inspect.signature(NaturalCG).parameters[name].default for name in SETTINGS}
 
 
 def _require(flags: Sequence[bool], what: str) -> None:

@@ -1,6 +1,6 @@
 """Parameters as one flat vector, and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ class FlatParameters:
     parameters' dtypes, and float32 at least; parameters of other dtypes are converted on the way.
 
     Raises:
-        TypeError: a parameter is complex.
+        TypeError: a parameter is complex, or float16.
         ValueError: no parameter is trainable, or they live on several devices.
     """
 
@@ -45,6 +45,12 @@ class FlatParameters:
                 raise TypeError(
                     f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
                     "parts"
+                )
+            if p.dtype is torch.float16:
+                raise TypeError(
+                    "float16 parameters are not supported: float16 has too little range for "
+                    "curvature products, and a GradScaler cannot scale them; use bfloat16 or "
+                    "float32"
                 )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._is_uniform = all(p.dtype == self.dtype for p in self.tensors)
@@ -147,3 +153,11 @@ class FlatParameters:
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
         copy_all(self.tensors, self.views(values))
+
+
+def forget(state: Mapping[Any, Any], names: Sequence[str]) -> None:
+    """Take entries out of the state of every parameter. Users keep other things there as well."""
+    for p, entry in state.items():
+        if isinstance(p, Tensor):
+            for name in names:
+                entry.pop(name, None)

@@ -25,7 +25,7 @@ from ngd_optim.shown import show
 
 def _number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real or (isinstance(value, Tensor) and value.ndim == 0)
+    return is_real or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
 
 
 def _is_auto(value: Any) -> bool:
@@ -193,6 +193,11 @@ class Settings(GroupSettings):
 SETTINGS = tuple(Settings.allowed())
 """The names of all settings."""
 
+COMMON_SETTINGS = tuple(
+    name for name, allowed in Settings.allowed().items() if not allowed.per_group
+)
+"""Those in which groups must agree."""
+
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Check one parameter group's settings.
@@ -200,6 +205,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting is out of range; the message has its value and what is allowed.
     """
+    rate = settings["lr"]
+    if isinstance(rate, Tensor) and rate.numel() != 1:
+        # In the words of torch's optimizers.
+        raise ValueError(f"Tensor lr must be 1-element, got {show(rate)}")
     Settings.check_each(settings)
     lowest, highest = settings["min_damping"], settings["max_damping"]
     if "auto" not in (lowest, highest) and lowest > highest:
@@ -211,6 +220,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
+def check_initial(group: Mapping[str, Any]) -> None:
+    """Check the damping that a parameter group began with, which is no setting, and saved with these.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if not _FINITE.holds(group["initial_damping"]):
+        raise ValueError(
+            f"initial_damping must be {_FINITE.words}, got {show(group['initial_damping'])}"
+        )
+
+
 def to_plain_numbers(group: dict[str, Any], names: Sequence[str] = SETTINGS) -> None:
     """Make a parameter group's settings that are numpy's numbers Python's: these can be saved."""
     for name in names:
@@ -219,22 +240,23 @@ def to_plain_numbers(group: dict[str, Any], names: Sequence[str] = SETTINGS) -> 
             group[name] = int(value) if isinstance(value, Integral) else float(value)
 
 
-def check_saved(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
-) -> None:
-    """Check what was saved of an optimizer before it takes the place of anything.
-
-    Args:
-        groups: the parameter groups.
-        state: by parameter.
+def check_owner(group: Mapping[str, Any]) -> None:
+    """Check that a saved parameter group is of this optimizer: some settings may be newer than what saved it.
 
     Raises:
-        ValueError: it is another optimizer's, or was saved of parameters of other shapes.
+        ValueError: it has less than half of the settings.
     """
-    for group in groups:
-        Settings.require_names(group, "NaturalCG")
-        check_settings(group)
-    check_shapes(state, ("solution", "largest_curvature"))
+    missing = [name for name in SETTINGS if name not in group]
+    if 2 * len(missing) > len(SETTINGS):
+        raise ValueError(
+            f"this is not the state of a NaturalCG: its groups have no {', '.join(missing)}"
+        )
+
+
+def add_missing(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Give a parameter group those of some settings that it does not have."""
+    for name, value in settings.items():
+        group.setdefault(name, value)
 
 
 def check_shapes(state: Mapping[Any, Mapping[str, Any]], names: Sequence[str]) -> None:

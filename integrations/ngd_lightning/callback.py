@@ -1,6 +1,7 @@
 """Callbacks: what makes NaturalCG work under a Trainer, and what shows how it does."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ngd_lightning.checks import check_trainer, warn_of_optimizers
 from ngd_lightning.step import attach
+from ngd_lightning.window import Window
 from ngd_optim import KFAC, KFACReport, NaturalCG, StepReport, plot_history
 
 PROGRESS_BAR = ("kl", "cg_iters", "damping", "radius", "reduction_ratio", "accepted")
@@ -28,17 +30,26 @@ class LightningBridge(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the Trainer's options and attach."""
-        optimizers = [
-            optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)
-        ]
-        if optimizers:
-            check_trainer(trainer)
-        self._handles = [handle for optimizer in optimizers for handle in attach(optimizer)]
+        self._detach()  # from a run that ended in an exception
+        self._attached = ExitStack()
+        optimizers = _find_optimizers(trainer)
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        is_first = next(c for c in callbacks if isinstance(c, LightningBridge)) is self
+        if not (optimizers and is_first):
+            return
+        check_trainer(trainer)
+        window = Window(trainer)
+        self._attached.enter_context(window.open())
+        for optimizer in optimizers:
+            for handle in attach(optimizer, window):
+                self._attached.callback(handle.remove)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Detach."""
-        for handle in self.__dict__.pop("_handles", ()):
-            handle.remove()
+        self._detach()
+
+    def _detach(self) -> None:
+        self.__dict__.pop("_attached", ExitStack()).close()
 
 
 class NaturalCGCallback(LightningBridge):
@@ -99,7 +110,8 @@ class NaturalCGCallback(LightningBridge):
         self.runs = {name: [] for name in names}
         self._warned = False
         for name, optimizer in zip(names, optimizers, strict=True):
-            self._handles.append(optimizer.register_step_post_hook(self._noting(name)))
+            handle = optimizer.register_step_post_hook(self._noting(name))
+            self._attached.callback(handle.remove)
 
     def on_train_batch_end(
         self,
@@ -179,6 +191,10 @@ class NaturalCGCallback(LightningBridge):
                 "time that it is computed; else use larger batches, more damping or a smaller "
                 "max_kl, unless the training has converged"
             )
+
+
+def _find_optimizers(trainer: pl.Trainer) -> list[NaturalCG]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, NaturalCG)]
 
 
 def _log_every(trainer: pl.Trainer) -> int:

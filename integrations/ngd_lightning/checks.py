@@ -42,13 +42,6 @@ def warn_of_optimizers(trainer: pl.Trainer) -> None:
 
 
 def _problems(trainer: pl.Trainer) -> Iterator[str]:
-    if trainer.accumulate_grad_batches != 1:
-        yield (
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds gradients up, and a "
-            "step also needs the curvature and the loss of all those batches; use a larger "
-            "batch_size, or, where memory is short, manual optimization with "
-            "self.optimizers(use_pl_optimizer=False).step([closure_1, closure_2, ...])"
-        )
     if trainer.gradient_clip_val:
         yield (
             f"gradient_clip_val={trainer.gradient_clip_val} would change the gradient but not the "

@@ -8,9 +8,10 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ngd_lightning.step import attach
+from ngd_lightning.callback import LightningBridge
 from ngd_optim import NaturalCG
 
 
@@ -84,8 +85,10 @@ class NaturalCGPlugin(Precision):
         else:
             params = [{"params": group["params"]} for group in replaced.param_groups]
         optimizer = self.optimizer_class(params, **self._options)
-        if isinstance(optimizer, NaturalCG):
-            attach(optimizer)
+        module: Any = model.module if isinstance(model, DistributedDataParallel) else model
+        callbacks: list[Any] = module.trainer.callbacks
+        if not any(isinstance(callback, LightningBridge) for callback in callbacks):
+            callbacks.insert(0, LightningBridge())
         return model, [optimizer], []
 
     def convert_module(self, module: nn.Module) -> nn.Module:  # noqa: D102

@@ -5,8 +5,8 @@ Lightning hands ``optimizer.step`` a closure that runs ``training_step``, ``zero
 first evaluation does all of that, and the others compute the loss and nothing else.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,20 @@ from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResul
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import Metric, MetricCollection
 
 from ngd_lightning.checks import check_trainer
+from ngd_lightning.once import metrics_of, own_states, replaced, unnoticed
+from ngd_lightning.window import EarlierBatch, Window
 from ngd_optim import NaturalCG
 
 DISTRIBUTION = "distribution"
 """The key under which ``training_step`` returns its predictive distribution (or a scalar KL), beside ``"loss"``."""
+
+_NO_CLOSURE = (
+    "NaturalCG computes the loss at several points, so step() needs a closure: write "
+    "def closure(): loss = ...; self.manual_backward(loss); return loss, and "
+    "optimizer.step(closure), in place of self.manual_backward(loss) and optimizer.step()"
+)
 
 
 class LightningStep:
@@ -34,16 +41,23 @@ class LightningStep:
         optimizer: the optimizer that steps.
         closure: Lightning's closure under automatic optimization, the user's under manual
             optimization.
+        clears: let go of the gradients that are there, to which those of earlier batches were
+            added.
     """
 
     def __init__(
-        self, model: pl.LightningModule, optimizer: NaturalCG, closure: Callable[[], Any]
+        self,
+        model: pl.LightningModule,
+        optimizer: NaturalCG,
+        closure: Callable[[], Any],
+        *,
+        clears: bool = False,
     ) -> None:
         self._model = model
         self._optimizer: Any = optimizer
         self._closure = closure
-        self.__wrapped__ = closure  # what NaturalCG remembers the closure by
-        self._metrics = [m for m in model.modules() if isinstance(m, Metric | MetricCollection)]
+        self._clears = clears
+        self._metrics = metrics_of(model)
         self._loss: Tensor | None = None
         self._ran = False
 
@@ -51,14 +65,15 @@ class LightningStep:
         """The loss, and the distribution where ``training_step`` returned one."""
         first, self._ran = not self._ran, True
         backward = partial(self._backward, first=first)
-        with (
-            _own_states(self._metrics, keep=first),
-            _replaced(self._model, "manual_backward", backward),
-        ):
-            if first:
-                return self._evaluate(first)
-            with _without_logging(self._model):
-                return self._evaluate(first)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())  # which training_step counts on
+            stack.enter_context(
+                own_states(self._metrics, keep=True)
+                if first
+                else unnoticed(self._model, self._metrics)
+            )
+            stack.enter_context(replaced(self._model, "manual_backward", backward))
+            return self._evaluate(first)
 
     def after_backward(self) -> None:
         """The hooks that look at gradients."""
@@ -83,8 +98,10 @@ class LightningStep:
             self._closure._result = _detached(result)
             if self._closure._zero_grad_fn is not None:
                 self._closure._zero_grad_fn()
+            if self._clears:
+                self._optimizer.zero_grad()
         self._backward(loss, first=first)
-        return loss if DISTRIBUTION not in result.extra else (loss, result.extra[DISTRIBUTION])
+        return _returned(result, self._model)
 
     def _evaluate_manually(self) -> Any:
         returned = self._closure()
@@ -104,17 +121,21 @@ class LightningStep:
         if first:
             self._loss = loss.detach()
             loss = precision.pre_backward(loss, self._model)
+        if self._model.automatic_optimization:
+            loss = _undivided(loss, self._model)
         precision.backward(loss, self._model, optimizer, *args, **kwargs)
 
 
-def attach(optimizer: NaturalCG) -> list[Any]:
+def attach(optimizer: NaturalCG, window: Window) -> list[Any]:
     """Let an optimizer understand Lightning's closures; the handles undo it."""
     current: list[LightningStep] = []
+    earlier: list[EarlierBatch] = []
 
     def before(
         _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         current.clear()
+        earlier.clear()
         closure = kwargs.get("closure")
         if not (
             isinstance(closure, partial)
@@ -124,22 +145,26 @@ def attach(optimizer: NaturalCG) -> list[Any]:
         model, _, inner = closure.args
         check_trainer(model.trainer)
         if inner is do_nothing_closure:
-            raise TypeError(
-                "NaturalCG needs a closure that computes the loss: optimizer.step(closure), with "
-                "manual_backward(loss) in the closure, or return loss"
-            )
+            raise TypeError(_NO_CLOSURE)
         ddp = model.trainer.strategy.model
         if optimizer.process_group is None and isinstance(ddp, DistributedDataParallel):
             optimizer.process_group = ddp.process_group
-        current.append(LightningStep(model, optimizer, inner))
-        return args, {**kwargs, "closure": current[0]}
+        if isinstance(inner, Closure):
+            earlier.extend(window.take())
+        current.append(LightningStep(model, optimizer, inner, clears=bool(earlier)))
+        # The last batch goes first: .grad is left as by the first closure of a list.
+        closures = [current[0], *(partial(_evaluate_earlier, model, batch) for batch in earlier)]
+        return args, {**kwargs, "closure": closures if earlier else current[0]}
 
     def at_the_gradient(_: Any) -> None:
         for step in current:
             step.after_backward()
 
     def after(*_: Any) -> None:
+        for batch in earlier:
+            batch.warn_of_another_loss()
         current.clear()  # and with it the batch
+        earlier.clear()
 
     return [
         optimizer.register_step_pre_hook(before),
@@ -148,59 +173,25 @@ def attach(optimizer: NaturalCG) -> list[Any]:
     ]
 
 
+def _evaluate_earlier(model: pl.LightningModule, batch: EarlierBatch) -> Any:
+    return _returned(batch.again(), model)
+
+
+def _returned(result: ClosureResult, model: pl.LightningModule) -> Any:
+    """What NaturalCG takes: the loss, and the distribution where there is one."""
+    assert result.closure_loss is not None
+    loss = _undivided(result.closure_loss, model)
+    return loss if DISTRIBUTION not in result.extra else (loss, result.extra[DISTRIBUTION])
+
+
+def _undivided(loss: Tensor, model: pl.LightningModule) -> Tensor:
+    """The loss of one batch: Lightning divides it by ``accumulate_grad_batches``, and a step takes the mean."""
+    batches = model.trainer.accumulate_grad_batches
+    return loss if batches == 1 else loss * batches
+
+
 def _detached(result: ClosureResult) -> ClosureResult:
     """The result that Lightning passes on to hooks, its loss without the graph."""
     return ClosureResult(
         None if result.closure_loss is None else result.closure_loss.detach(), extra=result.extra
     )
-
-
-@contextmanager
-def _own_states(metrics: Sequence[Metric | MetricCollection], *, keep: bool) -> Iterator[None]:
-    """Let torchmetrics update copies of their states, and put the old ones back unless they are to be kept.
-
-    A copy made inside the traced closure is no buffer of the model: forward mode can follow the
-    closure.
-    """
-    saved = [dict(vars(metric)) for metric in metrics]
-    copies: dict[int, Tensor] = {}
-    for metric in metrics:
-        for name, value in metric.metric_state.items() if isinstance(metric, Metric) else ():
-            # Metrics of one collection may share a tensor.
-            copy = (
-                copies.setdefault(id(value), value.clone())
-                if isinstance(value, Tensor)
-                else list(value)
-            )
-            setattr(metric, name, copy)
-    try:
-        yield
-    finally:
-        if not keep:
-            for metric, attributes in zip(metrics, saved, strict=True):
-                vars(metric).clear()
-                vars(metric).update(attributes)
-
-
-@contextmanager
-def _without_logging(model: pl.LightningModule) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, pl.LightningModule):
-                stack.enter_context(_replaced(module, "log", lambda *_, **__: None))
-        yield
-
-
-@contextmanager
-def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object an attribute of its own for a while."""
-    missing = object()
-    before = vars(thing).get(name, missing)
-    vars(thing)[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del vars(thing)[name]
-        else:
-            vars(thing)[name] = before

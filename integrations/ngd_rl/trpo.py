@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -91,6 +92,7 @@ class TRPO(sb3_contrib.TRPO):
         self.backend = backend
         self.warm_start = warm_start
         self.curvature_fraction = curvature_fraction
+        self._is_being_loaded = not kwargs.get("_init_setup_model", True)  # so says load()
         super().__init__(*args, **kwargs)
 
     def _setup_model(self) -> None:
@@ -169,9 +171,13 @@ class TRPO(sb3_contrib.TRPO):
         self.policy.set_training_mode(False)
         distribution = self._distribution(*self._example_inputs())
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(
-            distribution.log_prob(distribution.mode()).sum(), parameters, allow_unused=True
-        )
+        log_prob = distribution.log_prob(distribution.mode()).sum()
+        if not log_prob.requires_grad:
+            raise ValueError(
+                "the actions depend on no trainable parameter of the policy; thaw some by "
+                "requires_grad_(True)"
+            )
+        gradients = torch.autograd.grad(log_prob, parameters, allow_unused=True)
         return [
             p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None
         ]
@@ -216,14 +222,27 @@ class TRPO(sb3_contrib.TRPO):
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def train(self) -> None:
-        """Update policy and critic with the rollout."""
+        """Update policy and critic with the rollout.
+
+        Raises:
+            ValueError: a setting that was changed since is out of range, or the actor is frozen.
+        """
+        self._check_settings()
         self._follow_policy()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         report = self._update_policy()
         value_losses = self._update_critic()
+        self._let_go_of_graph()
         self._n_updates += 1
         self._record(report, value_losses)
+
+    def _let_go_of_graph(self) -> None:
+        """The policy keeps its last distribution: let that be one without a graph, or it cannot be copied."""
+        self.policy.set_training_mode(False)
+        with torch.no_grad():
+            self._distribution(*self._example_inputs())
+        self.policy.set_training_mode(True)
 
     def _update_policy(self) -> StepReport:
         data = next(self.rollout_buffer.get(batch_size=None))
@@ -307,16 +326,33 @@ class TRPO(sb3_contrib.TRPO):
         state_dicts, variables = super()._get_torch_save_params()
         return [*state_dicts, "policy_optimizer"], variables
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_is_being_loaded"]
+
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
     ) -> None:
-        """As in the base class; parameters of sb3-contrib's TRPO, which has no policy optimizer to save, fit too."""
-        if isinstance(load_path_or_dict, dict):
-            load_path_or_dict = {
-                "policy_optimizer": self.policy_optimizer.state_dict(),
-                **load_path_or_dict,
-            }
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        """As in the base class.
+
+        ``load`` also takes what sb3-contrib's TRPO saved, which has no policy optimizer.
+
+        Raises:
+            ValueError: names do not match, and ``exact_match`` is set. Nothing is set then.
+        """
+        params = load_path_or_dict
+        if not isinstance(params, dict):
+            _, params, _ = load_from_zip_file(params, device=device, load_data=False)
+        assert params is not None
+        if "policy_optimizer" not in params:
+            if self._is_being_loaded:
+                params = {**params, "policy_optimizer": self.policy_optimizer.state_dict()}
+            elif exact_match:
+                raise ValueError(
+                    "the parameters have no policy_optimizer, as those of sb3-contrib's TRPO; "
+                    "pass exact_match=False to keep the optimizer as it is, or use load()"
+                )
+        self._is_being_loaded = False
+        super().set_parameters(params, exact_match, device)
 
 
 class NPG(TRPO):

@@ -166,7 +166,8 @@ def _powers_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
     if blocks.shape[-1] == 1:
         values, vectors = blocks[..., 0], torch.ones_like(blocks)
     else:
-        values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+        wide = blocks.to(torch.promote_types(blocks.dtype, torch.float32))  # eigh knows no bfloat16
+        values, vectors = (t.to(blocks.dtype) for t in torch.linalg.eigh((wide + wide.mT) / 2))
     largest = values.abs().amax(-1, keepdim=True)
     floor = torch.finfo(values.dtype).eps * values.shape[-1] * largest
     # A saturated block is rounding of the others' size; beside them it is no negative curvature.

@@ -1,14 +1,14 @@
 """Kronecker factors of the curvature, and the inverse that they make."""
 
-from ngd_optim.kronecker.blocks import KroneckerInverse, relative_shift
-from ngd_optim.kronecker.estimate import estimate_factors, is_worthwhile
+from ngd_optim.kronecker.blocks import KroneckerInverse
+from ngd_optim.kronecker.estimate import LARGEST_FACTOR, estimate_factors, is_worthwhile
 from ngd_optim.kronecker.factors import KroneckerFactors, average_factors
 
 __all__ = [
+    "LARGEST_FACTOR",
     "KroneckerFactors",
     "KroneckerInverse",
     "average_factors",
     "estimate_factors",
     "is_worthwhile",
-    "relative_shift",
 ]

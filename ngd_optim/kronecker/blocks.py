@@ -46,6 +46,13 @@ class KroneckerInverse:
             if name == "diagonal"
         }
 
+    @classmethod
+    def relative(
+        cls, factors: KroneckerFactors, parameters: FlatParameters, damping: float
+    ) -> "KroneckerInverse":
+        """Each factor gets ``√damping`` times its mean eigenvalue, and so do diagonals."""
+        return cls(factors, parameters, _relative_shift(factors, damping))
+
     def __call__(self, r: Tensor) -> Tensor:
         """The solution, flat."""
         result = torch.empty_like(r)
@@ -57,7 +64,7 @@ class KroneckerInverse:
         return result
 
 
-def relative_shift(factors: KroneckerFactors, damping: float) -> list[Tensor]:
+def _relative_shift(factors: KroneckerFactors, damping: float) -> list[Tensor]:
     """For each parameter the shift that gives each factor, or diagonal, ``√damping`` times its mean eigenvalue."""
     shifts: dict[int, Tensor] = {}
     for layer in factors.layers:

@@ -89,7 +89,7 @@ class Signature(NamedTuple):
         metric: of what type it returned one.
         hooks: those on the parameters' gradients.
         recorded: what the recording says of it: that it depends on the parameters, why it cannot
-            be replayed, whether it reads values, asks conditions, calls Functions.
+            be replayed, whether it reads values, asks conditions, calls Functions, uses float16.
         prefers_forward: whether forward mode is the better way where both are right.
     """
 
@@ -119,6 +119,7 @@ def signature_of(graph: Graph, parameters: FlatParameters) -> Signature:
             recorder.reads_values,
             recorder.has_conditions,
             recorder.calls_functions,
+            recorder.uses_float16,
         ),
         has_hooks or not _PREFER_FORWARD.isdisjoint(operations),
     )
@@ -130,8 +131,8 @@ def assume_unchecked(backend: BackendChoice) -> Checked:
     return Checked(tuple(Way(b, recorded=False) for b in backends))
 
 
-def refuse_unsupported(traced: Evaluation) -> None:
-    """Refuse what cannot work.
+def refuse_unsupported(traced: Evaluation, metric: OutputMetric | ScalarMetric) -> None:
+    """Refuse what cannot work, at the first step with a closure of this signature.
 
     Raises:
         RuntimeError: one sentence that says what to do instead.
@@ -139,10 +140,11 @@ def refuse_unsupported(traced: Evaluation) -> None:
     for node in nodes([traced.loss]):
         if node.name() in _REFUSED:
             raise RuntimeError(_REFUSED[node.name()])
-    if any(z.dtype == torch.float16 for z in (traced.loss, *traced.outputs)):
+    if torch.float16 in dtypes([traced.loss, *metric.outputs]):
         raise RuntimeError(
-            "float16 has too little range for curvature products, and a GradScaler cannot scale "
-            "them; use torch.autocast(..., dtype=torch.bfloat16), or float32"
+            "the loss is computed from the parameters by way of float16, which has too little range "
+            "for curvature products, and a GradScaler cannot scale them; use "
+            "torch.autocast(..., dtype=torch.bfloat16), or float32"
         )
 
 
@@ -170,14 +172,12 @@ def check_closure(
 
     Raises:
         RuntimeError: the loss does not follow the parameters, or no product can be formed as asked.
-        ValueError: the parameters differ between ranks.
     """
     traced, metric = graph.get()
     # The gradient is known to the rounding of its ends; what happens in between (autocast) rounds
     # products as well.
     noise = coarsest_eps({t.dtype for t in (traced.loss, *traced.outputs, *parameters.tensors)})
     eps = max(noise, coarsest_eps(dtypes([traced.loss, *metric.outputs])))
-    ranks.require_equal(parameters.read())
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
     # A random vector meets every direction; a generator of its own leaves the user's alone.

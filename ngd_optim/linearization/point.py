@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from ngd_optim.autograd_graph import find_reached
 from ngd_optim.curvature import Graph, OutputMetric, ScalarMetric, build_kl
-from ngd_optim.distributed import ALONE, Ranks
+from ngd_optim.distributed import ALONE, Common, Ranks
 from ngd_optim.jacobian import SqrtGGN, compute_cheap_diagonal, square_root_of
 from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import (
@@ -42,6 +42,12 @@ _WRITTEN_TO = (
     "the loss was computed from something that has been written to since, in the closure or by a step, "
     "and can no longer be differentiated; compute all of it in the closure, from copies (clone()) of "
     "what the closure writes to, and from changed weights by torch.func.functional_call"
+)
+
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+_OTHER_KIND = (
+    "the closures of the ranks give curvatures of different kinds; let them all return the same: a loss of "
+    "one kind, (loss, distribution) or (loss, kl)"
 )
 
 Learnt = dict[Any, Checked]
@@ -158,10 +164,10 @@ class Point:
         def measure() -> tuple[float, float | None]:
             loss, kl = ranks.together(self.measure)
             values = torch.tensor(
-                [loss, kl or 0.0], dtype=torch.float64, device=self.gradient.device
+                [loss, kl or 0.0, kl is not None], dtype=torch.float64, device=self.gradient.device
             )
-            loss, mean_kl = ranks.average(values).tolist()
-            return loss, mean_kl if ranks.any([kl is not None])[0] else None
+            loss, mean_kl, has_kl = ranks.average(values).tolist()
+            return loss, mean_kl if has_kl else None
 
         return replace(
             self,
@@ -222,10 +228,10 @@ def linearize_closure(
     graph = Graph(run, parameters, curvature, smoothing)
 
     def differentiate() -> tuple[Signature, list[bool], Tensor]:
-        traced, _ = graph.get()
+        traced, metric = graph.get()
         signature = signature_of(graph, parameters)
         if (curvature, backend, signature) not in learnt:
-            refuse_unsupported(traced)
+            refuse_unsupported(traced, metric)
         try:
             if run.gradient is not None:  # by the closure's own backward
                 return signature, find_reached([traced.loss], params), run.gradient
@@ -261,8 +267,9 @@ def linearize_closure(
         learnt[key] = checked
         return checked
 
+    kind = Common(_KINDS.index(metric.kind), _OTHER_KIND)
     # A rank that does not know the closure takes the others along to the check, which communicates.
-    checked = learnt[key] if ranks.all(key in learnt) else learn()
+    checked = learnt[key] if ranks.all(key in learnt, [kind]) else learn()
     graph.replays, graph.is_repeatable = checked.replays, checked.is_repeatable
 
     def keep_ways(ways: tuple[Way, ...]) -> None:

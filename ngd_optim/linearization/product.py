@@ -97,7 +97,6 @@ class ClosureProduct:
             return direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
 
         def by_rerun(v: Tensor) -> Tensor:
-            self._ranks.together(self._graph.get)
             product = direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
             image = product(v)
             self._graph.release(for_good=False)

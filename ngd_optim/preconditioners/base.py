@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
-from ngd_optim.jacobian import Layer
 from ngd_optim.linearization import Point
 from ngd_optim.solvers import QuadraticModel
 from ngd_optim.torch_internals import version_of
@@ -22,13 +21,10 @@ class Preconditioning:
     Attributes:
         name: what it formed, for the report.
         products: how many curvature products that took.
-        layers: the weights with Kronecker factors, empty where these are not worthwhile; None:
-            unknown.
     """
 
     name = "none"
     products = 0
-    layers: tuple[Layer, ...] | None = None
 
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:
         """See a closure's metric while its graph is at hand."""
@@ -48,9 +44,15 @@ class Given(Preconditioning):
         self._function = function
 
     def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
-        """The function, with its results checked."""
+        """The function, with its results checked. Where it raises on one rank, all go on to the next product."""
         self.name = "callable"
-        return _check_results(self._function)
+        function = _check_results(self._function)
+
+        def solve(r: Tensor) -> Tensor:
+            z = ranks.deferring_errors(lambda: function(r))
+            return r if z is None else z
+
+        return solve
 
 
 def _check_results(function: Solve) -> Solve:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.jacobian import Layer
 from ngd_optim.names import PreconditionerName
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners.base import Given, Preconditioning, Solve
@@ -20,7 +19,6 @@ def build_preconditioner(
     kind: Preconditioner,
     parameters: FlatParameters,
     state: MutableMapping[Tensor, dict[str, Any]],
-    layers: tuple[Layer, ...] | None,
     generator: torch.Generator | None,
 ) -> Preconditioning:
     """What a setting stands for in one step.
@@ -29,12 +27,11 @@ def build_preconditioner(
         kind: the setting.
         parameters: of the step.
         state: the optimizer's; it is written to by ``keep`` only.
-        layers: those of the last step; None: unknown.
         generator: draws the random vectors; None: one that starts anew at each renewal, from its
             number.
     """
     if kind in ("auto", "kfac"):
-        return Kronecker(parameters, state, layers, generator, must=kind == "kfac")
+        return Kronecker(parameters, state, generator, must=kind == "kfac")
     sketch = Diagonal() if kind == "diagonal" else kind
     if isinstance(sketch, Diagonal | Nystrom):
         return Sketched(sketch, parameters, state, generator)

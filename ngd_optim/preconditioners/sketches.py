@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ngd_optim.distributed import Ranks
 from ngd_optim.linearization import Point
-from ngd_optim.parameters import FlatParameters
+from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.preconditioners.base import Preconditioning, Solve
 from ngd_optim.reading import read
 from ngd_optim.shown import show
@@ -276,11 +276,8 @@ class Sketched(Preconditioning):
         """The sketch, with its age."""
         if self._sketch is None:
             return
-        for entry in self._state.values():
-            for name in _SKETCH:
-                entry.pop(
-                    name, None
-                )  # a parameter that has no part in this one, or is no longer the first
+        # A parameter may have no part in this one, or be no longer the first.
+        forget(self._state, _SKETCH)
         basis, values, age = self._sketch
         tensors = self._parameters.tensors
         for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
@@ -293,8 +290,12 @@ class Sketched(Preconditioning):
 
 
 def _load_sketch(own: Sequence[Mapping[str, Any]], parameters: FlatParameters) -> Sketch | None:
-    """What the state holds of the last sketch; None if that was of other parameters."""
-    if not (all("sketch" in entry for entry in own) and "sketch_values" in own[0]):
+    """What the state holds of the last sketch; None if there is none, or it was of other parameters."""
+    values, age = own[0].get("sketch_values"), own[0].get("sketch_age", -1)
+    if values is None or age < 0 or not all("sketch" in entry for entry in own):
+        return None
+    widths = {entry["sketch"].shape[1] for entry in own}
+    if widths != {len(values) or 1}:
         return None
     basis = torch.cat([entry["sketch"] for entry in own]).to(parameters.dtype)
-    return Sketch(basis, own[0]["sketch_values"].to(basis), own[0]["sketch_age"])
+    return Sketch(basis, values.to(basis), age)

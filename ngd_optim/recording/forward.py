@@ -114,6 +114,7 @@ class ForwardRecorder(DispatchMode):
         reads_values: whether the closure read a number that depends on the parameters, other than
             True or False.
         has_conditions: whether it went one way of several, depending on the parameters.
+        uses_float16: whether it computed something in float16 from the parameters.
         problem: why there is no program; None if there is one.
     """
 
@@ -137,6 +138,7 @@ class ForwardRecorder(DispatchMode):
         self._paused = False
         self.reads_values = False
         self.has_conditions = False
+        self.uses_float16 = False
         self._of_functions: set[int] = set()  # slots of what they gave
         self.problem: str | None = None
 
@@ -424,6 +426,7 @@ class ForwardRecorder(DispatchMode):
     def _new_slot(self, tensor: Tensor, memory: int | None, cut: str) -> int:
         slot = len(self._memories)
         self._memories.append(slot if memory is None else memory)
+        self.uses_float16 |= tensor.dtype is torch.float16
         self._mark(tensor, slot, cut)
         return slot
 

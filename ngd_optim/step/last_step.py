@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.linearization import Point
-from ngd_optim.parameters import FlatParameters
+from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.step.damping import smoothing_factor
 from ngd_optim.step.descend import Outcome
 
@@ -19,10 +19,10 @@ _KEPT_ON_NEW_DATA = 0.7
 class LastStep:
     """The last step, in the optimizer's state.
 
-    That has ``solution`` and ``largest_curvature`` for each parameter. If the step was not
-    rejected, the first also has ``slope``, that of the objective along the step at its start,
-    ``new_loss``, the loss at its end, and ``lr``, the rate of each parameter. If the loss has kinks,
-    the first has ``smoothing``, how wide they are rounded.
+    That has ``solution``, ``largest_curvature`` and ``lr``, its learning rate, for each parameter.
+    The first also has ``slope``, that of the objective along the step at its start, 0 if the step
+    was rejected, and ``new_loss``, the loss at its end. If the loss has kinks, it has
+    ``smoothing``, how wide they are rounded.
 
     Args:
         parameters: of the step that is now taken.
@@ -73,15 +73,9 @@ class LastStep:
             point: where the step ended, seen by the data of this one.
             gradient: of the objective there, flat.
         """
-        lr, change = (
-            self._first.get("lr", []),
-            abs(point.value - self._first.get("new_loss", 0.0)),
-        )
-        if (
-            not self.moved
-            or len(lr) != len(self._parameters.tensors)
-            or not point.rounding < change < math.inf
-        ):
+        lr = [self._of(p).get("lr", math.nan) for p in self._parameters.tensors]
+        change = abs(point.value - self._first.get("new_loss", 0.0))
+        if not self.moved or any(map(math.isnan, lr)) or not point.rounding < change < math.inf:
             return math.nan
         # gᵀd of the new data ÷ |gᵀd| of the old ones.
         return self._along(self.solution(point.used), gradient, lr) / abs(self._first["slope"])
@@ -102,9 +96,8 @@ class LastStep:
 
     def keep(self, outcome: Outcome, new_loss: float, lr: Sequence[float]) -> None:
         """For the next step; ``lr`` is one per group."""
-        for entry in self._state.values():
-            for name in ("slope", "new_loss", "lr"):
-                entry.pop(name, None)  # of a step that began with another parameter
+        # Some may be of a step that had other parameters, or began with another one.
+        forget(self._state, ("slope", "new_loss", "lr"))
         x, moved, rates = (
             outcome.solution.solution,
             outcome.trial.accepted,
@@ -113,12 +106,12 @@ class LastStep:
         self._write("solution", x)
         if self._largest is not None:
             self._write("largest_curvature", self._largest)
-        if moved:
-            self._state[self._parameters.tensors[0]] |= {
-                "slope": outcome.step.slope_of_solution,
-                "new_loss": new_loss,
-                "lr": rates,
-            }
+        for p, rate in zip(self._parameters.tensors, rates, strict=True):
+            self._state[p]["lr"] = rate
+        self._state[self._parameters.tensors[0]] |= {
+            "slope": outcome.step.slope_of_solution if moved else 0.0,
+            "new_loss": new_loss if moved else 0.0,
+        }
 
     @property
     def _first(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
 from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.losses import LOSSES, LossCall
-from ngd_optim.tracing.mode import Tracing
+from ngd_optim.tracing.mode import Hook, Tracing
 from ngd_optim.tracing.side_effects import SideEffects
 
 logger = logging.getLogger("ngd_optim")
@@ -93,6 +94,8 @@ class TracedClosure:
         self._effects = SideEffects([parameters.device], parameters.tensors)
         self._differentiates = self._needs_backward = False
         self._others: list[Tensor] = []
+        self._hooks: list[Hook] = []
+        self._retained: list[tuple[weakref.ref[Tensor], Tensor | None]] = []
         self._gradients_before: list[Tensor | None] = []
         self.leaves_gradients = False
         self.writes_parameters = False
@@ -130,6 +133,9 @@ class TracedClosure:
         self.leaves_gradients = bool(accumulation.roots)
         self._gradients_before = accumulation.finish()
         self.gradient = accumulation.total
+        self._hooks = mode.hooks
+        tensors = [(reference, reference()) for reference in mode.retaining]
+        self._retained = [(ref, t.grad) for ref, t in tensors if t is not None]
         self._needs_backward = mode.reads_gradients or mode.calls > len(mode.roots)
         self._others = accumulation.find_others() if self._needs_backward else []
         self._differentiates = mode.differentiates or self._needs_backward
@@ -163,7 +169,11 @@ class TracedClosure:
         self._effects.rewind()
         try:
             # Only for a closure that looks at gradients, or has some that are not of its loss.
-            mode = Tracing(self._effects, accumulation.add if self._needs_backward else None)
+            mode = Tracing(
+                self._effects,
+                accumulation.add if self._needs_backward else None,
+                hooks_before=self._hooks,
+            )
             # What it writes is put back, so that the first run's graph stays as it is.
             with keep_versions(self._effects.tensors):
                 return self._run(
@@ -199,7 +209,7 @@ class TracedClosure:
             kinks,
             is_all and any(not kink.is_smooth for kink in kinks),
             mode.differentiates,
-            mode.has_hooks,
+            bool(mode.hooks),
         )
 
     def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
@@ -214,6 +224,9 @@ class TracedClosure:
     def settle(self) -> None:
         """Put everything that the closure changes to where one run leaves it."""
         self._effects.settle()
+        for reference, gradient in self._retained:  # which products have added to
+            if (tensor := reference()) is not None:
+                tensor.grad = gradient
 
     def rewind(self) -> None:
         """Undo what the closure changed."""
@@ -348,8 +361,8 @@ def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosur
     for function in closures:
         if not callable(function):
             raise TypeError(
-                "step() needs a closure that computes the loss, or a list of them, got "
-                f"{show(function)}"
+                "step() needs a closure that computes the loss, or a list of them, such as "
+                f"optimizer.step(lambda: F.mse_loss(model(x), y)), got {show(function)}"
             )
     return [TracedClosure(function, parameters) for function in closures]
 

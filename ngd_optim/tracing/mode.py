@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -74,7 +74,8 @@ class LossWatch(TorchFunctionMode):
                 self._calls[key] = call
                 call.result.register_hook(partial(_show, weakref.ref(self), key))
             return call.result
-        if func in _RECURRENT:  # their fused kernels hide the weights
+        # Their fused kernels hide the weights. A checkpoint will run its part again with those.
+        if func in _RECURRENT and not saves_by_hooks():
             func = differentiable(func)
         return func(*args, **kwargs)
 
@@ -91,6 +92,32 @@ def _show(watch: "weakref.ref[LossWatch]", key: int, gradient: Tensor) -> None:
         alive.show(key, gradient)
 
 
+class Hook:
+    """A hook on the gradient of a tensor of the closure.
+
+    What changes gradients is a part of the derivative, and is called in every product. What only
+    looks, and returns nothing, is called where the gradient of the loss is computed: it may not be
+    prepared for more, such as Lightning Fabric's, which wants a ``fabric.backward`` around it.
+
+    Args:
+        hook: the closure's.
+        only_looks: whether it is known to.
+    """
+
+    def __init__(self, hook: Callable[[Tensor], Any], *, only_looks: bool) -> None:
+        self._hook = hook
+        self.only_looks = only_looks
+        self.is_in_closure = True
+
+    def __call__(self, gradient: Tensor) -> Any:
+        """What it makes of a gradient; None if it leaves that alone."""
+        if self.only_looks and not self.is_in_closure:
+            return None
+        result = self._hook(gradient)
+        self.only_looks = result is None
+        return result
+
+
 class Tracing(TorchFunctionMode):
     """Notes losses, outputs of the model and side effects, and what ``backward`` is called on.
 
@@ -100,6 +127,7 @@ class Tracing(TorchFunctionMode):
             None: it is noted only.
         recorder: is told what no aten operation tells: of tensors that are about to be detached in
             place, or read as numbers.
+        hooks_before: those of the first run, in the same order.
 
     Attributes:
         losses: the calls of recognised loss functions.
@@ -107,7 +135,8 @@ class Tracing(TorchFunctionMode):
         roots: the scalars that it called it on, and that count.
         reads_gradients: whether it looked at a ``.grad`` that ``backward`` left.
         differentiates: whether the closure called ``torch.autograd.grad``.
-        has_hooks: whether it registered hooks on gradients.
+        hooks: those on gradients of tensors that it registered.
+        retaining: the tensors that it called ``retain_grad`` of.
         recomputes: whether it uses checkpointing.
     """
 
@@ -116,6 +145,7 @@ class Tracing(TorchFunctionMode):
         effects: SideEffects,
         backward: Callable[[Tensor], list[Tensor]] | None,
         recorder: ForwardRecorder | None = None,
+        hooks_before: Sequence["Hook"] = (),
     ) -> None:
         super().__init__()
         self._effects = effects
@@ -129,8 +159,15 @@ class Tracing(TorchFunctionMode):
         self.reads_gradients = False
         self.calls = 0
         self.differentiates = False
-        self.has_hooks = False
         self.recomputes = False
+        self.hooks: list[Hook] = []
+        self.retaining: list[weakref.ref[Tensor]] = []
+        self._hooks_before = hooks_before
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self.hooks:
+            hook.is_in_closure = False
+        super().__exit__(*exception)
 
     @property
     def kinks(self) -> list[Kink]:
@@ -147,7 +184,10 @@ class Tracing(TorchFunctionMode):
         if func is torch.autograd.backward:
             return self._note_backward_of_several(*args, **kwargs)
         self.differentiates |= func is torch.autograd.grad
-        self.has_hooks |= func is torch.Tensor.register_hook
+        if func is torch.Tensor.register_hook:
+            return func(args[0], self._note_hook(*args[1:], **kwargs))
+        if func is torch.Tensor.retain_grad:
+            self.retaining.append(weakref.ref(args[0]))
         name = getattr(func, "__name__", None)
         if self._recorder is not None:
             if name == "detach_":
@@ -175,6 +215,12 @@ class Tracing(TorchFunctionMode):
                 (self._held if kink.takes_memory else self._kinks).append(kink)
             return result
         return differentiable(func)(*args, **kwargs)
+
+    def _note_hook(self, hook: Callable[[Tensor], Any]) -> "Hook":
+        before = self._hooks_before[len(self.hooks) : len(self.hooks) + 1]
+        noted = Hook(hook, only_looks=any(one.only_looks for one in before))
+        self.hooks.append(noted)
+        return noted
 
     def _note_changes(self, func: Any, args: Any, kwargs: Any) -> None:
         generator = kwargs.get("generator")

@@ -56,7 +56,6 @@ class Run:
             "damping": [group["damping"] for group in own.param_groups],
             "report": report,
             "group": own.process_group,
-            "layers": len(own._layers),
             "modes": [
                 torch.is_grad_enabled(),
                 torch._C._len_torch_dispatch_stack(),

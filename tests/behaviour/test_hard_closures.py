@@ -234,6 +234,94 @@ class TestHooks:
         assert optimizer.last_step.accepted
 
 
+class TestHooksOfTheClosure:
+    """Those that it registers on tensors while it runs."""
+
+    def make(self, hook, *, goes_back):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        x, y = real(20, 5), torch.arange(20) % 3
+
+        def closure():
+            z = model(x)
+            if z.requires_grad:
+                z.register_hook(hook)
+            loss = F.cross_entropy(z, y)
+            if goes_back:
+                closure.is_going_back = True
+                loss.backward()
+                closure.is_going_back = False
+            return loss
+
+        return model, closure
+
+    @pytest.mark.parametrize("backend", ["auto", "double-backward"])
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_one_that_allows_only_the_closures_own_backward(self, count, backend):
+        """As Lightning Fabric's, which wants ``fabric.backward``."""
+
+        def guard(gradient):
+            if not closure.is_going_back:
+                raise RuntimeError("not outside of the closure")
+
+        model, closure = self.make(guard, goes_back=True)
+        plain, free = self.make(lambda gradient: None, goes_back=True)
+        optimizers = [NaturalCG(m.parameters(), backend=backend) for m in (model, plain)]
+        for _ in range(3):
+            for optimizer, run in zip(optimizers, (closure, free), strict=True):
+                optimizer.step([run] * count)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert optimizers[0].last_step.accepted
+
+    @pytest.mark.parametrize("goes_back", [True, False])
+    def test_one_that_looks_sees_the_gradient_of_the_loss_alone(self, goes_back):
+        seen = []
+        model, closure = self.make(lambda g: seen.append(g.clone()), goes_back=goes_back)
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(closure)
+        for _ in range(3):
+            seen.clear()
+            optimizer.step(closure)
+            (gradient,) = seen
+            assert torch.allclose(gradient.sum(1), torch.zeros(20).double())  # of a softmax
+
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("goes_back", [True, False])
+    def test_retained_gradients_are_those_of_one_run(self, goes_back, count):
+        torch.manual_seed(0)
+        model, x, y = nn.Linear(5, 3).double(), real(20, 5), torch.arange(20) % 3
+        kept = []
+
+        def closure():
+            z = model(x)
+            if z.requires_grad and len(kept) < count:
+                z.retain_grad()
+                kept.append(z)
+            loss = F.cross_entropy(z, y)
+            if goes_back:
+                loss.backward()
+            return loss
+
+        closure()
+        expected, kept[:] = kept[0].grad, []
+        model.zero_grad()
+        NaturalCG(model.parameters()).step([closure] * count)
+        assert len(kept) == count
+        for z in kept:
+            assert (z.grad is None) if expected is None else torch.allclose(z.grad, expected)
+
+    def test_one_that_changes_gradients_is_part_of_the_products(self):
+        model, closure = self.make(lambda g: 0.5 * g, goes_back=False)
+        plain, free = self.make(lambda g: None, goes_back=False)
+        scaled, whole = (
+            linearize(run, m.parameters()) for run, m in ((closure, model), (free, plain))
+        )
+        v = real(39)
+        assert torch.allclose(scaled.gradient, 0.5 * whole.gradient)
+        assert torch.allclose(scaled.curvature(v), 0.25 * whole.curvature(v))  # J is halved
+
+
 @pytest.mark.parametrize("flags", [{"size_average": False}, {"reduce": False}])
 @pytest.mark.filterwarnings("ignore:size_average and reduce args")
 def test_legacy_reductions(flags):

@@ -191,7 +191,8 @@ def test_first_factors_are_those_of_the_preconditioner():
         values.append([optimizer.state[p] for p in params])
     for p, one, other in zip(("weight", "bias", "scale"), *values, strict=True):
         for name in {"weight": ("left", "right"), "bias": (), "scale": ("diagonal",)}[p]:
-            assert_near(one[name], other[name], 1e-12)
+            kept = one[name].flatten()  # NaturalCG's vectors are as long as any layer would need
+            assert_near(kept, other[name].flatten()[: len(kept)], 1e-12)
 
 
 class Table(nn.Module):

@@ -9,6 +9,7 @@ from helpers.models import (
     BATCH,
     CASES,
     CLASSES,
+    FEATURES,
     LOSSES,
     Apply,
     Problem,
@@ -97,6 +98,60 @@ def test_a_gradient_changed_after_backward_is_refused():
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
+def half(model, x, y):
+    model, x = model.half(), x.half()
+    return lambda: F.cross_entropy(model(x).float(), y), TypeError
+
+
+def half_in_a_part(model, x, y):
+    model[-1].half()
+    return lambda: F.cross_entropy(model[-1](model[:-1](x).half()).float(), y), TypeError
+
+
+def autocast(dtype, of=lambda z, y: F.cross_entropy(z.float(), y)):
+    def make(model, x, y):
+        def closure():
+            with torch.autocast("cpu", dtype=dtype):
+                z = model(x)
+            return of(z, y)
+
+        return closure, RuntimeError
+
+    return make
+
+
+def around_the_loss(model, x, y):
+    def closure():
+        with torch.autocast("cpu", dtype=torch.float16):
+            return F.cross_entropy(model(x), y)
+
+    return closure, RuntimeError
+
+
+def cast_in_the_middle(model, x, y):
+    return lambda: F.cross_entropy(model[-1](model[:-1](x).half().float()), y), RuntimeError
+
+
+def through_a_frozen_part(model, x, y):
+    last = nn.Linear(CLASSES, CLASSES).half().requires_grad_(False)
+    return lambda: F.cross_entropy(last(model(x).half()).float(), y), RuntimeError
+
+
+FLOAT16 = {
+    "parameters": half,
+    "some parameters": half_in_a_part,
+    "the loss in it": around_the_loss,
+    "logits cast back": autocast(torch.float16),
+    "a distribution": autocast(
+        torch.float16,
+        lambda z, y: (F.cross_entropy(z.float(), y), torch.distributions.Categorical(logits=z)),
+    ),
+    "a loss by hand": autocast(torch.float16, lambda z, y: z.float().square().mean()),
+    "a cast in the middle": cast_in_the_middle,
+    "a frozen part": through_a_frozen_part,
+}
+
+
 class TestRefusals:
     def test_reentrant_checkpointing(self):
         model = Apply(
@@ -116,10 +171,40 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Embedding\\(sparse=False\\)"):
             NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
 
-    def test_float16(self):
-        model, x, y = mlp().half(), vector().half(), torch.randint(0, CLASSES, (BATCH,))
+    @pytest.mark.parametrize("case", FLOAT16)
+    def test_float16(self, case):
+        model, x, y = mlp(), vector(), torch.randint(0, CLASSES, (BATCH,))
+        closure, kind = FLOAT16[case](model, x, y)
+        optimizer = NaturalCG(model.parameters())
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(2):
+            with pytest.raises(kind, match="bfloat16"):
+                optimizer.step(closure)
+        for p, value in zip(model.parameters(), before, strict=True):
+            assert torch.equal(p, value)
+
+    def test_float16_after_bfloat16(self):
+        model, x, y = mlp(), vector(), torch.randint(0, CLASSES, (BATCH,))
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(autocast(torch.bfloat16)(model, x, y)[0])
         with pytest.raises(RuntimeError, match="bfloat16"):
-            NaturalCG(model.parameters()).step(lambda: F.cross_entropy(model(x), y))
+            optimizer.step(autocast(torch.float16)(model, x, y)[0])
+
+    def test_float16_that_no_derivative_passes_is_fine(self):
+        model, y = mlp(), torch.randint(0, CLASSES, (BATCH,))
+        features, x = nn.Linear(FEATURES, FEATURES).half(), vector().half()
+        seen = []
+
+        def closure():
+            with torch.no_grad():
+                there = features(x).float()
+            z = model(there)
+            seen.append(z.detach().half())
+            return F.cross_entropy(z, y)
+
+        optimizer = NaturalCG(model.parameters())
+        optimizer.step(closure)
+        assert optimizer.last_step.accepted
 
 
 def test_bfloat16_autocast_solves_in_float32():

@@ -1,23 +1,34 @@
 """Let torchvision's Python parts work beside a CPU-only torch, where its CUDA wheel cannot load its operators.
 
-Lightning imports torchvision through torchmetrics. So import this before either of them.
+Lightning imports torchvision through torchmetrics. ``make`` installs this module in its environment
+(``.ci/torchvision_schemas``), where torch calls ``declare`` when it is imported, so that any script
+can import Lightning. In another environment, import it before either of them.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_libraries: list[torch.library.Library] = []  # the schemas last as long as these do
 
-def _declare_missing_schemas() -> torch.library.Library | None:
+
+def declare() -> None:
+    """Declare the operators that torchvision's Python parts ask for, if they are missing."""
     try:
         if not version("torch").endswith("+cpu") or version("torchvision").endswith("+cpu"):
-            return None
+            return
     except PackageNotFoundError:
-        return None
+        return
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+    for schema in _SCHEMAS:
+        library.define(schema)
+    _libraries.append(library)
 
 
-library = _declare_missing_schemas()  # the schemas last as long as this does
+declare()

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.lightning_options import QUIET
+from helpers.lightning_modules import QUIET
 from helpers.problems import dataset
 from helpers.ranks import TIMEOUT, results_of
 from helpers.scripts import make_environment
@@ -94,7 +94,8 @@ class Noting(L.Callback):
         self.logged: list[float] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.reports += [optimizer.last_step for optimizer in trainer.optimizers]
+        last = [optimizer.last_step for optimizer in trainer.optimizers]
+        self.reports += [report for report in last if report and report not in self.reports]
         self.logged.append(float(trainer.callback_metrics["train_loss"]))
 
 
@@ -146,6 +147,12 @@ def main(folder: Path) -> None:
             WithAdam(), parts(rank), plugins=[NaturalCGPlugin("64-true", **SOLVED)], **ddp
         ),
         "batch norm": fit(WithBatchNorm(), parts(rank), **ddp),
+        "accumulated": fit(
+            Classifier(), parts(rank), precision="64-true", accumulate_grad_batches=2, **ddp
+        ),
+        "accumulated batch norm": fit(
+            WithBatchNorm(), parts(rank), accumulate_grad_batches=2, **ddp
+        ),
         "nan": fit(Classifier(), DataLoader(Spoilt(*dataset().tensors), batch_size=16), **ddp),
         "sampler": fit(
             Classifier(),
@@ -185,6 +192,7 @@ def steps(reports: list[StepReport]) -> list[Any]:
 
 
 NAMES = ["64-true", "32-true", "manual", "plugin", "batch norm", "nan", "sampler"]
+NAMES += ["accumulated", "accumulated batch norm"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -202,13 +210,17 @@ def test_ranks_stay_bit_identical_and_decide_alike(ranks: Any, name: str) -> Non
         ("32-true", Classifier, "32-true", 1e-5),  # six steps, the last with a damping of 0.005
         ("manual", TwoPlayers, "64-true", 1e-10),
         ("plugin", Classifier, "64-true", 1e-10),
+        ("accumulated", Classifier, "64-true", 1e-10),
     ],
 )
 def test_the_steps_are_those_of_one_process_on_the_joined_batch(
     ranks: Any, name: str, module_class: type[L.LightningModule], precision: Any, tolerance: float
 ) -> None:
     theta, reports, extra = ranks[0][name]
-    expected, expected_reports, expected_extra = fit(module_class(), joined(), precision=precision)
+    batches = 2 if name == "accumulated" else 1
+    expected, expected_reports, expected_extra = fit(
+        module_class(), joined(), precision=precision, accumulate_grad_batches=batches
+    )
     assert (theta - expected).norm() <= tolerance * expected.norm()
     assert len(reports) == len(expected_reports)
     assert all(report.accepted for report in reports)
@@ -226,6 +238,9 @@ def test_buffers_follow_rank_0_and_move_once_per_step(ranks: Any) -> None:
         _, reports, extra = rank["batch norm"]
         assert reports[-1].backend == "double-backward"
         assert extra["buffers"][2] == len(reports) == 6
+        _, reports, extra = rank["accumulated batch norm"]
+        assert len(reports) == 4
+        assert extra["buffers"][2] == 6
 
 
 def test_nan_on_one_rank_is_rejected_by_all(ranks: Any) -> None:

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.lightning_options import QUIET
+from helpers.lightning_modules import QUIET
 from helpers.problems import assert_near, dataset, flatten
 from lightning.pytorch.loggers import CSVLogger
 from ngd_lightning import KFACPlugin, NaturalCGCallback

@@ -13,6 +13,7 @@ import pytest
 import sb3_contrib
 import torch
 from gymnasium import spaces
+from helpers.agents import BOX, DICT, IMAGE, VECTOR, Toy, build, toy, values_of
 from helpers.scripts import EXAMPLES
 from ngd_rl import NPG, TRPO, RecurrentTRPO
 from sb3_contrib.trpo.policies import MlpPolicy
@@ -24,44 +25,11 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from ngd_optim import StepReport
-
-VECTOR = spaces.Box(-1.0, 1.0, (5,))
-IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
-DICT = spaces.Dict({"position": VECTOR, "kind": spaces.Discrete(3)})
-BOX = spaces.Box(-1.0, 1.0, (3,))
-
-
-class Toy(gym.Env):
-    """Random observations; a reward for actions near a fixed one; an end after every eighth step or so."""
-
-    def __init__(self, observation_space=VECTOR, action_space=BOX, reward=1.0, observation=None):
-        self.observation_space = copy.deepcopy(observation_space)
-        self.action_space = copy.deepcopy(action_space)
-        self._reward, self._observation = reward, observation
-
-    def _observe(self):
-        return self.observation_space.sample() if self._observation is None else self._observation
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        return self._observe(), {}
-
-    def step(self, action):
-        distance = np.abs(np.asarray(action, dtype=float) - 1.0).mean()
-        return (
-            self._observe(),
-            self._reward * (1.0 - distance),
-            bool(self.np_random.random() < 1 / 8),
-            False,
-            {},
-        )
 
 
 class Recall(gym.Env):
@@ -82,24 +50,6 @@ class Recall(gym.Env):
         return np.array([0, self._time == 3], dtype=np.float32), reward, done, False, {}
 
 
-def toy(*args, n_envs=2, **kwargs):
-    env = DummyVecEnv([lambda: Toy(*args, **kwargs)] * n_envs)
-    env.seed(0)
-    return env
-
-
-def build(algorithm=TRPO, policy="MlpPolicy", env=None, **kwargs):
-    settings = {
-        "n_steps": 64,
-        "batch_size": kwargs.get("n_steps", 64),
-        "n_critic_updates": 2,
-        "seed": 0,
-    }
-    if algorithm is RecurrentTRPO:
-        kwargs["policy_kwargs"] = {"lstm_hidden_size": 16, **kwargs.get("policy_kwargs", {})}
-    return algorithm(policy, toy() if env is None else env, device="cpu", **{**settings, **kwargs})
-
-
 def collect(model):
     """Fill the rollout buffer, as ``learn`` does before it trains."""
     _, callback = model._setup_learn(10**6)
@@ -116,10 +66,6 @@ def train(model, seed=0):
 def actor_names(model):
     actor = {id(p) for p in model.policy_optimizer.param_groups[0]["params"]}
     return [name for name, p in model.policy.named_parameters() if id(p) in actor]
-
-
-def values_of(model):
-    return {name: p.detach().clone() for name, p in model.policy.named_parameters()}
 
 
 def is_finite(model):

@@ -1,0 +1,112 @@
+"""What the ranks of a process group must have in common when a step begins.
+
+Ranks that differ in it would meet with vectors of different lengths, which ends their processes, or
+with numbers that mean different things, which nobody would see.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngd_optim.distributed import Common, checksum
+from ngd_optim.preconditioners import Diagonal, Nystrom
+from ngd_optim.settings import Settings
+from ngd_optim.state import NAMES
+
+_SENTENCES = {
+    "calls": "the ranks of the process group call step() differently; let each give as many closures, and all "
+    "or none a curvature closure",
+    "parameters": "the ranks of the process group have different parameters, or froze different ones "
+    "(requires_grad); let all have the same ones in the same groups, and freeze the same",
+    "settings": "the settings differ between the ranks of the process group; give all ranks the same ones, "
+    "learning rates included",
+    "damping": "the damping differs between the ranks of the process group; write to it, or load it, on all "
+    "ranks alike",
+    "state": "the optimizer's state differs between the ranks of the process group; load the same state_dict() on "
+    "all ranks",
+    "generator": "the generators of the ranks of the process group are in different states; seed them alike, as "
+    "all ranks must draw the same directions for this preconditioner",
+    "values": "the parameters differ between the ranks of the process group; start from the same ones "
+    "(torch.nn.parallel.DistributedDataParallel sends rank 0's to all), and change them on all ranks alike",
+}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a step begins, on this rank.
+
+    Attributes:
+        groups: the optimizer's.
+        settings: of the step.
+        tensors: the parameters that it is for.
+        theta: their values, flat.
+        state: the optimizer's.
+        whole_state: whether the state's tensors count, or the first parameter's numbers alone, as
+            where no state was loaded since the last step.
+        generator: the user's, if there is one.
+        calls: how many closures there are, and how many for the curvature.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    settings: Settings
+    tensors: Sequence[Tensor]
+    theta: Tensor
+    state: Mapping[Any, Any]
+    whole_state: bool
+    generator: torch.Generator | None
+    calls: tuple[int, int]
+
+    length = len(_SENTENCES)
+    """Of :meth:`common`."""
+
+    def common(self) -> list[Common]:
+        """All that must be the same, what explains the most first."""
+        settings = {name: _describe(value) for name, value in vars(self.settings).items()}
+        damping = settings.pop("damping")
+        shapes = [
+            [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in group["params"]]
+            for group in self.groups
+        ]
+        # Kronecker factors are means over the ranks, whose draws may differ.
+        is_drawn_alike = isinstance(self.settings.preconditioner, Diagonal | Nystrom)
+        is_drawn_alike |= self.settings.preconditioner == "diagonal"
+        generator = self.generator if is_drawn_alike else None
+        numbers: dict[str, int | Tensor] = {
+            "calls": _number(self.calls),
+            "parameters": _number(shapes),
+            "settings": _number(settings),
+            "damping": _number(damping),
+            "state": self._state(),
+            "generator": 0 if generator is None else checksum(generator.get_state()),
+            "values": checksum(self.theta),
+        }
+        return [Common(numbers[name], sentence) for name, sentence in _SENTENCES.items()]
+
+    def _state(self) -> int | Tensor:
+        own = [self.state.get(p, {}) for p in self.tensors]
+        entries = [(i, n, e[n]) for i, e in enumerate(own) for n in NAMES if n in e]
+        if not self.whole_state:
+            entries = [entry for entry in entries if entry[0] == 0]
+        total: int | Tensor = _number(
+            [
+                (i, name, tuple(value.shape) if isinstance(value, Tensor) else value)
+                for i, name, value in entries
+            ]
+        )
+        if self.whole_state:
+            for k, (_, _, value) in enumerate(entries, 1):
+                total = total + k * checksum(value) if isinstance(value, Tensor) else total
+        return total
+
+
+def _number(value: Any) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+def _describe(value: Any) -> Any:
+    """A function's representation has its address."""
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
