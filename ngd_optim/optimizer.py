@@ -116,8 +116,9 @@ class NaturalCG(Optimizer):
             solved again with more damping, at the same Jacobian, in place of a line search.
         damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added.
             ``"diagonal"``: the largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt
-            1963; Moré 1978), which makes the step independent of the parameters' units. Where a step
-            has other data than the last one, what was before counts 0.7 times. ``"auto"``:
+            1963; Moré 1978), which makes the step independent of the parameters' units. What all
+            diagonals have lost is forgotten; where a step has other data than the last one, what
+            was before counts 0.7 times. ``"auto"``:
             ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero
             (SPRING: Goldshlager, Abrahamsen & Lin 2024), unless that was rejected; a system that is
@@ -125,7 +126,8 @@ class NaturalCG(Optimizer):
             ``cycle_momentum=False``.
         geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the
             residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
-            2012), at one more run of the closure.
+            2012), at one more run of the closure. Where they bend too much, the system is solved
+            again with more damping.
         generator: draws the random vectors from which preconditioners are estimated. None: one of
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
@@ -360,6 +362,7 @@ class NaturalCG(Optimizer):
                 max_backtracks=settings.max_backtracks,
                 backtrack_ratio=settings.backtrack_ratio,
                 geodesic=settings.geodesic,
+                is_first=not last.exists,
             )
             outcome = descent(model, check=ranks.check)
 
