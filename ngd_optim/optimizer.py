@@ -323,6 +323,7 @@ class NaturalCG(Optimizer):
                 boundary=None if max_kl is None else 2 * max_kl,
                 form=point.product.form,
                 precondition=lambda model: preconditioning.build(point, model, ranks),
+                reject=preconditioning.reject,
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
             model = QuadraticModel(

@@ -86,6 +86,21 @@ CGResult = LinearSolution
 """Its name in 0.1.0."""
 
 
+class IndefinitePreconditionerError(ValueError):
+    """A preconditioner is not positive definite.
+
+    Attributes:
+        products: calls of ``matvec`` until that was seen.
+    """
+
+    def __init__(self, value: float, products: int) -> None:
+        super().__init__(
+            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}; "
+            "use one that is, or None"
+        )
+        self.products = products
+
+
 def conjugate_gradient(
     matvec: Callable[[Tensor], Tensor],
     b: Tensor,
@@ -199,11 +214,7 @@ def conjugate_gradient(
         previous = r_dot_z
 
     if reason == _INDEFINITE_PRECONDITIONER:
-        value = float(previous)
-        raise ValueError(
-            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}; "
-            "use one that is, or None"
-        )
+        raise IndefinitePreconditionerError(float(previous), rounds + start_products)
     # Along p the model falls without end: to the boundary, or all of p if it is the first (Steihaug
     # 1983).
     if reason == _NEGATIVE_CURVATURE:
