@@ -314,13 +314,14 @@ class NaturalCG(Optimizer):
             new_slope = last.slope_on_new_data(point, gradient)
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
             # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
-            # 1983).
+            # 1983). Only a Hessian's is so by more than rounding.
+            unbounded = math.inf if point.kind == "hessian" else None
             conjugate_gradients = ConjugateGradients(
                 x0=last.solution(point.used).mul_(settings.warm_start),
                 max_iters=settings.max_cg_iters,
                 tol=settings.cg_tol,
                 progress_tol=settings.cg_progress_tol,
-                boundary=None if max_kl is None else 2 * max_kl,
+                boundary=unbounded if max_kl is None else 2 * max_kl,
                 form=point.product.form,
                 precondition=lambda model: preconditioning.build(point, model, ranks),
                 reject=preconditioning.reject,
