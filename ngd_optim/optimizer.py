@@ -121,8 +121,9 @@ class NaturalCG(Optimizer):
             solved again with more damping, at the same Jacobian, in place of a line search.
         damping_scale: what the damping is relative to. ``"identity"``: nothing, ``λI`` is added.
             ``"diagonal"``: the largest diagonal of ``F`` so far, ``λ diag(F)`` is added (Marquardt
-            1963; Moré 1978), which makes the step independent of the parameters' units. Where a step
-            has other data than the last one, what was before counts 0.7 times. ``"auto"``:
+            1963; Moré 1978), which makes the step independent of the parameters' units. What all
+            diagonals have lost is forgotten; where a step has other data than the last one, what
+            was before counts 0.7 times. ``"auto"``:
             ``"diagonal"`` for direct solvers, else ``"identity"``.
         momentum: ``μ``: the damping pulls to ``μ`` times the last solution in place of zero
             (SPRING: Goldshlager, Abrahamsen & Lin 2024), unless that was rejected; a system that is
@@ -130,7 +131,8 @@ class NaturalCG(Optimizer):
             ``cycle_momentum=False``.
         geodesic: bend the steps of direct solvers for :func:`~ngd_optim.least_squares` by the
             residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
-            2012), at one more run of the closure.
+            2012), at one more run of the closure. Where they bend too much, the system is solved
+            again with more damping.
         generator: draws the random vectors from which preconditioners are estimated. None: one of
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
@@ -411,15 +413,17 @@ class NaturalCG(Optimizer):
             new_slope = last.slope_on_new_data(point, gradient)
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
             # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
-            # 1983).
+            # 1983). Only a Hessian's is so by more than rounding.
+            unbounded = math.inf if point.kind == "hessian" else None
             conjugate_gradients = ConjugateGradients(
                 x0=last.solution(point.used).mul_(settings.warm_start),
                 max_iters=settings.max_cg_iters,
                 tol=settings.cg_tol,
                 progress_tol=settings.cg_progress_tol,
-                boundary=None if max_kl is None else 2 * max_kl,
+                boundary=unbounded if max_kl is None else 2 * max_kl,
                 form=point.product.form,
                 precondition=lambda model: preconditioning.build(point, model, ranks),
+                reject=preconditioning.reject,
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
             model = QuadraticModel(
@@ -459,6 +463,7 @@ class NaturalCG(Optimizer):
                 max_backtracks=settings.max_backtracks,
                 backtrack_ratio=settings.backtrack_ratio,
                 geodesic=settings.geodesic,
+                is_first=not last.exists,
             )
             outcome = descent(model, check=ranks.check)
 

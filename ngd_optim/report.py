@@ -47,7 +47,7 @@ class StepReport:
         backend: what formed the products: ``"torch.func"`` (forward mode) or ``"double-backward"``
             (the derivative of a gradient).
         preconditioner: what the iterations were preconditioned by: ``"kfac"``, ``"diagonal"``,
-            ``"nystrom"``, ``"callable"`` or ``"none"``.
+            ``"nystrom"``, ``"callable"`` or ``"none"``, also where rounding made it indefinite.
         n_forward: forward passes: the closure's run, and a replay for each trial point.
         n_product: how many curvature products were formed. Neither counts the check at the first
             step with a closure, nor what a direct solver needs.

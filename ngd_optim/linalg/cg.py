@@ -86,6 +86,21 @@ CGResult = LinearSolution
 """Its name in 0.1.0."""
 
 
+class IndefinitePreconditionerError(ValueError):
+    """A preconditioner is not positive definite.
+
+    Attributes:
+        products: calls of ``matvec`` until that was seen.
+    """
+
+    def __init__(self, value: float, products: int) -> None:
+        super().__init__(
+            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}; "
+            "use one that is, or None"
+        )
+        self.products = products
+
+
 def conjugate_gradient(
     matvec: Callable[[Tensor], Tensor],
     b: Tensor,
@@ -117,8 +132,10 @@ def conjugate_gradient(
             could be spent on another step.
         boundary: where a direction ``p`` of negative curvature ends the solve, go along it as far
             as ``xᵀA x + τ² |pᵀA p| ≤ boundary`` allows (after Steihaug 1983, in the norm of
-            ``|A|``). None, or if ``x`` is outside already: stay, or take all of ``p`` if it is the
-            first (Nocedal & Wright, Algorithm 7.1).
+            ``|A|``). Infinity: as far as a positive curvature of that size would make it
+            (saddle-free Newton: Dauphin et al. 2014). None, or if ``x`` is outside already, or the
+            curvature is zero to rounding: stay, or take all of ``p`` if it is the first (Nocedal &
+            Wright, Algorithm 7.1).
         preconditioner: ``r ↦ M⁻¹ r`` for a symmetric positive definite ``M`` that is like ``A``. It
             changes how fast the solution is found, and never the solution.
 
@@ -199,13 +216,9 @@ def conjugate_gradient(
         previous = r_dot_z
 
     if reason == _INDEFINITE_PRECONDITIONER:
-        value = float(previous)
-        raise ValueError(
-            f"the preconditioner must be positive definite, and a vector r has rᵀM⁻¹r = {value:.3g}; "
-            "use one that is, or None"
-        )
-    # Along p the model falls without end: to the boundary, or all of p if it is the first (Steihaug
-    # 1983).
+        raise IndefinitePreconditionerError(float(previous), rounds + start_products)
+    # Along p the model falls without end: to the boundary (Steihaug 1983), or all of p if it is the
+    # first.
     if reason == _NEGATIVE_CURVATURE:
         length = _length_to_boundary(x, b, r, p, a_p, boundary)
         if not length and done == 1:
@@ -236,13 +249,20 @@ def _not_finite(value: Scalar) -> Scalar:
 def _length_to_boundary(
     x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None
 ) -> float:
+    if boundary == math.inf:
+        curvature = abs(torch.dot(p, a_p).item())
+        # τ = pᵀr ÷ |pᵀA p| (Dauphin et al. 2014).
+        return torch.dot(p, r).item() / curvature if curvature > _rounding(p, a_p) else 0.0
     # What is left of xᵀA x + τ² |pᵀA p| ≤ boundary, with A x = b − r.
     room = 0.0 if boundary is None else boundary - torch.dot(x, b - r).item()
     if room <= 0:
         return 0.0
     # A curvature of zero is known to rounding only; the step along it stays finite.
-    rounding = torch.finfo(p.dtype).eps * (_norm(p) * (_norm(p) + _norm(a_p))).item()
-    return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), rounding))
+    return math.sqrt(room / max(abs(torch.dot(p, a_p).item()), _rounding(p, a_p)))
+
+
+def _rounding(p: Tensor, a_p: Tensor) -> float:
+    return torch.finfo(p.dtype).eps * (_norm(p) * (_norm(p) + _norm(a_p))).item()
 
 
 def _has_stalled(models: list[Scalar], progress_tol: float) -> Scalar:

@@ -1,15 +1,18 @@
 """The preconditioner of one step's conjugate gradients: none, or the user's function."""
 
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
 
 from ngd_optim.curvature import OutputMetric, ScalarMetric
 from ngd_optim.distributed import Ranks
+from ngd_optim.linalg import IndefinitePreconditionerError
 from ngd_optim.linearization import Point
 from ngd_optim.solvers import QuadraticModel
 from ngd_optim.torch_internals import version_of
 
+logger = logging.getLogger("ngd_optim")
 Solve = Callable[[Tensor], Tensor]
 
 
@@ -33,6 +36,13 @@ class Preconditioning:
         """The preconditioner for a model's system; None where there is none."""
         return None
 
+    def reject(self, error: IndefinitePreconditionerError) -> None:
+        """What was built is not positive definite, as rounding can make it: the system is solved without it."""
+        logger.warning(
+            "the system is solved without the preconditioner %r: %s", self.name, error.args[0]
+        )
+        self.name = "none"
+
     def keep(self, iterations: int) -> None:
         """Write to the optimizer's state, with how many iterations were preconditioned."""
 
@@ -53,6 +63,10 @@ class Given(Preconditioning):
             return r if z is None else z
 
         return solve
+
+    def reject(self, error: IndefinitePreconditionerError) -> None:
+        """It is the user's to mend."""
+        raise error
 
 
 def _check_results(function: Solve) -> Solve:

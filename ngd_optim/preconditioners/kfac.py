@@ -100,7 +100,7 @@ class Kronecker(Preconditioning):
             return
         uses = uses_of(metric.outputs, self._parameters.tensors)
         layers = tuple(dict.fromkeys(use.layer for use in uses))
-        if not (self._must or is_worthwhile(uses, self._parameters.tensors)):
+        if not uses or not (self._must or is_worthwhile(uses, self._parameters.tensors)):
             self._estimates.append(None)
         elif self._is_due or not KroneckerFactors(layers, self._values).fits(
             self._parameters.tensors

@@ -188,8 +188,13 @@ class Nystrom:
         scale, rounding = values + damping, torch.finfo(values.dtype)
         floor = (rounding.eps * scale[0]).clamp(min=rounding.tiny / rounding.eps)
         # M⁻¹ = U (Λ + λ)⁻¹Uᵀ + (λ_r + λ)⁻¹ (I − U Uᵀ), times λ_r + λ (Frangella et al. 2023).
-        weights = (scale[-1].clamp(min=floor) / scale.clamp(min=floor)) - 1
-        return lambda r: r + U @ (weights * (U.T @ r))
+        weights = (scale[-1].clamp(min=floor) / scale.clamp(min=floor)).sqrt() - 1
+
+        def half(r: Tensor) -> Tensor:
+            return r + U @ (weights * (U.T @ r))
+
+        # As a square it is positive definite, however U is rounded.
+        return lambda r: half(half(r))
 
 
 def sketch_of_diagonal(diagonal: Tensor) -> Sketch:

@@ -1,11 +1,16 @@
 """The linear system of a step, solved by conjugate gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
-from ngd_optim.linalg import LinearSolution, conjugate_gradient
+from ngd_optim.linalg import (
+    IndefinitePreconditionerError,
+    LinearSolution,
+    conjugate_gradient,
+)
 from ngd_optim.reading import read
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 from ngd_optim.solvers.solver import Solver
@@ -16,7 +21,8 @@ class ConjugateGradients(Solver):
     """Truncated conjugate gradients; see :func:`~ngd_optim.conjugate_gradient` for the arguments.
 
     ``form`` chooses how products are formed, with the first vector; ``precondition`` builds the
-    preconditioner for a model.
+    preconditioner for a model; ``reject`` takes note of one that is not positive definite, or
+    raises.
     """
 
     x0: Tensor
@@ -26,6 +32,7 @@ class ConjugateGradients(Solver):
     boundary: float | None
     form: Callable[[Tensor], None]
     precondition: Callable[[QuadraticModel], Callable[[Tensor], Tensor] | None]
+    reject: Callable[[IndefinitePreconditionerError], None]
     name = "cg"
     is_direct = False
 
@@ -38,7 +45,8 @@ class ConjugateGradients(Solver):
         is_finite, starts = read(b.isfinite().all(), self.x0.any())
         if is_finite:
             self.form(self.x0 if starts else b)
-        return conjugate_gradient(
+        solve = partial(
+            conjugate_gradient,
             model.system,
             b,
             x0=self.x0 if starts else None,
@@ -46,5 +54,11 @@ class ConjugateGradients(Solver):
             tol=self.tol,
             progress_tol=self.progress_tol,
             boundary=self.boundary,
-            preconditioner=preconditioner,
         )
+        try:
+            return solve(preconditioner=preconditioner)
+        except IndefinitePreconditionerError as error:
+            self.reject(error)
+            lost = error.products
+        solution = solve()
+        return replace(solution, products=lost + solution.products)

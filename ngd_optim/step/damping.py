@@ -87,6 +87,11 @@ class Damping:
         self._multiply(retry_factor(attempt))
         return self.values != before
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether :meth:`retry` would change anything."""
+        return any(value < self._limits[1] for value in self.values)
+
     def adapt(self, reduction_ratio: float, *, accepted: bool, overshot: bool) -> None:
         """After a step; see :func:`damping_factor`."""
         if not self._adapts:

@@ -18,6 +18,9 @@ from ngd_optim.step.geodesic import apply_geodesic_correction
 from ngd_optim.step.line_search import Trial, line_search
 from ngd_optim.step.trust_region import Step, scale_step
 
+_FIRST = 10.0
+"""Longest first step ÷ the parameters, of the factors from 0.1 to 100 that Moré recommends (1978)."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -64,6 +67,7 @@ class Descent:
         max_backtracks: likewise.
         backtrack_ratio: likewise.
         geodesic: likewise.
+        is_first: whether no step before tells how far one may go.
     """
 
     point: Point
@@ -77,6 +81,7 @@ class Descent:
     max_backtracks: int
     backtrack_ratio: float
     geodesic: bool
+    is_first: bool
 
     def __call__(self, undamped: QuadraticModel, check: Callable[[], None]) -> Outcome:
         """Move the parameters to a lower point, or leave them where they are.
@@ -94,6 +99,8 @@ class Descent:
             model = undamped.with_damping(self.parameters.spread(damping), is_first=attempt == 1)
             solution = self.solver.solve(model)
             step = self._scale(solution, model)
+            if not (solves_again and self.damping.can_grow and self._is_worth_a_retry(step)):
+                step = replace(step, problem="")
             check()
             trial = (
                 Trial.refuse(problem, forgets=True)
@@ -148,8 +155,20 @@ class Descent:
         corrects = self.geodesic and self.point.is_least_squares and is_full
         if not (corrects and isinstance(self.solver, RootSolver)):
             return step
+        if self.is_first and self._is_far(step, model):
+            return replace(step, problem="it is too long for a first one")
         move = partial(self.parameters.move, self.theta, step.direction)
-        return apply_geodesic_correction(step, self.solver, model, self.theta, move)
+        corrected = apply_geodesic_correction(step, self.solver, model, self.theta, move)
+        return corrected or replace(step, problem="the residuals bend too much along it")
+
+    def _is_far(self, step: Step, model: QuadraticModel) -> bool:
+        """Whether it is many times as long as the parameters, in the norm of the damping's scale (Moré 1978)."""
+        if model.scale is None or not self.theta.any():
+            return False
+        length, reach = (
+            torch.dot(v, model.scale * v).sqrt().item() for v in (step.direction, self.theta)
+        )
+        return length > _FIRST * reach
 
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""
@@ -157,6 +176,9 @@ class Descent:
             return self._refuse_not_finite(solution)
         if solution.stop == "indefinite":
             return Trial.refuse("the damped curvature is not positive definite")
+        if step.problem:
+            self.parameters.write(self.theta)  # the residuals were looked at along it
+            return Trial.refuse(step.problem)
 
         def evaluate(fraction: float) -> tuple[float, float | None]:
             self.parameters.move(self.theta, step.direction, fraction)

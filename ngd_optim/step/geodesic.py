@@ -20,7 +20,7 @@ _PROBE = 0.1
 """Part of the step at which the residuals are looked at."""
 
 _LARGEST_CORRECTION = 0.75
-"""Upper bound on ``2 |a| ÷ |d|`` in the norm of the damping; beyond it the straight step is tried."""
+"""Upper bound on ``2 |a| ÷ |d|`` in the norm of the damping."""
 
 
 def apply_geodesic_correction(
@@ -29,10 +29,11 @@ def apply_geodesic_correction(
     model: QuadraticModel,
     theta: Tensor,
     move: Callable[[float], None],
-) -> Step:
-    """The step with its correction, or as it was.
+) -> Step | None:
+    """The step with its correction; None where that is too large for either to be trusted.
 
-    Slope and curvature remain those of the uncorrected ``d``.
+    Slope and curvature remain those of the uncorrected ``d``. Where the residuals cannot be looked
+    at, it is the step as it was.
 
     Args:
         step: a full step, neither scaled nor cut.
@@ -50,10 +51,10 @@ def apply_geodesic_correction(
     second = 2 / _PROBE * (change / _PROBE - square_root.rows @ d)
     # a = −½ (F + λ)⁻¹ Jᵀ r″.
     a = solver.pull_back(second).mul_(-0.5)
-    # Beyond that the expansion is not to be trusted (the same paper).
+    # Beyond that the expansion is not to be trusted, and the step is too long (the same paper).
     length_a, length_d = read(*(torch.dot(v, model.shift * v).sqrt() for v in (a, d)))
     if not 2 * length_a <= _LARGEST_CORRECTION * length_d:
-        return step
+        return None
     direction = d + a
     slope, quadratic = read(*(torch.dot(model.decay * v, direction) for v in (theta, direction)))
     return replace(step, direction=direction, decay_slope=slope, decay_quadratic=quadratic)

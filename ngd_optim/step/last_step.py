@@ -37,6 +37,11 @@ class LastStep:
         self._largest: Tensor | None = None
 
     @property
+    def exists(self) -> bool:
+        """Whether there was a step."""
+        return "solution" in self._first
+
+    @property
     def moved(self) -> bool:
         """Whether there was a step, and it was not rejected."""
         return bool(self._first.get("slope"))
@@ -83,7 +88,9 @@ class LastStep:
     def largest_curvature(self, diagonal: Tensor, *, forgets: bool) -> Tensor:
         """The largest diagonal so far, flat, with this one, to be kept; what is not finite is left out.
 
-        On the same data it only grows (Moré 1978). Other data may have had an outlier, which is
+        Only its relative sizes last, for its size is that of the damping: what all diagonals have
+        lost is forgotten at once, so that one at least is as large as ever. Beside it a diagonal
+        never falls on the same data (Moré 1978). Other data may have had an outlier, which is
         forgotten by and by.
         """
         before = self._parameters.flatten(
@@ -91,7 +98,10 @@ class LastStep:
         )
         if forgets:
             before = _KEPT_ON_NEW_DATA * before
-        self._largest = torch.maximum(before, diagonal.where(diagonal.isfinite(), 0.0))
+        diagonal = diagonal.where(diagonal.isfinite(), 0.0)
+        largest = torch.maximum(before, diagonal)
+        left = (diagonal / largest).nan_to_num(0.0).amax()
+        self._largest = torch.where(left > 0, left, 1.0) * largest
         return self._largest
 
     def keep(self, outcome: Outcome, new_loss: float, lr: Sequence[float]) -> None:

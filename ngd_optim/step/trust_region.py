@@ -61,6 +61,7 @@ class Step:
             measures the KL alone.
         decay_slope, decay_quadratic: ``θᵀW d`` and ``dᵀW d``.
         products: how many curvature products it took to know all this.
+        problem: what speaks against trying it, where more damping can make it shorter.
     """
 
     direction: Tensor
@@ -72,6 +73,7 @@ class Step:
     decay_slope: float
     decay_quadratic: float
     products: int
+    problem: str = ""
 
     def predicted_decrease(self, fraction: float) -> float:
         """What the model says that the objective falls by."""

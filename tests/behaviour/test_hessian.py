@@ -1,10 +1,15 @@
 """Closure form (d): the exact Hessian, and what happens along negative curvature."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.classics import rosenbrock
+from helpers.landscapes import LANDSCAPES, OTHERS, is_minimum
 from helpers.problems import flat_function, flatten
+from scipy.optimize import minimize
 from torch import nn
 
 from ngd_optim import NaturalCG, conjugate_gradient, linearize
@@ -90,6 +95,30 @@ class TestNegativeCurvature:
         result = conjugate_gradient(torch.zeros_like, torch.ones(3).double(), boundary=1.0)
         assert result.solution.isfinite().all()
 
+    @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+    def test_without_an_end_the_size_of_the_curvature_tells_how_far(self, unit):
+        matrix = unit * torch.diag(torch.tensor([4.0, 1.0, -0.1]).double())
+        b = unit * torch.tensor([1.0, 0.5, 0.1]).double()
+        result = conjugate_gradient(lambda v: matrix @ v, b, boundary=math.inf)
+        inside = conjugate_gradient(lambda v: matrix @ v, b, max_iters=result.iterations - 1)
+        assert (result.stop, inside.stop) == ("negative_curvature", "max_iters")
+        p = result.solution - inside.solution
+        # As along a positive curvature, where pᵀr = pᵀA p.
+        assert p @ (b - matrix @ inside.solution) == pytest.approx((p @ matrix @ p).abs().item())
+
+    def test_a_curvature_of_zero_tells_nothing(self):
+        b = torch.ones(3).double()
+        found = conjugate_gradient(torch.zeros_like, b, boundary=math.inf)
+        assert torch.equal(found.solution, b)
+
+    @pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+    def test_leaves_a_saddle_whatever_the_unit_of_the_loss(self, unit):
+        x = nn.Parameter(torch.tensor([0.5, 1e-3]).double())
+        optimizer = NaturalCG([x], damping=0.1 * unit)
+        for _ in range(20):
+            optimizer.step(lambda: unit * (x[0] ** 2 - x[1] ** 2 + x[1] ** 4))
+        assert x.detach().square().tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
+
     @pytest.mark.parametrize("max_kl", [0.1, 10.0])
     def test_leaves_a_saddle(self, max_kl):
         x = nn.Parameter(torch.tensor([0.5, 1e-3]).double())
@@ -119,3 +148,43 @@ def test_rosenbrock_is_minimised_by_its_hessian():
     for _ in range(60):
         optimizer.step(lambda: rosenbrock(x))
     assert rosenbrock(x).item() < 1e-12
+
+
+def descend(name):
+    """From a landscape's start, by default settings."""
+    function, start = LANDSCAPES[name]
+    x = nn.Parameter(torch.tensor(start).double())
+    optimizer = NaturalCG([x])
+    for step in range(500):
+        optimizer.step(lambda: function(x))
+        if step % 10 == 9 and is_minimum(name, x.detach()):
+            break
+    return x.detach()
+
+
+def descend_by_trust_exact(name):
+    function, start = LANDSCAPES[name]
+    value, slope, bend = (
+        lambda b, f=f: f(torch.tensor(b)).numpy()
+        for f in (function, torch.func.grad(function), torch.func.hessian(function))
+    )
+    options = {"maxiter": 500, "gtol": 1e-9}
+    end = minimize(
+        value, np.array(start), jac=slope, hess=bend, method="trust-exact", options=options
+    )
+    return torch.tensor(end.x)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_finds_a_minimum_by_default(name):
+    assert is_minimum(name, descend(name))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_finds_as_many_minima_as_trust_exact():
+    found, peer = (
+        {name for name in LANDSCAPES if is_minimum(name, run(name))}
+        for run in (descend, descend_by_trust_exact)
+    )
+    assert len(found) >= len(peer), (sorted(peer - found), sorted(found - peer))

@@ -603,6 +603,21 @@ def failing(r: Tensor) -> Tensor:
     raise KeyError("no such block")
 
 
+@pytest.mark.parametrize("kind", ["auto", "kfac"])
+def test_no_factors_are_estimated_where_the_closure_has_no_layer(kind, monkeypatch):
+    """A product with a vector is none: it has one row only."""
+    calls, estimate = [], kfac.estimate_factors
+    monkeypatch.setattr(kfac, "estimate_factors", lambda *a: (calls.append(1), estimate(*a))[1])
+    w, x, y = nn.Parameter(torch.randn(6, 8)), torch.randn(8), torch.randn(6)
+    optimizer = NaturalCG([w], preconditioner=kind)
+    for _ in range(12):
+        optimizer.step(lambda: F.mse_loss(w.mv(x).tanh(), y))
+        assert optimizer.last_step.preconditioner == "none"
+    assert not calls
+    kept = {"left", "right", "diagonal"} & optimizer.state[w].keys()
+    assert not any(optimizer.state[w][name].any() for name in kept)
+
+
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [

@@ -118,6 +118,37 @@ def test_fewer_iterations_to_the_same_step(preconditioner, scaled, saved):
     assert plain.n_product == plain.cg_iters
 
 
+@pytest.mark.parametrize("damping", [1e-1, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_nystrom_in_single_precision_stays_definite_however_small_the_damping(
+    damping, seed, caplog
+):
+    torch.manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(N, N)).Q
+    x, y = torch.randn(200, N) * torch.logspace(0, -3, N) @ Q, torch.randn(200, 1)
+    model = nn.Linear(N, 1)
+    optimizer = NaturalCG(
+        model.parameters(), preconditioner=Nystrom(), solver="cg", damping=damping
+    )
+    for _ in range(15):
+        optimizer.step(lambda: least_squares(model(x) - y))
+        assert optimizer.last_step.preconditioner == "nystrom"
+    assert "without the preconditioner" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [Nystrom(rank=5), Diagonal()])
+def test_one_of_the_librarys_that_is_indefinite_is_left_out(kind, monkeypatch, caplog):
+    """The step is the one without it, and the report and the log say so."""
+    plain, wanted = step_with(None, True)
+    monkeypatch.setattr(type(kind), "solve", lambda self, sketch, shift: lambda r: -r)
+    report, found = step_with(kind, True)
+    assert torch.equal(found, wanted)
+    assert report.preconditioner == "none"
+    assert report.cg_iters == plain.cg_iters
+    assert report.n_product > plain.n_product
+    assert f"solved without the preconditioner '{kind.name}'" in caplog.text
+
+
 def with_two_outputs():
     """The same features, and two outputs for each sample."""
     torch.manual_seed(3)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.classics import NIST
 from helpers.outputs import FORMS, Problem
 from helpers.problems import (
     BATCH,
@@ -157,9 +158,8 @@ def test_a_rejected_solution_is_solved_again_at_the_same_jacobian():
     assert report.backtracks > 0
     assert report.damping > 1e-6
     assert report.new_loss < before
-    assert report.n_forward == 1 + 2 * (
-        report.backtracks + 1
-    )  # for each solution a look along it and a trial
+    # A look along each solution; where the residuals bend too much, a point is not even tried.
+    assert 3 + report.backtracks <= report.n_forward <= 1 + 2 * (report.backtracks + 1)
 
 
 @pytest.mark.parametrize("solver", ["dense", "sample"])
@@ -189,6 +189,34 @@ def test_geodesic_acceleration_is_the_second_order_path(solver):
     second = torch.func.jvp(lambda b: torch.func.jvp(residuals, (b,), (d,))[1], (before,), (d,))[1]
     correction = torch.linalg.solve(J.T @ J / len(x) + identity(J.T), -0.5 * J.T @ second / len(x))
     assert_near(steps[True] - d, correction, 1e-2)  # a finite difference over a tenth of the step
+
+
+@pytest.mark.parametrize("adapt_damping", [True, False])
+def test_a_step_along_which_residuals_bend_too_much_is_shortened_by_damping(adapt_damping):
+    """Each attempt looks along its solution; none but the last is tried. A damping that is given is kept."""
+    theta = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = NaturalCG([theta], damping=1e-3, adapt_damping=adapt_damping)
+    optimizer.step(lambda: least_squares(torch.stack([theta[0] ** 4 + 1, 0.01 * theta[0]])))
+    report = optimizer.last_step
+    assert report.accepted
+    if not adapt_damping:
+        assert report.damping == 1e-3
+        return
+    assert report.backtracks > 0
+    assert report.damping > 1e-3
+    assert report.n_forward == 3 + report.backtracks
+
+
+def test_a_first_step_is_not_many_times_as_long_as_the_parameters():
+    """From (1, 1) a Gauss-Newton step along an exponential's tail would end where nothing has a slope any more."""
+    problem = NIST["BoxBOD"]
+    start = torch.tensor(problem.starts[0], dtype=torch.float64)
+    theta = nn.Parameter(start.clone())
+    optimizer = NaturalCG([theta])
+    optimizer.step(lambda: least_squares(problem.residuals(theta)))
+    assert optimizer.last_step.backtracks > 0
+    scale = jacrev(problem.residuals)(start).square().mean(0).sqrt()
+    assert (scale * (theta.detach() - start)).norm() <= 15 * (scale * start).norm()
 
 
 @pytest.mark.parametrize("solver", ["cg", "dense", "sample"])

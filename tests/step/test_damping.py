@@ -421,12 +421,30 @@ def test_a_scale_that_one_batch_made_huge_is_forgotten():
     assert losses[1] < 100 * losses[0] < 1e-3
 
 
-def test_the_scale_of_the_same_data_only_grows():
-    """Moré's rule: on the same residuals nothing is forgotten."""
-    w = nn.Parameter(torch.tensor([3.0, 1.0], dtype=torch.float64))
-    optimizer, largest = NaturalCG([w], damping_scale="diagonal"), torch.zeros(2)
-    for _ in range(8):
-        optimizer.step(lambda: least_squares(torch.stack([w[0] ** 2, w[1] - w[0]])))
-        kept = optimizer.state[w]["largest_curvature"]
-        assert (kept >= largest).all()
-        largest = kept.clone()
+def scales(residuals, start, steps=8):
+    """The scale that each step keeps, and the diagonal of the curvature where it begins."""
+    w = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer, found = NaturalCG([w], damping_scale="diagonal"), []
+    for _ in range(steps):
+        J = torch.func.jacrev(residuals)(w.detach())
+        optimizer.step(lambda: least_squares(residuals(w)))
+        found.append((optimizer.state[w]["largest_curvature"], J.square().mean(0)))
+    return found
+
+
+def test_the_scale_of_the_same_data_falls_only_as_a_whole():
+    """Moré's rule for relative sizes: beside the one that has lost the least, no diagonal falls."""
+    found = scales(lambda w: torch.stack([w[0] ** 2, w[1] - w[0]]), [3.0, 1.0])
+    largest = torch.zeros(2, dtype=torch.float64)
+    for kept, diagonal in found:
+        largest = torch.maximum(largest, diagonal)
+        largest *= (diagonal / largest).max()
+        torch.testing.assert_close(kept, largest)
+    assert largest[0] > found[-1][1][0]
+
+
+def test_a_size_that_all_have_lost_is_forgotten_at_once():
+    """Far out on a quartic the curvature is a million times that at its end."""
+    found = scales(lambda w: w.square(), [1e3, 1e3], steps=25)
+    torch.testing.assert_close(found[-1][0], found[-1][1])
+    assert found[-1][0].max() < 1e-6 * found[0][0].max()
