@@ -1,10 +1,10 @@
 """What a step on a stream of batches starts from: a gradient, and what the last step left in the optimizer's state.
 
 The state has for each parameter ``momentum``, the average gradient; ``step``, the last change; and its
-Kronecker factors: ``left`` and ``right`` with ``layer`` (the place of the bias among all parameters, and the
-other entries of :class:`~ngd_optim.jacobian.layers.Layer`), or ``diagonal``. The first parameter
-also has ``steps``, how many were taken; ``age``, how many with these factors; ``draws``, how often these
-were drawn; and ``slope``, that of the loss along the last step.
+Kronecker factors: ``left`` and ``right`` with ``layer_groups``, ``layer_flipped`` and ``layer_bias`` (its
+place among all parameters, -1 for none), or ``diagonal``. The first parameter also has ``steps``, how
+many were taken; ``age``, how many with these factors; ``draws``, how often these were drawn; and
+``slope``, that of the loss along the last step. All are tensors or numbers.
 """
 
 import math
@@ -22,6 +22,7 @@ from ngd_optim.parameters import FlatParameters
 from ngd_optim.torch_internals import version_of
 
 _FACTORS = ("left", "right", "diagonal")
+_LAYER = ("layer_groups", "layer_flipped", "layer_bias")
 
 
 class StreamState:
@@ -55,9 +56,9 @@ class StreamState:
         layers: list[Layer] = []
         for i, p in enumerate(params):
             entry = self._of(p)
-            if "layer" in entry:
-                bias, flipped, groups = entry["layer"]
-                layers.append(Layer(i, index.get(bias), flipped, groups))
+            if "layer_groups" in entry:
+                groups, flipped, bias = (entry[name] for name in _LAYER)
+                layers.append(Layer(i, index.get(bias), bool(flipped), groups))
             values |= {(i, name): entry[name] for name in _FACTORS if name in entry}
         factors = KroneckerFactors(tuple(layers), values)
         return factors if factors.fits(params) else None
@@ -106,7 +107,7 @@ class StreamState:
         layers = {layer.weight: layer for layer in factors.layers}
         for i, p in enumerate(self.parameters.tensors):
             entry = self._state[p]
-            for name in (*_FACTORS, "layer"):
+            for name in (*_FACTORS, *_LAYER):
                 entry.pop(name, None)
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in _FACTORS:
@@ -114,8 +115,8 @@ class StreamState:
                     entry[name] = factors.values[i, name].to(dtype)
             if i in layers:
                 _, bias, flipped, groups = layers[i]
-                place = None if bias is None else self.parameters.positions[bias]
-                entry["layer"] = (place, flipped, groups)
+                place = -1 if bias is None else self.parameters.positions[bias]
+                entry |= dict(zip(_LAYER, (groups, int(flipped), place), strict=True))
 
     def _of(self, p: Tensor) -> dict[str, Any]:
         return self._state.get(p, {})  # the state is made where it is written to

@@ -287,6 +287,12 @@ def test_resumed_run_is_bit_identical(comes_back, steps):
     assert_same_state(optimizer.state_dict(), resumed.state_dict())
 
 
+def test_the_state_is_tensors_and_numbers():
+    _, optimizer = train(by_watch, 2)
+    kinds = {type(value) for entry in optimizer.state.values() for value in entry.values()}
+    assert kinds <= {torch.Tensor, int, float}
+
+
 def test_state_of_another_optimizer_is_refused():
     _, optimizer = train(by_watch, 1)
     other = torch.optim.Adam(Stream().model.parameters())
@@ -525,7 +531,7 @@ def test_losses_count_with_their_weights(weights, monkeypatch):
             way(task, optimizer, task.batch(step)[0])
             optimizer.step()
         ends.append(task.theta)
-        assert set(optimizer.state[task.model["body"].weight]) >= {"left", "right", "layer"}
+        assert set(optimizer.state[task.model["body"].weight]) >= {"left", "right", "layer_groups"}
     assert_near(ends[1], ends[0], 1e-9)
     assert_near(ends[2], ends[0], 1e-9)
 
