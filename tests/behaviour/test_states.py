@@ -262,7 +262,7 @@ def test_the_names_and_shapes_of_a_state_do_not_depend_on_what_happened() -> Non
     layouts = []
     for loss in ("ce", "ls", "hessian"):
         for lr, kind in ((1.0, "auto"), (1e9, "kfac" if loss == "ce" else "auto")):
-            run = Run(loss=loss, lr=lr, preconditioner=kind, max_backtracks=1, damping_scale="auto")
+            run = Run(loss=loss, lr=lr, preconditioner=kind, damping_scale="auto")
             run.step()
             assert run.optimizer.last_step is not None
             assert run.optimizer.last_step.accepted == (lr == 1.0)

@@ -241,7 +241,7 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
     there, x_there, y_there = to_device(model), OnDevice(x.clone()), OnDevice(y.clone())
     own = NaturalCG(model.parameters(), **scenario.settings)
     other = NaturalCG(there.parameters(), **scenario.settings)
-    reads, iterations = [], []
+    reads, iterations, solved_again = [], [], []
     for _ in range(steps):
         own.step(lambda: scenario.closure(model, x, y))
         READS.clear()
@@ -249,11 +249,13 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
         assert other.last_step is not None
         reads.append(dict(READS))
         iterations.append(other.last_step.cg_iters)
+        solved_again.append(other.last_step.backtracks * (other.last_step.solver != "cg"))
     pairs = zip(model.parameters(), there.parameters(), strict=True)
     return {
         "difference": max((p - q.held).abs().max().item() for p, q in pairs),
         "moved": own.last_step.accepted,
         "iterations": iterations,
+        "solved_again": solved_again,
         "reads": reads,
     }
 
