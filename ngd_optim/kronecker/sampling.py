@@ -48,9 +48,9 @@ def _draw_from_softmax(
         variance = (p * centred.square()).sum(dim, keepdim=True)
         weight = torch.where(variance > 0, (centred * image).sum(dim, keepdim=True) / variance, 0)
         if _close(weight * p * centred, image):
-            flat = p.movedim(dim, -1).reshape(-1, p.shape[dim]).to(generator.device, torch.float32)
+            flat = p.movedim(dim, -1).reshape(-1, p.shape[dim])
             # u = √w (e_c − p) for a class c drawn from p has covariance w (diag p − p pᵀ).
-            drawn = _draw_class(flat, generator).to(p.device)
+            drawn = _draw_class(flat.float(), generator)
             one = torch.zeros_like(p).movedim(dim, -1)
             one = one.scatter(-1, drawn.view(*one.shape[:-1], 1), 1.0).movedim(-1, dim)
             return (weight.clamp(min=0).sqrt() * (one - p)).to(z.dtype)
@@ -60,7 +60,7 @@ def _draw_from_softmax(
 def _draw_class(p: Tensor, generator: torch.Generator) -> Tensor:
     """One of each row's classes, (n, 1): the inverse of the distribution function, faster than multinomial."""
     below = p.cumsum(-1)
-    uniform = torch.rand(len(p), 1, generator=generator, device=p.device)
+    uniform = torch.rand(len(p), 1, generator=generator, device=generator.device).to(p)
     return (below <= uniform * below[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
 
 
