@@ -6,6 +6,7 @@ yields the loss that it found.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from time import process_time
@@ -17,7 +18,7 @@ from pytorch_optimizer import SOAP, ScalableShampoo
 from singd.optim.optimizer import SINGD
 from torch import Tensor, nn
 
-from ngd_optim import NaturalCG
+from ngd_optim import KFAC, NaturalCG
 
 Loss = Callable[[Callable[[Tensor], Tensor]], Tensor]
 Optimizers = list[torch.optim.Optimizer]
@@ -49,6 +50,11 @@ def shampoo(model: nn.Module, lr: float) -> Optimizers:
     return [
         ScalableShampoo(model.parameters(), lr=lr, preconditioning_compute_steps=20, graft_type=2)
     ]
+
+
+def kfac(model: nn.Module, lr: float) -> Optimizers:
+    """The defaults."""
+    return [KFAC(model.parameters())]
 
 
 def singd(model: nn.Module, lr: float) -> Optimizers:
@@ -84,7 +90,11 @@ def by_first_order(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * share))
             optimizer.zero_grad()
-        value = loss(model)
+        with ExitStack() as watching:
+            for optimizer in optimizers:
+                if isinstance(optimizer, KFAC):
+                    watching.enter_context(optimizer.watch())
+            value = loss(model)
         value.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -158,6 +168,7 @@ METHODS: dict[str, FirstOrder | Callable[[nn.Module, Iterable[Loss]], Iterator[f
     "SOAP": FirstOrder(soap, _ADAM_RATES),
     "Shampoo": FirstOrder(shampoo, (1e-3, 1e-2, 1e-1)),
     "SINGD (K-FAC)": FirstOrder(singd, (1e-3, 1e-2, 1e-1)),
+    "KFAC": FirstOrder(kfac, ()),
     "L-BFGS": by_lbfgs,
     "pytorch-minimize Newton-CG": by_newton_cg,
     "NaturalCG": by_natural_cg,

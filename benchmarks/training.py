@@ -25,6 +25,7 @@ from tasks import TASKS
 from timing import machine
 
 RESULTS = Path(__file__).parent / "results"
+OURS = ("NaturalCG", "KFAC")
 Curve = list[tuple[float, float]]
 COLOURS = {  # Okabe & Ito 2008; two greys
     "Adam": "#E69F00",
@@ -36,6 +37,7 @@ COLOURS = {  # Okabe & Ito 2008; two greys
     "L-BFGS": "#D55E00",
     "pytorch-minimize Newton-CG": "#444444",
     "NaturalCG": "#0072B2",
+    "KFAC": "#000000",
 }
 
 
@@ -104,7 +106,7 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
                 for value in accumulate((v for _, v in points if math.isfinite(v)), min)
             ]
             seconds = [second for second, value in points if math.isfinite(value)]
-            width = 2.5 if method == "NaturalCG" else 1.4
+            width = 2.5 if method in OURS else 1.4
             (handles[method],) = axes.plot(seconds, values, color=COLOURS[method], lw=width)
         what = f"training loss − {floor:.2f}, its floor" if floor else "training loss"
         axes.set(
@@ -118,18 +120,18 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
     return figure
 
 
-def write(results: dict[str, dict[str, Curve]]) -> None:
-    """Keep the curves, and show them."""
+def write(results: dict[str, dict[str, Curve]], name: str) -> None:
+    """Keep the curves, and show them, in files of this name."""
     RESULTS.mkdir(exist_ok=True)
     thinned = {
         t: {k: c[:: max(1, len(c) // 200)] + c[-1:] for k, c in curves.items()}
         for t, curves in results.items()
     }
-    (RESULTS / "training.json").write_text(
+    (RESULTS / f"{name}.json").write_text(
         json.dumps({"machine": machine(), "curves": thinned}) + "\n"
     )
-    (RESULTS / "training.md").write_text(table(results))
-    draw(results).savefig(RESULTS / "training.png", dpi=110)
+    (RESULTS / f"{name}.md").write_text(table(results))
+    draw(results).savefig(RESULTS / f"{name}.png", dpi=110)
 
 
 def main() -> None:
@@ -144,17 +146,22 @@ def main() -> None:
         help="of CPU time for each run (default: %(default)s)",
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    compared = [name for name in METHODS if name != "NaturalCG, 4 batches"]
+    parser.add_argument("--methods", nargs="+", choices=compared, default=compared)
+    parser.add_argument(
+        "--name", default="training", help="of the files in results/ (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="singd|torch.autograd|pytorch_optimizer")
     results: dict[str, dict[str, Curve]] = {}
     for task in arguments.tasks:
         results[task] = {}
-        for method in (name for name in METHODS if name != "NaturalCG, 4 batches"):
+        for method in arguments.methods:
             label, points = train(task, method, arguments.seconds)
             results[task][label] = points
             print(f"{task}: {label}: {lowest(points):.5g} after {len(points)} steps", flush=True)
-    write(results)
+    write(results, arguments.name)
     print(table(results))
 
 
