@@ -97,6 +97,8 @@ def draw(results: dict[str, dict[str, Curve]]) -> Figure:
     figure = Figure(figsize=(14, 4.2 * math.ceil(len(results) / 3) + 0.6), layout="constrained")
     handles: dict[str, Any] = {}
     axes_of = figure.subplots(math.ceil(len(results) / 3), 3, squeeze=False).flat
+    for axes in axes_of[len(results) :]:
+        axes.set_axis_off()
     for axes, (task, curves) in zip(axes_of, results.items(), strict=False):
         floor = TASKS[task].floor
         for label, points in curves.items():
