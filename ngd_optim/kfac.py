@@ -1,5 +1,6 @@
 """KFAC: a natural-gradient step of little more than one gradient, for streams of small batches."""
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ from ngd_optim.kronecker import (
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
 from ngd_optim.report import KFACReport
-from ngd_optim.settings import KFACSettings, check_shapes, to_plain_numbers
+from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
-from ngd_optim.stream import StreamState, differentiate
+from ngd_optim.state import keep_precision
+from ngd_optim.stream import StreamState, check_state, differentiate
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.watch import FactorWatch, WatchedModule
 
@@ -30,6 +32,9 @@ logger = logging.getLogger("ngd_optim")
 
 _AT_START = (1, 2, 3, 4, 6, 8, 14)
 """After so many steps factors are renewed as well: the curvature grows fast then."""
+
+_OLD = 3
+"""Factors that have served so many times as many steps as they were to are told of."""
 
 _RATE, _UPHILL = 0.2, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
@@ -121,21 +126,56 @@ class KFAC(Optimizer):
         for group in state["param_groups"]:
             KFACSettings.require_names(group, "KFAC")
             KFACSettings.check_each(group)
-        check_shapes(state["state"], ("momentum", "step"))
+        check_state(state["state"])
         super().__setstate__(state)
         self._complete()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be pickled: all but hooks, as torch's optimizers have it, and the process group."""
+        mine = {"generator": self.generator, "last_step": self.last_step}
+        return {**super().__getstate__(), **mine}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KFAC":
+        """A copy in this process, and so with the same process group."""
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone.process_group = self.process_group
+        return clone
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the settings and the state that :meth:`state_dict` gave.
+
+        What is not finite is dropped, with a warning.
+
+        Raises:
+            ValueError: it is the state of another optimizer, or of other parameters.
+        """
+        final: dict[str, Any] = {}
+        # The last hook sees what the user's leave.
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in final["param_groups"] for i in group["params"]]
+        entries = {p: final["state"].get(i, {}) for p, i in zip(params, saved, strict=True)}
+        keep_precision(self.state, entries)
 
     def _complete(self) -> None:
         if "_watch" not in self.__dict__:
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None
             self._drawing: torch.Generator | None = None
+            self._has_told_of_age = False
         self._inverse: tuple[Any, KroneckerInverse] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr`` and ``weight_decay``."""
-        if self.param_groups:
-            param_group.setdefault("radius", self.param_groups[0]["radius"])  # as adapted
+        if self.param_groups:  # which schedulers, and the radius's own steps, may have changed
+            first = self.param_groups[0]
+            names = [name for name, one in KFACSettings.allowed().items() if not one.per_group]
+            add_missing(param_group, {name: first[name] for name in names})
         super().add_param_group(param_group)
         try:
             to_plain_numbers(self.param_groups[-1], tuple(KFACSettings.allowed()))
@@ -172,10 +212,19 @@ class KFAC(Optimizer):
             )
         return WatchedModule(module, partial(self._watching, module))
 
+    def _settings(self) -> KFACSettings:
+        """Those of this step; a group's may have been changed, and are checked again."""
+        for group in self.param_groups:
+            KFACSettings.check_each(group)
+        return KFACSettings.of(self.param_groups)
+
     @contextmanager
     def _watching(self, module: nn.Module | None = None) -> Iterator[None]:
         """Watch the losses of the block if factors are due; ``module`` is about to run."""
-        settings = KFACSettings.of(self.param_groups)
+        if module is not None and not torch.is_grad_enabled():
+            yield  # it is only evaluated, and may be frozen by now, or of another dtype
+            return
+        settings = self._settings()
         state = StreamState(FlatParameters(self.param_groups), self.state)
         if not state.is_due(settings.renew_every, _AT_START):
             yield
@@ -224,7 +273,7 @@ class KFAC(Optimizer):
             self._ranks = self._drawing = None
 
     def _step(self, closure: Any) -> Tensor | None:
-        settings = KFACSettings.of(self.param_groups)
+        settings = self._settings()
         parameters = FlatParameters(self.param_groups)
         state = StreamState(parameters, self.state)
         is_due = state.is_due(settings.renew_every, _AT_START)
@@ -237,31 +286,37 @@ class KFAC(Optimizer):
             with self._watching_for(state, settings.damping) if is_due else nullcontext():
                 loss, gradients = differentiate(functions, parameters)
         reached = [g is not None for g in gradients]
+        ranks = self._ranks or Ranks(self.process_group, parameters.device, follow_ddp=False)
+        if self.process_group is not None:
+            reached = ranks.any(reached)
         if not any(reached):
             raise ValueError(
                 "no parameter of the optimizer has a gradient; call loss.backward() before step(), or "
                 "was the model copied or built anew after the optimizer was made?"
             )
-        ranks = self._ranks or Ranks(self.process_group, parameters.device, follow_ddp=False)
         gradient = parameters.flatten(gradients)
         if self.process_group is not None:
             gradient = ranks.average(gradient)
 
         with torch.autocast(parameters.device.type, enabled=False):
             # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
-            factors = (
-                self._renew(state, ranks, settings.factor_decay, len(runs)) if is_due else None
-            )
+            factors = self._renew(state, ranks, settings, len(runs)) if is_due else None
             solve = self._invert(factors, state, settings.damping)
 
             # 3. Momentum m, and x = (F + λI)⁻¹ m.
             momentum = state.flat("momentum").lerp_(gradient, 1 - settings.momentum)
-            unbiased = momentum / (1 - settings.momentum ** (state.steps + 1))
-            mean = gradient.lerp(unbiased, settings.momentum)  # Nesterov's
+            weight = state.weight * settings.momentum + 1 - settings.momentum
+            mean = gradient.lerp(momentum / weight, settings.momentum)  # Nesterov's
             x = solve(mean)
+            if not all(reached):  # the others stay where they are
+                x *= parameters.repeat([float(one) for one in reached])
             step = parameters.spread(settings.lr) * x
             slope, slope_of_step, slope_now, size, grad_norm = read(
-                mean @ x, mean @ step, gradient @ state.flat("step"), step.norm(), gradient.norm()
+                mean @ x,
+                mean @ step,
+                gradient @ state.flat("last_step"),
+                step.norm(),
+                gradient.norm(),
             )
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
@@ -276,7 +331,8 @@ class KFAC(Optimizer):
         # 5. What the next step needs, and the report. Of a step that is refused nothing is left.
         if accepted:
             self._move(parameters, d, settings, reached)
-            state.keep(momentum=momentum, step=d, slope=-scale * slope_of_step, factors=factors)
+            slope = -scale * slope_of_step
+            state.keep(momentum=momentum, weight=weight, step=d, slope=slope, factors=factors)
             self._inverse = (parameters.key, settings.damping), solve
             for group in self.param_groups:
                 group["radius"] = radius
@@ -295,7 +351,7 @@ class KFAC(Optimizer):
         return loss
 
     def _renew(
-        self, state: StreamState, ranks: Ranks, older_share: float, closures: int
+        self, state: StreamState, ranks: Ranks, settings: KFACSettings, closures: int
     ) -> KroneckerFactors | None:
         """New factors, mixed with the older; None if this step has seen no losses, or its numbers are not finite."""
         estimate = self._watch.take()
@@ -310,9 +366,12 @@ class KFAC(Optimizer):
                 raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
             return mean.normalise(known=())
         if mean is None or not mean.is_finite:
+            if state.age >= _OLD * settings.renew_every and not self._has_told_of_age:
+                self._has_told_of_age = True
+                logger.warning("the factors in use are %d steps old. %s", state.age, _NOTHING_SEEN)
             return None
         # At the start they change fast, and the older count less.
-        share = min(older_share, state.draws / (state.draws + 2))
+        share = min(settings.factor_decay, state.draws / (state.draws + 2))
         mean = mean.normalise(known=older.layers).with_layers_of(older)
         return KroneckerFactors(mean.layers, mean.mix(older.values, share))
 

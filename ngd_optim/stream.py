@@ -1,12 +1,14 @@
 """What a step on a stream of batches starts from: a gradient, and what the last step left in the optimizer's state.
 
-The state has for each parameter ``momentum``, the average gradient; ``step``, the last change; and its
+The state has for each parameter ``momentum``, the average gradient; ``last_step``, the last change; and its
 Kronecker factors: ``left`` and ``right`` with ``layer_groups``, ``layer_flipped`` and ``layer_bias`` (its
 place among all parameters, -1 for none), or ``diagonal``. The first parameter also has ``steps``, how
-many were taken; ``age``, how many with these factors; ``draws``, how often these were drawn; and
-``slope``, that of the loss along the last step. All are tensors or numbers.
+many were taken; ``age``, how many with these factors; ``draws``, how often these were drawn; ``slope``,
+that of the loss along the last step; and ``weight``, the sum of the gradients' weights in the average. All
+are tensors or numbers.
 """
 
+import logging
 import math
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from functools import cached_property
@@ -19,10 +21,17 @@ from torch import Tensor
 from ngd_optim.jacobian import Layer
 from ngd_optim.kronecker import KroneckerFactors
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.settings import check_shapes
+from ngd_optim.shown import show
 from ngd_optim.torch_internals import version_of
 
+logger = logging.getLogger("ngd_optim")
+
+_NUMBERS = ("steps", "age", "draws", "slope", "weight")
 _FACTORS = ("left", "right", "diagonal")
+_GO_WITH = {"momentum": "weight", "last_step": "slope"}
 _LAYER = ("layer_groups", "layer_flipped", "layer_bias")
+_TENSORS = ("momentum", "last_step", *_FACTORS)
 
 
 class StreamState:
@@ -38,9 +47,13 @@ class StreamState:
     ) -> None:
         self.parameters = parameters
         self._state = state
-        first = self._of(parameters.tensors[0])
-        self.steps, self.age, self.draws = (first.get(k, 0) for k in ("steps", "age", "draws"))
-        self.last_slope = first.get("slope", math.nan)
+        # Of a step that may have begun with another parameter.
+        numbers = next((entry for entry in state.values() if "steps" in entry), {})
+        self.steps, self.age, self.draws = (numbers.get(k, 0) for k in ("steps", "age", "draws"))
+        self.weight = numbers.get("weight", 0.0)
+        moved = {id(p) for p, entry in state.items() if "last_step" in entry}
+        same = moved == {id(p) for p in parameters.tensors}
+        self.last_slope = numbers.get("slope", math.nan) if same else math.nan
 
     def is_due(self, every: int, also: Collection[int]) -> bool:
         """Whether factors are to be renewed: every so many steps, at the start also after some others."""
@@ -72,12 +85,19 @@ class StreamState:
         return torch.Generator(device="cpu").manual_seed(self.draws)
 
     def keep(
-        self, *, momentum: Tensor, step: Tensor, slope: float, factors: KroneckerFactors | None
+        self,
+        *,
+        momentum: Tensor,
+        weight: float,
+        step: Tensor,
+        slope: float,
+        factors: KroneckerFactors | None,
     ) -> None:
         """For the next step.
 
         Args:
             momentum: flat.
+            weight: of all gradients in it.
             step: flat.
             slope: of the loss along the step.
             factors: if they were renewed.
@@ -88,19 +108,20 @@ class StreamState:
             self.parameters.unflatten(step),
             strict=True,
         )
+        for entry in self._state.values():
+            for name in (*_NUMBERS, "last_step"):
+                entry.pop(name, None)  # of a step of other parameters
         for p, m, d in parts:
-            self._state[p] |= {"momentum": m, "step": d}
+            self._state[p] |= {"momentum": m, "last_step": d}
         if factors is not None:
             self._keep_factors(factors)
-        for entry in self._state.values():
-            for name in ("steps", "age", "draws", "slope"):
-                entry.pop(name, None)  # of a step that began with another parameter
         renewed = factors is not None
         self._state[self.parameters.tensors[0]] |= {
             "steps": self.steps + 1,
             "age": 1 if renewed else self.age + 1,
             "draws": self.draws + renewed,
             "slope": slope,
+            "weight": weight,
         }
 
     def _keep_factors(self, factors: KroneckerFactors) -> None:
@@ -120,6 +141,34 @@ class StreamState:
 
     def _of(self, p: Tensor) -> dict[str, Any]:
         return self._state.get(p, {})  # the state is made where it is written to
+
+
+def check_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
+    """Check what was loaded; what is not finite is dropped, with a warning.
+
+    Raises:
+        ValueError: it is broken, or was saved of other parameters.
+    """
+    check_shapes(state, ("momentum", "last_step"))
+    lost: set[str] = set()
+    for entry in state.values():
+        for name in (*_NUMBERS, *_LAYER):
+            if not isinstance(entry.get(name, 0), Real):
+                raise ValueError(
+                    f"this state cannot be loaded, it is broken: {name} must be a number, got "
+                    f"{show(entry[name])}"
+                )
+        tensors = {k: v for k, v in entry.items() if k in _TENSORS and isinstance(v, Tensor)}
+        lost |= {name for name, value in tensors.items() if not value.isfinite().all()}
+    if lost:
+        logger.warning(
+            "the loaded state has numbers that are not finite in its %s, which is dropped and found anew",
+            ", ".join(sorted(lost)),
+        )
+    for entry in state.values():
+        for name in lost:
+            entry.pop(name, None)
+            entry.pop(_GO_WITH.get(name, name), None)
 
 
 def differentiate(

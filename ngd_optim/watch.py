@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.autograd_graph import run_in_backward_of_its_own
+from ngd_optim.autograd_graph import find_reached, run_in_backward_of_its_own
 from ngd_optim.curvature import OutputMetric, gauss_newton
 from ngd_optim.jacobian import Layer, uses_of
 from ngd_optim.kernels import twice_differentiable
@@ -47,7 +47,8 @@ class FactorWatch:
                 metric = _metric_of(call, weight)
                 if metric is not None:
                     uses = uses_of(metric.outputs, parameters.tensors, tables=True)
-                    self._add(estimate_factors(uses, metric, parameters, generator, inverses))
+                    if uses or any(find_reached(metric.outputs, parameters.tensors)):
+                        self._add(estimate_factors(uses, metric, parameters, generator, inverses))
 
         def see(call: Any, weight: Tensor) -> None:
             run_in_backward_of_its_own(lambda: estimate(call, weight), weight.device)
@@ -91,7 +92,7 @@ class WatchedModule:
 
     def __init__(self, module: nn.Module | None, watch: Callable[[], Any] | None) -> None:
         self._watch = watch
-        self._stack = ExitStack()
+        self._running: list[ExitStack] = []
         self._handles: list[Any] = []
         if module is not None:
             self._handles = [
@@ -100,18 +101,24 @@ class WatchedModule:
             ]
 
     def remove(self) -> None:
-        """End it."""
-        for handle in self._handles:
-            handle.remove()
+        """End it; where the module is running, when that ends."""
+        self._watch = None
+        if not self._running:
+            for handle in self._handles:
+                handle.remove()
 
     def _enter(self, *_: Any) -> None:
         # A hook within a compiled module would be compiled as well.
-        if self._watch is not None and not torch.compiler.is_compiling():
-            self._stack.enter_context(self._watch())
+        if not torch.compiler.is_compiling():
+            self._running.append(ExitStack())  # a module may call itself
+            if self._watch is not None:
+                self._running[-1].enter_context(self._watch())
 
     def _leave(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._stack.close()
+        if self._running and not torch.compiler.is_compiling():
+            self._running.pop().close()
+            if self._watch is None:
+                self.remove()
 
     def __reduce__(self) -> Any:
         return WatchedModule, (None, None)

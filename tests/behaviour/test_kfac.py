@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -276,15 +277,65 @@ def by_pickle(stream, optimizer):
 
 
 @pytest.mark.parametrize("comes_back", [by_state_dict, by_deepcopy, by_pickle])
-@pytest.mark.parametrize("steps", [1, 3, 7])
-def test_resumed_run_is_bit_identical(comes_back, steps):
-    stream, optimizer = train(by_watch, steps, lr=0.9, weight_decay=0.01)
+@pytest.mark.parametrize("steps", [1, 3, 7, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_is_bit_identical(comes_back, steps, dtype):
+    stream, optimizer = train(by_watch, steps, dtype, lr=0.9, weight_decay=0.01)
     twin, resumed = comes_back(stream, optimizer)
     for step in range(steps, steps + 7):
         by_watch(stream, optimizer, step)
         by_watch(twin, resumed, step)
     assert torch.equal(stream.theta, twin.theta)
     assert_same_state(optimizer.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize(
+    "comes_back", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
+)
+def test_copies_draw_from_a_generator_of_their_own(comes_back):
+    stream, optimizer = train(by_watch, 2, generator=torch.Generator().manual_seed(3))
+    twin, other = comes_back((stream, optimizer))
+    assert other.last_step.step_norm == optimizer.last_step.step_norm
+    for step in range(2, 6):
+        by_watch(stream, optimizer, step)
+        by_watch(twin, other, step)
+    assert other.generator is not optimizer.generator
+    assert torch.equal(stream.theta, twin.theta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_state_goes_to_parameters_of_another_dtype(dtype):
+    _, optimizer = train(by_watch, 5)
+    twin = Stream(dtype)
+    resumed = KFAC(twin.model.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    entry = resumed.state[twin.model[0].weight]
+    assert {entry[name].dtype for name in ("momentum", "last_step")} == {dtype}
+    assert entry["left"].dtype == torch.promote_types(dtype, torch.float32)
+    for step in range(5, 12):
+        by_watch(twin, resumed, step)
+        assert resumed.last_step.accepted
+
+
+@pytest.mark.parametrize("name", ["momentum", "last_step", "left", "diagonal"])
+def test_loaded_numbers_that_are_not_finite_are_dropped(name, caplog):
+    stream, optimizer = train(by_watch, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    next(e for e in saved["state"].values() if name in e)[name].fill_(math.nan)
+    optimizer.load_state_dict(saved)
+    assert f"not finite in its {name}, which is dropped" in caplog.text
+    by_watch(stream, optimizer, 5)
+    assert optimizer.last_step.accepted
+    assert optimizer.last_step.renewed == (name in ("left", "diagonal"))
+
+
+@pytest.mark.parametrize("name", ["steps", "weight", "layer_groups"])
+def test_a_broken_state_is_refused(name):
+    _, optimizer = train(by_watch, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = "x"
+    with pytest.raises(ValueError, match=f"it is broken: {name} must be a number"):
+        optimizer.load_state_dict(saved)
 
 
 def test_the_state_is_tensors_and_numbers():
@@ -370,6 +421,82 @@ def test_frozen_and_thawed_parameters():
     assert not torch.equal(frozen, flatten(stream.model[0].parameters()))
 
 
+def test_the_count_goes_on_where_the_first_parameter_is_frozen():
+    stream, optimizer = train(by_watch, 12)
+    stream.model[0].weight.requires_grad_(False)
+    by_watch(stream, optimizer, 12)
+    assert optimizer.state[stream.model[0].bias]["steps"] == 13
+    assert math.isnan(optimizer.last_step.new_slope)  # the last step was one of other parameters
+    stream.model[0].weight.requires_grad_(True)
+    by_watch(stream, optimizer, 13)
+    assert [entry["steps"] for entry in optimizer.state.values() if "steps" in entry] == [14]
+    assert math.isnan(optimizer.last_step.new_slope)
+
+
+@pytest.mark.parametrize("momenta", [(0.0, 0.95), (0.95, 0.5, 0.9)])
+def test_the_average_of_gradients_is_one_whatever_the_momentum_was(momenta):
+    """Of gradients that are all the same it is that gradient."""
+    stream = Stream(torch.float64)
+    optimizer = KFAC(stream.model.parameters(), lr=0.0)
+    for momentum in momenta:
+        optimizer.param_groups[0]["momentum"] = momentum
+        by_watch(stream, optimizer, 0)
+    first = next(iter(optimizer.state.values()))
+    for p in stream.model.parameters():
+        assert_near(optimizer.state[p]["momentum"] / first["weight"], p.grad, 1e-12)
+
+
+def test_added_groups_have_the_settings_of_now():
+    stream = Stream()
+    first, *others = stream.model
+    optimizer = KFAC(first.parameters())
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=12)
+    for step in range(3):
+        by_watch(stream, optimizer, step)
+        scheduler.step()
+    optimizer.add_param_group({"params": [p for m in others for p in m.parameters()], "lr": 0.5})
+    for name in ("momentum", "radius"):
+        assert len({group[name] for group in optimizer.param_groups}) == 1
+    by_watch(stream, optimizer, 3)
+    assert optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1.0),
+        ("momentum", 1.5),
+        ("radius", -1.0),
+        ("weight_decay", math.inf),
+        ("renew_every", 0),
+    ],
+)
+@pytest.mark.parametrize("way", [by_loss, by_watch], ids=lambda way: way.__name__)
+def test_settings_that_were_changed_are_checked(name, value, way):
+    stream, optimizer = train(way, 2)
+    before = stream.theta
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        way(stream, optimizer, 2)
+    assert torch.equal(before, stream.theta)
+
+
+def test_the_step_is_one_of_the_parameters_with_a_gradient():
+    stream = Stream(torch.float64)
+    optimizer = KFAC(stream.model.parameters())
+    by_watch(stream, optimizer, 0)
+    before, old = stream.theta, stream.model[0].weight.detach().clone()
+    with optimizer.watch():
+        loss = stream.loss(1)
+    optimizer.zero_grad()
+    loss.backward()
+    stream.model[0].weight.grad = None
+    optimizer.step()
+    assert torch.equal(stream.model[0].weight, old)
+    assert not optimizer.state[stream.model[0].weight]["last_step"].any()
+    assert optimizer.last_step.step_norm == pytest.approx((stream.theta - before).norm().item())
+
+
 def test_a_module_that_a_batch_does_not_use_keeps_its_factors():
     class Experts(nn.Module):
         def __init__(self):
@@ -406,6 +533,62 @@ def test_copies_of_a_watched_module_are_not_watched():
     whole(*stream.batch(1))["loss"].backward()
     optimizer.step()
     assert not optimizer.last_step.renewed
+
+
+class CallsItself(WithLoss):
+    def forward(self, x, y, again=True):
+        if again:
+            self(x, y, again=False)
+        return super().forward(x, y)
+
+
+class Removes(WithLoss):
+    def forward(self, x, y):
+        self.handle.remove()
+        return super().forward(x, y)
+
+
+class Fails(WithLoss):
+    def forward(self, x, y):
+        raise KeyError("data")
+
+
+@pytest.mark.parametrize("make", [WithLoss, CallsItself, Removes, Fails])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_watched_module_leaves_no_mode_behind(make, times):
+    stream = Stream()
+    optimizer = KFAC(stream.model.parameters())
+    whole = make(stream.model)
+    for _ in range(times):
+        whole.handle = optimizer.watch(whole)
+    with pytest.raises(KeyError) if make is Fails else nullcontext():
+        whole(*stream.batch(0))["loss"].backward()
+        optimizer.step()
+    assert torch.overrides._get_current_function_mode() is None
+    assert len(whole._forward_hooks) == len(whole._forward_pre_hooks) == times - (make is Removes)
+    twin, other = train(by_watch, 1)
+    assert make is Fails or torch.equal(stream.theta, twin.theta)
+    assert make is Fails or optimizer.last_step.step_norm == other.last_step.step_norm
+
+
+@pytest.mark.parametrize("change", [lambda m: m.requires_grad_(False), lambda m: m.half()])
+def test_a_watched_module_can_be_evaluated_whatever_became_of_it(change):
+    model = make_model()
+    KFAC(model.parameters()).watch(model)
+    change(model)
+    with torch.no_grad():
+        assert model(torch.zeros(2, IN, dtype=model[0].weight.dtype)).shape == (2, OUT)
+
+
+def test_a_loop_that_watches_no_more_is_told_once(caplog):
+    stream, optimizer = train(by_watch, 15)
+    for step in range(15, 60):
+        optimizer.zero_grad()
+        stream.loss(step).backward()
+        optimizer.step()
+    (said,) = [record.message for record in caplog.records]
+    assert "the factors in use are 30 steps old" in said
+    assert "with optimizer.watch()" in said
 
 
 @pytest.mark.parametrize("stream", ["fresh", "same", "least squares", "distribution"])
@@ -580,6 +763,18 @@ def test_a_loop_without_watch_is_told_what_to_write():
         optimizer.step()
     assert torch.equal(stream.theta, Stream().theta)
     assert not optimizer.state
+
+
+def test_a_loss_of_other_parameters_is_none():
+    stream, others = Stream(), make_model()
+    optimizer = KFAC(stream.model.parameters())
+    x, y = stream.batch(0)
+    with optimizer.watch():
+        loss = F.cross_entropy(others(x), y)
+    (loss + stream.model(x).cosh().mean()).backward()
+    with pytest.raises(RuntimeError, match="has seen no loss"):
+        optimizer.step()
+    assert torch.equal(stream.theta, Stream().theta)
 
 
 def test_step_without_any_gradient():

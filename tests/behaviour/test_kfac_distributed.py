@@ -91,6 +91,13 @@ def run(rank: int) -> dict[str, Any]:
         results[name] = flatten(model.parameters())
     optimizer.step(lambda: model(*batch(9, PARTS[rank])) * (math.nan if rank else 1.0))
     results["refused"] = not optimizer.last_step.accepted, flatten(model.parameters())
+    for name, without in {"one parameter": 1, "all": 4}.items():
+        with optimizer.watch():
+            model(*batch(9, PARTS[rank])).backward()
+        for p in list(model.parameters())[: without * rank]:
+            p.grad = None
+        optimizer.step()
+        results[name] = flatten(model.parameters())
     model = make_model()
     ddp, optimizer = DistributedDataParallel(model), KFAC(model.parameters())
     optimizer.watch(model)  # and not ddp
@@ -129,6 +136,12 @@ def test_a_rank_whose_loss_is_not_finite_makes_all_skip_the_step(ranks):
         refused, theta = result["refused"]
         assert refused
         assert torch.equal(theta, result["group and watch"])
+
+
+@pytest.mark.parametrize("name", ["one parameter", "all"])
+def test_parameters_that_one_rank_alone_has_reached_move_on_all(name, ranks):
+    assert torch.equal(ranks[0][name], ranks[1][name])
+    assert (ranks[0][name] != ranks[0]["group and watch"]).all()
 
 
 def test_a_group_that_was_not_seen_is_asked_for(ranks):
