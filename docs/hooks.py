@@ -66,7 +66,7 @@ def section_of(document: str, name: str | None) -> str:
 
 def _linked_within_the_site(markdown: str) -> str:
     return re.sub(
-        r"\]\(benchmarks/results/(\w+)\.md\)",
+        r"\]\(benchmarks/results/([\w-]+)\.md\)",
         lambda link: f"](benchmarks.md#{_benchmark_name(link[1])})",
         markdown,
     )
@@ -94,9 +94,10 @@ def _example(path: Path) -> str:
 
 def _benchmark(table: Path) -> str:
     name = _benchmark_name(table.stem)
-    title, text = _docstring(BENCHMARKS / f"{name}.py")
+    script = name.partition("-")[0]  # which may be run for some methods alone, or on some device
+    title, text = _docstring(BENCHMARKS / f"{script}.py")
     result = re.sub(r"^# .*\n", "", table.read_text())
-    result = re.sub(r"\]\((\w+)\.md\)", lambda link: f"](#{_benchmark_name(link[1])})", result)
+    result = re.sub(r"\]\(([\w-]+)\.md\)", lambda link: f"](#{_benchmark_name(link[1])})", result)
     picture = (
         f"![figure](benchmarks/results/{name}.png)\n" if table.with_suffix(".png").exists() else ""
     )
