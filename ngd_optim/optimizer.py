@@ -50,7 +50,7 @@ from ngd_optim.solvers import (
     curvature_diagonal,
 )
 from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
-from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
+from ngd_optim.step import Damping, Descent, LastStep, Outcome, choose_max_kl
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.transaction import all_or_nothing
 
@@ -372,14 +372,14 @@ class NaturalCG(Optimizer):
         with twice_differentiable():
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
             beginning = Beginning(
-                self.param_groups,
-                settings,
-                parameters.tensors,
-                theta,
-                self.state,
-                not self._has_met,
-                self.generator,
-                (len(closures), len(others)),
+                groups=self.param_groups,
+                settings=settings,
+                tensors=parameters.tensors,
+                theta=theta,
+                state=self.state,
+                whole_state=not self._has_met,
+                generator=self.generator,
+                calls=(len(closures), len(others)),
             )
             ranks.begin_with(beginning.length, beginning.common)
             preconditioning = build_preconditioner(
@@ -487,20 +487,7 @@ class NaturalCG(Optimizer):
         self._advise(point, new_slope)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
-        if (
-            math.isnan(report.reduction_ratio)
-            and not self._has_told_of_damping
-            and outcome.is_held_by_damping(point.rounding)
-        ):
-            self._has_told_of_damping = True
-            logger.warning(
-                "steps are too short for the loss to show whether they are right, because damping=%g "
-                "outweighs the curvature: λ has the unit of the loss, here %.3g, and stays where it is; "
-                "scale the loss to the order of 1, or set damping to a tenth of its scale and "
-                "min_damping to 0",
-                report.damping,
-                report.loss,
-            )
+        self._tell_of_hiding_damping(report, outcome, point)
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
@@ -525,6 +512,20 @@ class NaturalCG(Optimizer):
                 "ngd_optim.KFAC is made, whose step costs little more than a gradient; NaturalCG is "
                 "for batches that are large, or come again",
                 _STREAM,
+            )
+
+    def _tell_of_hiding_damping(self, report: StepReport, outcome: Outcome, point: Point) -> None:
+        """Say once where the damping, which has the loss's unit, makes steps too short to be judged."""
+        is_unjudged = math.isnan(report.reduction_ratio) and not self._has_told_of_damping
+        if is_unjudged and outcome.is_held_by_damping(point.rounding):
+            self._has_told_of_damping = True
+            logger.warning(
+                "steps are too short for the loss to show whether they are right, because damping=%g "
+                "outweighs the curvature: λ has the unit of the loss, here %.3g, and stays where it is; "
+                "scale the loss to the order of 1, or set damping to a tenth of its scale and "
+                "min_damping to 0",
+                report.damping,
+                report.loss,
             )
 
     @property
