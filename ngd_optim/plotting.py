@@ -150,7 +150,7 @@ def _draw_field(axes: Any, run: Sequence[Report], field: str, colour: str) -> No
     axes.plot(
         [i + 1 for i in rejected], [values[i] for i in rejected], **_REJECTED, markersize=size
     )
-    if field == "reduction_ratio":
+    if field in ("reduction_ratio", "new_slope"):
         if any(not -2 < value < 4 for value in values if value == value):
             axes.set_yscale("symlog", linthresh=1)
     elif field == "cg_iters":
@@ -162,7 +162,9 @@ def _draw_field(axes: Any, run: Sequence[Report], field: str, colour: str) -> No
 
 def _spans_decades(values: Sequence[float], *, may_round_below_zero: bool) -> bool:
     positive = [value for value in values if value > 0]
-    if not positive or (min(values) < 0 and not may_round_below_zero):
+    # Of NaN, which is where nothing is known, min() would tell nothing.
+    is_signed = any(value < 0 for value in values)
+    if not positive or (is_signed and not may_round_below_zero):
         return False
     return max(positive) > 20 * min(positive)
 

@@ -155,6 +155,8 @@ def test_kfac_has_panels_of_its_own(reports: list[StepReport]) -> None:
         assert axes.get_title(loc="left") == title
         drawn = axes.lines[0].get_ydata()
         assert list(drawn) == pytest.approx([getattr(r, field) for r in own], nan_ok=True)
+    # It has both signs, and begins with NaN.
+    assert figure.axes[list(KFAC_PANELS).index("new_slope")].get_yscale() != "log"
     assert "rejected step" in [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
     with pytest.raises(TypeError, match="runs of one optimizer"):
         plot_history({"a": own, "b": reports})
