@@ -11,7 +11,15 @@ from torch.optim import Optimizer
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing import TracedClosure
 
-_WRITTEN = ("last_step", "process_group", "_has_met", "_has_told_of_damping", "_transaction")
+_WRITTEN = (
+    "last_step",
+    "process_group",
+    "_has_met",
+    "_has_told_of_damping",
+    "_on_stream",
+    "_has_advised",
+    "_transaction",
+)
 """Attributes of the optimizer that a step sets."""
 
 
