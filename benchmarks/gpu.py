@@ -124,7 +124,7 @@ def prepare(name: str, device: torch.device) -> tuple[nn.Module, Callable[[], Te
 
 def run_tests(device: torch.device, seconds: float) -> Result:
     """The core's tests, those that can run there."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     rooms = ["linalg", "recording", "curvature", "solvers", "step", "linearization", "jacobian"]
     paths = [str(ROOT / "tests" / room) for room in rooms]
     try:

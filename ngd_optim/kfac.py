@@ -1,6 +1,5 @@
 """KFAC: a natural-gradient step of little more than one gradient, for streams of small batches."""
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks, is_one_of_several
 from ngd_optim.kronecker import (
     KroneckerFactors,
@@ -40,7 +39,7 @@ _RATE, _UPHILL = 0.2, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
 
 
-class KFAC(Optimizer):
+class KFAC(CopiedInFull):
     """Momentum, preconditioned by Kronecker factors, in steps of a length that the factors measure.
 
     For endless streams of small batches: a step costs little more than a gradient. Every few steps
@@ -129,18 +128,6 @@ class KFAC(Optimizer):
         check_state(state["state"])
         super().__setstate__(state)
         self._complete()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What can be pickled: all but hooks, as torch's optimizers have it, and the process group."""
-        mine = {"generator": self.generator, "last_step": self.last_step}
-        return {**super().__getstate__(), **mine}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KFAC":
-        """A copy in this process, and so with the same process group."""
-        clone = memo[id(self)] = type(self).__new__(type(self))
-        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        clone.process_group = self.process_group
-        return clone
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the settings and the state that :meth:`state_dict` gave.

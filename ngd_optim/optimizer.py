@@ -1,6 +1,5 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
-import copy
 import inspect
 import logging
 import math
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.common import Beginning
+from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.kernels import twice_differentiable
@@ -65,7 +64,7 @@ _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
 
-class NaturalCG(Optimizer):
+class NaturalCG(CopiedInFull):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
     Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares
@@ -227,18 +226,6 @@ class NaturalCG(Optimizer):
         check_state(state["state"], [p for g in state["param_groups"] for p in g["params"]])
         super().__setstate__(state)
         self._complete()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What can be pickled: all but hooks, as torch's optimizers have it, and the process group."""
-        mine = {"generator": self.generator, "last_step": self.last_step}
-        return {**super().__getstate__(), **mine}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "NaturalCG":
-        """A copy in this process, and so with the same process group."""
-        clone = memo[id(self)] = type(self).__new__(type(self))
-        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        clone.process_group = self.process_group
-        return clone
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and state, which are tensors and numbers."""

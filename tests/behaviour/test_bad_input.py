@@ -467,10 +467,8 @@ def test_what_was_given_is_shown_in_a_few_words(name, kind):
     assert len(message) < 300
 
 
-@pytest.mark.parametrize("closure", LARGE.values())
+@pytest.mark.parametrize("closure", [one for one in LARGE.values() if not callable(one)])
 def test_what_is_no_closure_is_shown_in_a_few_words(closure):
-    if callable(closure):
-        pytest.skip("a module can be called")
     with pytest.raises(TypeError, match="needs a closure") as refusal:
         NaturalCG([nn.Parameter(torch.ones(2))]).step(closure)
     assert len(str(refusal.value)) < 300
