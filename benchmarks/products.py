@@ -31,7 +31,7 @@ from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import Checked
 from ngd_optim.linearization.product import ClosureProduct
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import wrap_closures
+from ngd_optim.tracing import TracedClosure
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ngd_optim"
@@ -120,7 +120,7 @@ def recording(model: nn.Module, x: Tensor, classes: int, repeats: int) -> dict[s
     seconds: dict[str, list[float]] = {"direct": [], "first": []}
     for _ in range(repeats):
         for name, way in (("direct", Way("torch.func", recorded=False)), ("first", ways[0])):
-            (run,) = wrap_closures(closure, parameters)
+            run = TracedClosure(closure, parameters)
             graph = Graph(run, parameters, "ggn")
             graph.get()
             checked = Checked((way,))
@@ -137,7 +137,7 @@ def linearize_ways(closure: Callable[[], Tensor], params: list[Tensor]) -> tuple
     """The ways to form products that the check of a closure finds right, in order of preference."""
     learnt: dict[Any, Checked] = {}
     parameters = FlatParameters([{"params": params}])
-    runs = wrap_closures(closure, parameters)
+    runs = [TracedClosure(closure, parameters)]
     linearize_mean(parameters, "ggn", "auto", learnt, ALONE, runs)
     (checked,) = learnt.values()
     return checked.ways

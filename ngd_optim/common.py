@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.distributed import Common, checksum
+from ngd_optim.distributed import Common
+from ngd_optim.layout import is_spread
 from ngd_optim.preconditioners import Diagonal, Nystrom
 from ngd_optim.settings import Settings
 from ngd_optim.state import NAMES
@@ -43,7 +44,7 @@ class Beginning:
         groups: the optimizer's.
         settings: of the step.
         tensors: the parameters that it is for.
-        theta: their values, flat.
+        theta: their values, flat; None: not gathered yet.
         state: the optimizer's.
         whole_state: whether the state's tensors count, or the first parameter's numbers alone, as
             where no state was loaded since the last step.
@@ -54,7 +55,7 @@ class Beginning:
     groups: Sequence[Mapping[str, Any]]
     settings: Settings
     tensors: Sequence[Tensor]
-    theta: Tensor
+    theta: Tensor | None
     state: Mapping[Any, Any]
     whole_state: bool
     generator: torch.Generator | None
@@ -82,7 +83,7 @@ class Beginning:
             "damping": _number(damping),
             "state": self._state(),
             "generator": 0 if generator is None else checksum(generator.get_state()),
-            "values": checksum(self.theta),
+            "values": 0 if self.theta is None else checksum(self.theta),
         }
         return [Common(numbers[name], sentence) for name, sentence in _SENTENCES.items()]
 
@@ -99,7 +100,9 @@ class Beginning:
         )
         if self.whole_state:
             for k, (_, _, value) in enumerate(entries, 1):
-                total = total + k * checksum(value) if isinstance(value, Tensor) else total
+                # Of what is spread each rank has another part.
+                is_alike = isinstance(value, Tensor) and not is_spread(value)
+                total = total + k * checksum(value) if is_alike else total
         return total
 
 
@@ -110,3 +113,25 @@ def _number(value: Any) -> int:
 def _describe(value: Any) -> Any:
     """A function's representation has its address."""
     return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A number that is the same for the same bits in the same places, 0-dim; rounding has no part in it."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # integers of 64 bits begin at every eighth byte
+    row = _WIDTH * 8 // flat.element_size()
+    body = len(flat) // row * row
+    # Sums of rows and of columns: places count, and nothing as large as the tensor is made.
+    square = flat[:body].view(torch.int64).view(-1, _WIDTH)
+    rest = flat[body:].view(_INTEGERS[flat.element_size()]).long()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part, factor in zip((square.sum(1), square.sum(0), rest), _FACTORS, strict=True):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total += (part * places).sum() * factor
+    return total
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WIDTH = 1024
+_FACTORS = (1, 1_000_003, 998_244_353)

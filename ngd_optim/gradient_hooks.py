@@ -38,14 +38,14 @@ class GradientHooks:
         """
         if not self._hooks:
             return
-        before = [p.grad for p in parameters.tensors]
-        run.leave_gradients(parameters.unflatten(point.gradient.clone()), point.reached)
-        shown = [p.grad for p in parameters.tensors]
+        before = [p.grad for p in parameters.params]
+        run.leave_gradients(parameters.lay_out(point.gradient.clone()), point.reached)
+        shown = [p.grad for p in parameters.params]
         values = parameters.flatten(shown)
         for hook in list(self._hooks.values()):
             hook(optimizer)
         # A hook may replace `.grad` or write into it; both would be lost without a word.
-        same = all(p.grad is old for p, old in zip(parameters.tensors, shown, strict=True))
+        same = all(p.grad is old for p, old in zip(parameters.params, shown, strict=True))
         if not same or not torch.allclose(
             values, parameters.flatten(shown), rtol=0, atol=0, equal_nan=True
         ):
@@ -53,5 +53,5 @@ class GradientHooks:
                 "a hook changed the gradients, which NaturalCG does not use again; to limit the "
                 "step set max_kl, the trust region, in place of gradient clipping"
             )
-        for p, old in zip(parameters.tensors, before, strict=True):
+        for p, old in zip(parameters.params, before, strict=True):
             p.grad = old

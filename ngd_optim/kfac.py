@@ -24,7 +24,7 @@ from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
 from ngd_optim.state import keep_precision
 from ngd_optim.stream import StreamState, check_state, differentiate
-from ngd_optim.tracing import wrap_closures
+from ngd_optim.tracing import list_closures
 from ngd_optim.watch import FactorWatch, WatchedModule
 
 logger = logging.getLogger("ngd_optim")
@@ -267,9 +267,8 @@ class KFAC(CopiedInFull):
 
         # 1. The gradient, and the factors of this batch if they are due.
         loss, gradients = None, [p.grad for p in parameters.tensors]
-        runs = [] if closure is None else wrap_closures(closure, parameters)
-        if runs:
-            functions = [run.function for run in runs]
+        functions = [] if closure is None else list_closures(closure)
+        if functions:
             with self._watching_for(state, settings.damping) if is_due else nullcontext():
                 loss, gradients = differentiate(functions, parameters)
         reached = [g is not None for g in gradients]
@@ -287,7 +286,7 @@ class KFAC(CopiedInFull):
 
         with torch.autocast(parameters.device.type, enabled=False):
             # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
-            factors = self._renew(state, ranks, settings, len(runs)) if is_due else None
+            factors = self._renew(state, ranks, settings, len(functions)) if is_due else None
             solve = self._invert(factors, state, settings.damping)
 
             # 3. Momentum m, and x = (F + λI)⁻¹ m.

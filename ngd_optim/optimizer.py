@@ -5,6 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.common import Beginning
 from ngd_optim.copies import CopiedInFull
-from ngd_optim.distributed import Ranks
+from ngd_optim.distributed import Ranks, ShardedModules
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Learnt, Point, linearize_mean
@@ -50,7 +51,7 @@ from ngd_optim.solvers import (
 )
 from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
 from ngd_optim.step import Damping, Descent, LastStep, Outcome, choose_max_kl
-from ngd_optim.tracing import wrap_closures
+from ngd_optim.tracing import TracedClosure, list_closures
 from ngd_optim.transaction import all_or_nothing
 
 logger = logging.getLogger("ngd_optim")
@@ -337,37 +338,49 @@ class NaturalCG(CopiedInFull):
             parameters = FlatParameters(self.param_groups)
             complete_state(self.state, parameters, Settings.of(self.param_groups))
             return torch.zeros((), device=self._device)
+        params = [p for group in self.param_groups for p in group["params"]]
+        modules = ShardedModules(params, self.process_group)
         with Ranks(
-            self.process_group,
-            self._device,
-            follow_ddp=True,
-            parameters=[p for group in self.param_groups for p in group["params"]],
+            modules.group or self.process_group, self._device, follow_ddp=True, parameters=params
         ) as ranks:
-            return self._step(closure, curvature_closure, ranks)
+            return self._step(closure, curvature_closure, ranks, modules)
 
     def _step(
-        self, closure: Closures | None, curvature_closure: Closures | None, ranks: Ranks
+        self,
+        closure: Closures | None,
+        curvature_closure: Closures | None,
+        ranks: Ranks,
+        modules: ShardedModules,
     ) -> Tensor:
         ranks.begin_with(Beginning.length)
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
+        functions = list_closures(closure)
+        others = [] if curvature_closure is None else list_closures(curvature_closure)
+        beginning = Beginning(
+            groups=self.param_groups,
+            settings=settings,
+            tensors=parameters.params,
+            theta=None,
+            state=self.state,
+            whole_state=not self._has_met,
+            generator=self.generator,
+            calls=(len(functions), len(others)),
+        )
+        if modules.group is not None:
+            ranks.begin_with(beginning.length, beginning.common)
+            ranks.together(lambda: None)  # gathering takes all of them
+            self._transaction.enter(modules)
+            ranks.begin_with(Beginning.length)
+            parameters = FlatParameters(self.param_groups, modules.weight)
         last = LastStep(parameters, self.state)
-        closures = wrap_closures(closure, parameters)
-        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters)
+        closures = [TracedClosure(function, parameters) for function in functions]
+        others = [TracedClosure(function, parameters) for function in others]
         runs = [*closures, *others]
         theta = self._transaction.cover(parameters, runs)
         with twice_differentiable():
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
-            beginning = Beginning(
-                groups=self.param_groups,
-                settings=settings,
-                tensors=parameters.tensors,
-                theta=theta,
-                state=self.state,
-                whole_state=not self._has_met,
-                generator=self.generator,
-                calls=(len(closures), len(others)),
-            )
+            beginning = replace(beginning, theta=theta)
             ranks.begin_with(beginning.length, beginning.common)
             preconditioning = build_preconditioner(
                 settings.preconditioner, parameters, self.state, self.generator
@@ -458,7 +471,7 @@ class NaturalCG(CopiedInFull):
         # Side effects of one run: the closures' own, of the first time that they ran.
         for run in runs:
             run.settle()
-        closures[0].leave_gradients(parameters.unflatten(point.gradient), point.reached)
+        closures[0].leave_gradients(parameters.lay_out(point.gradient), point.reached)
         self.process_group = ranks.group
         report = build_report(
             point,

@@ -1,12 +1,13 @@
 """Parameters as one flat vector, and back."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ngd_optim.layout import is_spread, local_part, spread_like, whole
 from ngd_optim.torch_internals import copy_all, flatten_dense, keep_versions, unflatten_dense
 
 
@@ -15,24 +16,37 @@ class FlatParameters:
 
     Frozen parameters (``requires_grad=False``) are left out. The vector has the widest of the
     parameters' dtypes, and float32 at least; parameters of other dtypes are converted on the way.
+    Of parameters that are spread over ranks it has all elements, on each rank.
+
+    Args:
+        groups: the optimizer's.
+        weight_of: what the model computes with in place of a parameter; None: with itself.
+
+    Attributes:
+        params: the parameters that the optimizer was given: its state is theirs, and ``.grad``.
+        tensors: what the closure is a function of, in the same order.
 
     Raises:
         TypeError: a parameter is complex, or float16.
         ValueError: no parameter is trainable, or they live on several devices.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        weight_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         everything = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
         self.positions = [n for n, (_, p) in enumerate(everything) if p.requires_grad]
         """The place of each among all parameters, frozen ones as well."""
-        self.tensors: list[Tensor] = [everything[n][1] for n in self.positions]
+        self.params: list[Tensor] = [everything[n][1] for n in self.positions]
         self._groups = [everything[n][0] for n in self.positions]
-        if not self.tensors:
+        if not self.params:
             raise ValueError(
                 "there is nothing to optimize: no parameter has requires_grad=True; "
                 "thaw some by requires_grad_(True)"
             )
-        devices = {p.device for p in self.tensors}
+        devices = {p.device for p in self.params}
         if len(devices) > 1:
             raise ValueError(
                 f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}; move "
@@ -40,7 +54,7 @@ class FlatParameters:
             )
         (self.device,) = devices
         self.dtype = torch.float32
-        for p in self.tensors:
+        for p in self.params:
             if p.is_complex():
                 raise TypeError(
                     f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
@@ -53,24 +67,32 @@ class FlatParameters:
                     "float32"
                 )
             self.dtype = torch.promote_types(self.dtype, p.dtype)
-        self._is_uniform = all(p.dtype == self.dtype for p in self.tensors)
         # A flat step would move shared memory twice.
-        places = [p.data_ptr() for p in self.tensors if p.numel()]
+        parts = [local_part(p) for p in self.params]
+        places = [part.data_ptr() for part in parts if part.numel()]
         if len(set(places)) < len(places) or any(
-            0 in p.stride() and p.numel() > 1 for p in self.tensors
+            0 in part.stride() and part.numel() > 1 for part in parts
         ):
             raise ValueError(
                 "two parameters, or two elements of one, share the same memory; use one Parameter "
                 "for both"
             )
-        self._sizes = [p.numel() for p in self.tensors]
+        self.tensors = list(self.params if weight_of is None else map(weight_of, self.params))
+        self.leaves = list({id(t): t for t in (*self.params, *self.tensors)}.values())
+        """Each parameter, and each tensor of the closure, once."""
+        self._spread = [t for t in self.leaves if is_spread(t)]
+        self._converts = any(is_spread(t) or t.dtype != self.dtype for t in self.tensors)
+        self._sizes = [p.numel() for p in self.params]
         self.size = sum(self._sizes)
         """How many numbers the vector has."""
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """One tensor per parameter, of its shape, or None for zeros → a new flat vector."""
+        """One tensor per parameter, of its shape, or None for zeros → a new flat vector.
+
+        Where some are spread over ranks, it is made by all ranks together.
+        """
         given = list(tensors)
-        for p, t in zip(self.tensors, given, strict=True):
+        for p, t in zip(self.params, given, strict=True):
             if t is not None and t.layout != torch.strided:
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; "
@@ -78,8 +100,10 @@ class FlatParameters:
                 )
         with torch.no_grad():
             parts = [
-                torch.zeros_like(p) if t is None else t
-                for p, t in zip(self.tensors, given, strict=True)
+                torch.zeros(p.shape, dtype=self.dtype, device=self.device)
+                if t is None
+                else whole(t)
+                for p, t in zip(self.params, given, strict=True)
             ]
             if any(part.dtype != self.dtype for part in parts):
                 parts = [part.to(self.dtype) for part in parts]
@@ -88,18 +112,27 @@ class FlatParameters:
     @property
     def key(self) -> tuple[int, ...]:
         """The same for the same parameters in the same order."""
-        return tuple(map(id, self.tensors))
+        return tuple(map(id, self.params))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one view of it per parameter, of its shape."""
         return unflatten_dense(flat, self.tensors)
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees."""
+        """A flat vector → one tensor per weight, of its shape and dtype; a view where the dtype agrees."""
         pieces = self.views(flat)
-        if self._is_uniform and flat.dtype == self.dtype:
+        if not self._converts and flat.dtype == self.dtype:
             return pieces
-        return [piece.to(p.dtype) for p, piece in zip(self.tensors, pieces, strict=True)]
+        return [
+            spread_like(t, piece.to(t.dtype)) for t, piece in zip(self.tensors, pieces, strict=True)
+        ]
+
+    def lay_out(self, flat: Tensor) -> list[Tensor]:
+        """A flat vector → one tensor per parameter, as it lies over ranks; a view where it is whole."""
+        return [
+            spread_like(p, piece.to(p.dtype))
+            for p, piece in zip(self.params, self.views(flat), strict=True)
+        ]
 
     def by_parameter(self, per_group: Sequence[float]) -> list[float]:
         """One value per group → one per parameter."""
@@ -129,7 +162,9 @@ class FlatParameters:
 
     def read(self) -> Tensor:
         """The values, flat: a copy."""
-        return self.flatten(self.tensors)
+        # Weights of mixed precision are rounded.
+        exact = all(t.dtype == p.dtype for t, p in zip(self.tensors, self.params, strict=True))
+        return self.flatten(self.tensors if exact else self.params)
 
     @torch.no_grad()
     def move(self, start: Tensor, step: Tensor, fraction: float) -> None:
@@ -152,7 +187,15 @@ class FlatParameters:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
-        copy_all(self.tensors, self.views(values))
+        views = self.views(values)
+        if not self._spread:
+            copy_all(self.tensors, views)
+            return
+        for targets in (self.params, self.tensors):
+            for target, view in zip(targets, views, strict=True):
+                place = local_part(target)
+                if place.untyped_storage().size():  # else it was given up
+                    place.copy_(local_part(spread_like(target, view)))
 
 
 def forget(state: Mapping[Any, Any], names: Sequence[str]) -> None:

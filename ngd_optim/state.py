@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ngd_optim.layout import is_spread, local_part, zeros_spread_like
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Diagonal, Nystrom, find_sizes_of_factors
 from ngd_optim.settings import Settings
@@ -82,6 +83,9 @@ _ENTRIES = {
     "sketch_values": _Entry("a vector", _has_dimensions(1), "sketch"),
     "sketch_age": _Entry(*_INTEGER, "sketch"),
 }
+_LIE_LIKE_IT = {name for name, entry in _ENTRIES.items() if entry.holds is _LIKE_IT[1]}
+"""Those that are spread over ranks as their parameter is."""
+
 NAMES = tuple(_ENTRIES)
 """Those of all entries. Any others are the user's, and left alone."""
 
@@ -102,13 +106,16 @@ def complete_state(
         parameters: of a step.
         settings: of that step.
     """
-    for p in parameters.tensors:
+    for p in parameters.params:
         entry = state[p]
-        for name, number in _numbers(settings, is_first=p is parameters.tensors[0]):
+        for name, number in _numbers(settings, is_first=p is parameters.params[0]):
             entry.setdefault(name, number)
         for name, shape, dtype in _tensors(settings, parameters, p):
             if name not in entry:
-                entry[name] = _empty(shape, dtype, p.device)
+                lies_like_it = is_spread(p) and name in _LIE_LIKE_IT
+                entry[name] = (
+                    zeros_spread_like(p, dtype) if lies_like_it else _empty(shape, dtype, p.device)
+                )
 
 
 def give_memory(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -122,8 +129,11 @@ def give_memory(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _write(value: Any) -> Any:
-    is_empty = isinstance(value, Tensor) and value.numel() > 1 and not any(value.stride())
-    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if is_empty else value
+    if not isinstance(value, Tensor):
+        return value
+    part = local_part(value)
+    is_empty = part.numel() > 1 and not any(part.stride())
+    return torch.zeros_like(value, memory_format=torch.contiguous_format) if is_empty else value
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -157,7 +167,7 @@ def _tensors(
     columns = min(_sketch_columns(settings), parameters.size)
     if columns:
         yield "sketch", (p.numel(), columns), parameters.dtype
-        if p is parameters.tensors[0]:
+        if p is parameters.params[0]:
             has_values = isinstance(settings.preconditioner, Nystrom)
             yield "sketch_values", (columns * has_values,), parameters.dtype
 
@@ -210,7 +220,7 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
                     f"this state cannot be loaded, it {why}: one of shape {tuple(p.shape)} had {got} as "
                     f"{name!r}, which must be {allowed.words}"
                 )
-            if isinstance(value, Tensor) and not value.any():
+            if isinstance(value, Tensor) and not is_spread(value) and not value.any():
                 state[p][name] = _empty(value.shape, value.dtype, value.device)
             if not _is_finite(value):
                 lost.add(allowed.part_of)
@@ -255,7 +265,11 @@ def keep_precision(
             }.get(part, p.dtype)
             if isinstance(value, Tensor) and value.dtype != dtype:
                 wide = entry[name].to(value.device, dtype)
-                state[p][name] = wide if value.any() else _empty(value.shape, dtype, value.device)
+                state[p][name] = (
+                    wide
+                    if is_spread(wide) or value.any()
+                    else _empty(value.shape, dtype, value.device)
+                )
 
 
 def _is_absent(value: Any) -> bool:
@@ -264,7 +278,9 @@ def _is_absent(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return bool(value.isfinite().all()) if isinstance(value, Tensor) else math.isfinite(value)
+    if not isinstance(value, Tensor):
+        return math.isfinite(value)
+    return bool(local_part(value).isfinite().all())
 
 
 def _spread_rates(state: Mapping[Any, dict[str, Any]], own: Sequence[Tensor]) -> None:

@@ -52,7 +52,7 @@ class StreamState:
         self.steps, self.age, self.draws = (numbers.get(k, 0) for k in ("steps", "age", "draws"))
         self.weight = numbers.get("weight", 0.0)
         moved = {id(p) for p, entry in state.items() if "last_step" in entry}
-        same = moved == {id(p) for p in parameters.tensors}
+        same = moved == {id(p) for p in parameters.params}
         self.last_slope = numbers.get("slope", math.nan) if same else math.nan
 
     def is_due(self, every: int, also: Collection[int]) -> bool:
@@ -63,7 +63,7 @@ class StreamState:
     @cached_property
     def factors(self) -> KroneckerFactors | None:
         """Those of all parameters; None if some have none, or have them of another shape."""
-        params = self.parameters.tensors
+        params = self.parameters.params
         index = {position: i for i, position in enumerate(self.parameters.positions)}
         values: dict[tuple[int, str], Tensor] = {}
         layers: list[Layer] = []
@@ -78,7 +78,7 @@ class StreamState:
 
     def flat(self, name: str) -> Tensor:
         """A new flat vector of what the parameters have under a name; 0 where they have nothing."""
-        return self.parameters.flatten(self._of(p).get(name) for p in self.parameters.tensors)
+        return self.parameters.flatten(self._of(p).get(name) for p in self.parameters.params)
 
     def generator(self) -> torch.Generator:
         """Draws other vectors for each renewal, and the same ones when a run is resumed."""
@@ -103,9 +103,9 @@ class StreamState:
             factors: if they were renewed.
         """
         parts = zip(
-            self.parameters.tensors,
-            self.parameters.unflatten(momentum),
-            self.parameters.unflatten(step),
+            self.parameters.params,
+            self.parameters.lay_out(momentum),
+            self.parameters.lay_out(step),
             strict=True,
         )
         for entry in self._state.values():
@@ -116,7 +116,7 @@ class StreamState:
         if factors is not None:
             self._keep_factors(factors)
         renewed = factors is not None
-        self._state[self.parameters.tensors[0]] |= {
+        self._state[self.parameters.params[0]] |= {
             "steps": self.steps + 1,
             "age": 1 if renewed else self.age + 1,
             "draws": self.draws + renewed,
@@ -126,7 +126,7 @@ class StreamState:
 
     def _keep_factors(self, factors: KroneckerFactors) -> None:
         layers = {layer.weight: layer for layer in factors.layers}
-        for i, p in enumerate(self.parameters.tensors):
+        for i, p in enumerate(self.parameters.params):
             entry = self._state[p]
             for name in (*_FACTORS, *_LAYER):
                 entry.pop(name, None)

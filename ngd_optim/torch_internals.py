@@ -4,9 +4,10 @@ What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says 
 """
 
 import importlib
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -190,3 +191,48 @@ def saves_by_hooks() -> bool:
     """``_top_saved_tensors_default_hooks``: whether what autograd saves is handed to hooks, as in a checkpoint."""
     top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
     return top(True) is not None
+
+
+def fsdp_states() -> list[Any]:
+    """``_composable_state._module_state_mapping``: those of all modules that ``fully_shard`` was called on.
+
+    No way leads from a parameter to its module.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    found = [reference() for reference in list(_module_state_mapping.values())]
+    return [s for s in dict.fromkeys(found) if isinstance(s, FSDPState) and hasattr(s, "_modules")]
+
+
+def fsdp_groups_of(state: Any) -> list[Any]:
+    """``FSDPState._fsdp_param_groups``: the parameters that are gathered together; one group at most in older torch."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [g for g in [state._fsdp_param_group] if g] if groups is None else list(groups)
+
+
+def whole_weight_of(one: Any) -> Tensor:
+    """``FSDPParam._unsharded_param``: what a gathered weight is, in the dtype of its mixed precision."""
+    return one._unsharded_param
+
+
+def begin_fsdp(state: Any) -> None:
+    """``FSDPState._lazy_init``: what the first forward pass of the outermost module prepares."""
+    state._lazy_init()
+
+
+@contextmanager
+def casting_only(state: Any) -> Iterator[None]:
+    """``FSDPState._training_state``: while it is that of a backward pass, which recomputes, hooks cast and no more.
+
+    They neither gather, nor give up, nor put nodes of their own into the graph.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    before, state._training_state = state._training_state, TrainingState.PRE_BACKWARD
+    try:
+        yield
+    finally:
+        state._training_state = before

@@ -1,6 +1,7 @@
 """All or nothing: what a step changes is undone if the step does not come to its end."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from typing import Any
 
@@ -47,6 +48,15 @@ class Transaction:
         self._random = None if generator is None else generator.get_state()
         self._is_grad_enabled = torch.is_grad_enabled()
         self._undo_covered: Callable[[], None] | None = None
+        self._contexts = ExitStack()
+
+    def enter(self, context: AbstractContextManager[Any]) -> None:
+        """Have a context last until the step has come to its end, or everything is put back."""
+        self._contexts.enter_context(context)
+
+    def close(self) -> None:
+        """Leave the contexts."""
+        self._contexts.close()
 
     def cover(self, parameters: FlatParameters, runs: Sequence[TracedClosure]) -> Tensor:
         """Have these put back as well.
@@ -59,14 +69,14 @@ class Transaction:
             The flat parameters, as they are now.
         """
         theta = parameters.read()
-        gradients = [p.grad for p in parameters.tensors]
+        gradients = [p.grad for p in parameters.leaves]
 
         def undo() -> None:
             # The last to run goes first: each had noted the state that the one before it left.
             for run in reversed(runs):
                 run.rewind()
             parameters.write(theta)
-            for p, gradient in zip(parameters.tensors, gradients, strict=True):
+            for p, gradient in zip(parameters.leaves, gradients, strict=True):
                 p.requires_grad_(True)
                 p.grad = gradient
 
@@ -108,10 +118,12 @@ def all_or_nothing(step: Callable[..., Tensor]) -> Any:
         try:
             outer, self._transaction = self._transaction, transaction
             loss = run(self, *args, **kwargs)
+            transaction.close()
             self._transaction = outer  # of a step whose closure takes one
             return loss
         except BaseException:
             _finish(transaction.undo)
+            _finish(transaction.close)
             raise
 
     vars(whole)["hooked"] = True  # for torch, which would wrap it once more

@@ -10,6 +10,7 @@ import ngd_optim
 ROOT = Path(ngd_optim.__file__).parent
 # From the ground up: a room may import what stands before it.
 ROOMS = [
+    "distributed",
     "linalg",
     "recording",
     "tracing",
@@ -25,8 +26,8 @@ MOST_NAMES, MOST_FILES = 6, 6
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 BASE = [
     "autograd_graph",
-    "distributed",
     "kernels",
+    "layout",
     "names",
     "parameters",
     "reading",

@@ -30,6 +30,7 @@ from ngd_optim.kronecker import (
     estimate_factors,
     is_worthwhile,
 )
+from ngd_optim.layout import spread_like, whole
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.preconditioners.base import Preconditioning, Solve
@@ -71,10 +72,10 @@ class Kronecker(Preconditioning):
         self._must = must
         self._parameters = parameters
         self._state = state
-        own = [state.get(p, {}) for p in parameters.tensors]
+        own = [_gathered(state.get(p, {})) for p in parameters.params]
         self._served, self._draws = own[0].get("products", 0), own[0].get("draws", 0)
         self.layers, self._values = (
-            load_factors(own, parameters.tensors) if self._draws else (None, {})
+            load_factors(own, parameters.params) if self._draws else (None, {})
         )
         self._known, self._is_new = self.layers, False
         self._is_due = self._served >= RENEWED_AFTER
@@ -132,13 +133,13 @@ class Kronecker(Preconditioning):
         """The factors, and how many iterations they have served."""
         if self._estimates:
             self.layers = ()  # a direct solver had no use for them
-        first = self._parameters.tensors[0]
+        first = self._parameters.params[0]
         self._state[first] |= {"products": self._served + iterations, "draws": self._draws}
         if not self._is_new and self.layers == self._known:
             return
         forget(self._state, (*_NAMES, *_GROUPED, *_LAYER))
         layers = {layer.weight: layer for layer in self.layers or ()}
-        for i, p in enumerate(self._parameters.tensors):
+        for i, p in enumerate(self._parameters.params):
             layer = layers.get(i)
             unknown = {"layer_groups": -1 if self.layers is None else 0}
             self._state[p] |= unknown if layer is None else _describe(layer)
@@ -146,7 +147,12 @@ class Kronecker(Preconditioning):
             for name in _NAMES:
                 if (i, name) in self._values:
                     kept = _to_saved(name, self._values[i, name], layer, p)
-                    self._state[p] |= {saved: value.to(dtype) for saved, value in kept.items()}
+                    self._state[p] |= {
+                        saved: spread_like(p, value.to(dtype))
+                        if saved == "diagonal"
+                        else value.to(dtype)
+                        for saved, value in kept.items()
+                    }
 
     def _renew(self, ranks: Ranks) -> None:
         """Mix the estimates of all closures and ranks with what was known."""
@@ -159,6 +165,11 @@ class Kronecker(Preconditioning):
             self.layers, self._values = (), {}
         elif mean.is_finite:  # else the step will be refused
             self.layers, self._values = mean.layers, mean.mix(self._values, SHARE_OF_OLDER)
+
+
+def _gathered(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the diagonal whole, which lies over ranks as its parameter does."""
+    return {**entry, "diagonal": whole(entry["diagonal"])} if "diagonal" in entry else entry
 
 
 def find_sizes_of_factors(p: Tensor) -> dict[str, tuple[int, ...]]:

@@ -243,7 +243,7 @@ class Sketched(Preconditioning):
         self._kind = kind
         self._parameters = parameters
         self._state = state
-        own = [state.get(p, {}) for p in parameters.tensors]
+        own = [state.get(p, {}) for p in parameters.params]
         self._draws = own[0].get("draws", 0)
         self._generator = generator or torch.Generator(device="cpu").manual_seed(self._draws)
         self._sketch = _load_sketch(own, parameters)
@@ -284,7 +284,7 @@ class Sketched(Preconditioning):
         # A parameter may have no part in this one, or be no longer the first.
         forget(self._state, _SKETCH)
         basis, values, age = self._sketch
-        tensors = self._parameters.tensors
+        tensors = self._parameters.params
         for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
             self._state[p]["sketch"] = part
         self._state[tensors[0]] |= {

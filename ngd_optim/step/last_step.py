@@ -54,7 +54,7 @@ class LastStep:
     def adapt_smoothing(self, reduction_ratio: float, *, accepted: bool) -> None:
         """After a step of a loss with kinks; see :func:`~ngd_optim.step.damping.smoothing_factor`."""
         value = self.smoothing * smoothing_factor(reduction_ratio, accepted=accepted)
-        self._state[self._parameters.tensors[0]]["smoothing"] = min(max(value, 1e-6), 1.0)
+        self._state[self._parameters.params[0]]["smoothing"] = min(max(value, 1e-6), 1.0)
 
     def momentum(self, used: Sequence[bool], factor: float) -> Tensor | None:
         """``factor`` times the last solution; None: no factor, or the last step was rejected."""
@@ -64,7 +64,7 @@ class LastStep:
         """A new flat vector: what the last system was solved by; 0 for parameters that are not used now."""
         return self._parameters.flatten(
             self._of(p).get("solution") if flag else None
-            for p, flag in zip(self._parameters.tensors, used, strict=True)
+            for p, flag in zip(self._parameters.params, used, strict=True)
         )
 
     def slope_on_new_data(self, point: Point, gradient: Tensor) -> float:
@@ -78,7 +78,7 @@ class LastStep:
             point: where the step ended, seen by the data of this one.
             gradient: of the objective there, flat.
         """
-        lr = [self._of(p).get("lr", math.nan) for p in self._parameters.tensors]
+        lr = [self._of(p).get("lr", math.nan) for p in self._parameters.params]
         change = abs(point.value - self._first.get("new_loss", 0.0))
         if not self.moved or any(map(math.isnan, lr)) or not point.rounding < change < math.inf:
             return math.nan
@@ -94,7 +94,7 @@ class LastStep:
         forgotten by and by.
         """
         before = self._parameters.flatten(
-            self._of(p).get("largest_curvature") for p in self._parameters.tensors
+            self._of(p).get("largest_curvature") for p in self._parameters.params
         )
         if forgets:
             before = _KEPT_ON_NEW_DATA * before
@@ -116,16 +116,16 @@ class LastStep:
         self._write("solution", x)
         if self._largest is not None:
             self._write("largest_curvature", self._largest)
-        for p, rate in zip(self._parameters.tensors, rates, strict=True):
+        for p, rate in zip(self._parameters.params, rates, strict=True):
             self._state[p]["lr"] = rate
-        self._state[self._parameters.tensors[0]] |= {
+        self._state[self._parameters.params[0]] |= {
             "slope": outcome.step.slope_of_solution if moved else 0.0,
             "new_loss": new_loss if moved else 0.0,
         }
 
     @property
     def _first(self) -> dict[str, Any]:
-        return self._of(self._parameters.tensors[0])
+        return self._of(self._parameters.params[0])
 
     def _of(self, p: Tensor) -> dict[str, Any]:
         return self._state.get(p, {})  # the state is made where it is written to
@@ -134,5 +134,5 @@ class LastStep:
         return torch.dot(self._parameters.repeat(lr) * solution, gradient).item()
 
     def _write(self, name: str, flat: Tensor) -> None:
-        for p, part in zip(self._parameters.tensors, self._parameters.unflatten(flat), strict=True):
+        for p, part in zip(self._parameters.params, self._parameters.lay_out(flat), strict=True):
             self._state[p][name] = part

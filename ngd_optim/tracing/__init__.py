@@ -3,7 +3,7 @@
 from ngd_optim.tracing.closure import (
     Evaluation,
     TracedClosure,
-    wrap_closures,
+    list_closures,
 )
 from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.mode import LossWatch
@@ -13,5 +13,5 @@ __all__ = [
     "LossWatch",
     "TracedClosure",
     "least_squares",
-    "wrap_closures",
+    "list_closures",
 ]

@@ -131,7 +131,15 @@ class TracedClosure:
             recorder.fail(WRITES_PARAMETERS)
         accumulation.adopt(traced.loss)
         self.leaves_gradients = bool(accumulation.roots)
-        self._gradients_before = accumulation.finish()
+        self._gradients_before = [
+            before if p is t else p.grad
+            for p, t, before in zip(
+                self._parameters.params,
+                self._parameters.tensors,
+                accumulation.finish(),
+                strict=True,
+            )
+        ]
         self.gradient = accumulation.total
         self._hooks = mode.hooks
         tensors = [(reference, reference()) for reference in mode.retaining]
@@ -163,7 +171,7 @@ class TracedClosure:
                 uses derivatives builds what it needs.
         """
         accumulation = GradientAccumulation(self._parameters)
-        gradients = [(t, t.grad) for t in [*self._parameters.tensors, *self._others]]
+        gradients = [(t, t.grad) for t in [*self._parameters.leaves, *self._others]]
         for tensor in self._others:  # torch adds to what is there in place
             tensor.grad = None if tensor.grad is None else tensor.grad.clone()
         self._effects.rewind()
@@ -215,7 +223,7 @@ class TracedClosure:
     def leave_gradients(self, gradients: Sequence[Tensor], reached: Sequence[bool]) -> None:
         """Set ``.grad`` as one run of the closure leaves it: with the gradients added, if it calls ``backward``."""
         for p, old, new, flag in zip(
-            self._parameters.tensors, self._gradients_before, gradients, reached, strict=True
+            self._parameters.params, self._gradients_before, gradients, reached, strict=True
         ):
             p.grad = (
                 old if not (flag and self.leaves_gradients) else new if old is None else old + new
@@ -348,7 +356,7 @@ def _version(gradient: Tensor | None) -> int:
     return 0 if gradient is None else version_of(gradient)
 
 
-def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosure]:
+def list_closures(closure: Any) -> list[Closure]:
     """A closure, or each of a list of them.
 
     Raises:
@@ -364,7 +372,7 @@ def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosur
                 "step() needs a closure that computes the loss, or a list of them, such as "
                 f"optimizer.step(lambda: F.mse_loss(model(x), y)), got {show(function)}"
             )
-    return [TracedClosure(function, parameters) for function in closures]
+    return closures
 
 
 def _find_autocast() -> list[Callable[[], torch.autocast]]:

@@ -12,7 +12,7 @@ from ngd_optim import NaturalCG, linearize
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization import linearize_mean
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.tracing import wrap_closures
+from ngd_optim.tracing import TracedClosure
 from ngd_optim.tracing.kinks import irls_weight
 
 N, C = 6, 3
@@ -186,7 +186,7 @@ def test_the_gradient_of_the_model_is_that_of_the_rounded_loss(name, closures):
     loss, rounded = ROUNDED[name]
     z = nn.Parameter(real(N, C))
     parameters = FlatParameters([{"params": [z]}])
-    runs = wrap_closures([lambda: loss(1 * z)] * closures, parameters)
+    runs = [TracedClosure(lambda: loss(1 * z), parameters) for _ in range(closures)]
     point = linearize_mean(parameters, "auto", "auto", {}, ALONE, runs, smoothing=0.5)
     r = {"abs": z - TARGET, "hinge": 1 - SIGNS * z, "beside_a_loss": z}[name].detach().abs()
     assert (r < 0.5 * r.mean()).any()

@@ -1,15 +1,14 @@
 """Several processes that take the same steps: global averages, and decisions that all of them share."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ngd_optim.distributed.ddp import before_ddp_modules, find_ddp_group
 
 T = TypeVar("T")
 
@@ -167,7 +166,7 @@ class Ranks:
     def _tell(self, error: BaseException) -> None:
         """Tell the other ranks of an error; it is to be raised, and not what may be raised here."""
         if self.group is None and self._follow_ddp:  # raised before the module ran
-            self.group = _find_ddp_group(self._parameters)
+            self.group = find_ddp_group(self._parameters)
         with suppress(Exception):
             self._exchange(error)
 
@@ -199,7 +198,7 @@ class Ranks:
 
         if isinstance(running, nn.parallel.DistributedDataParallel):
             notice(running)
-        with _before_ddp_modules(notice):
+        with before_ddp_modules(notice):
             yield
 
 
@@ -215,89 +214,3 @@ def _require(common: Sequence[Common], agreed: Sequence[bool]) -> None:
     for entry, is_same in zip(common, agreed, strict=True):
         if not is_same:
             raise ValueError(entry.sentence)
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """A number that is the same for the same bits in the same places, 0-dim; rounding has no part in it."""
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()  # integers of 64 bits begin at every eighth byte
-    row = _WIDTH * 8 // flat.element_size()
-    body = len(flat) // row * row
-    # Sums of rows and of columns: places count, and nothing as large as the tensor is made.
-    square = flat[:body].view(torch.int64).view(-1, _WIDTH)
-    rest = flat[body:].view(_INTEGERS[flat.element_size()]).long()
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for part, factor in zip((square.sum(1), square.sum(0), rest), _FACTORS, strict=True):
-        places = torch.arange(1, len(part) + 1, device=part.device)
-        total += (part * places).sum() * factor
-    return total
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WIDTH = 1024
-_FACTORS = (1, 1_000_003, 998_244_353)
-
-
-def _find_ddp_group(parameters: Sequence[Tensor]) -> Any:
-    """That of a DistributedDataParallel module with some of these parameters; None if there is none."""
-    ours = {id(p) for p in parameters}
-    for thing in gc.get_objects():
-        # Asking for __class__, as isinstance does, may have lazy objects of others do things.
-        if issubclass(type(thing), nn.parallel.DistributedDataParallel) and any(
-            id(p) in ours for p in thing.parameters()
-        ):
-            return thing.process_group
-    return None
-
-
-@contextmanager
-def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
-    """Let DistributedDataParallel modules run the model and nothing else.
-
-    NaturalCG averages the gradients itself, and what the modules prepare for that cannot be done
-    inside torch.func.
-
-    Args:
-        broadcast: send rank 0's buffers to all ranks, where the modules would.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        yield
-        return
-    found: dict[nn.parallel.DistributedDataParallel, tuple[bool, bool]] = {}
-
-    def silence(module: nn.parallel.DistributedDataParallel) -> None:
-        if module.static_graph:
-            raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) counts on backward passes that "
-                "NaturalCG does not run; use static_graph=False"
-            )
-        found.setdefault(
-            module, (module.require_backward_grad_sync, module.require_forward_param_sync)
-        )
-        module.require_backward_grad_sync = False
-        module.require_forward_param_sync &= broadcast
-
-    try:
-        with _before_ddp_modules(silence):
-            yield
-    finally:
-        for module, flags in found.items():
-            module.require_backward_grad_sync, module.require_forward_param_sync = flags
-
-
-@contextmanager
-def _before_ddp_modules(
-    action: Callable[[nn.parallel.DistributedDataParallel], None],
-) -> Iterator[None]:
-    here = get_ident()  # the hook sees the modules of all threads
-
-    def hook(module: nn.Module, _: Any) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel) and get_ident() == here:
-            action(module)
-
-    handle = register_module_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
