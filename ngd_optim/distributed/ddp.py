@@ -1,6 +1,7 @@
 """DistributedDataParallel modules: whose ranks take a step together, and what they leave to the step."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
@@ -25,7 +26,7 @@ def find_ddp_group(parameters: Sequence[Tensor]) -> Any:
 
 @contextmanager
 def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
-    """Let DistributedDataParallel modules run the model and nothing else.
+    """Let DistributedDataParallel modules run the model and nothing else, and refuse other engines.
 
     NaturalCG averages the gradients itself, and what the modules prepare for that cannot be done
     inside torch.func.
@@ -51,7 +52,7 @@ def quiet_ddp(*, broadcast: bool) -> Iterator[None]:
         module.require_forward_param_sync &= broadcast
 
     try:
-        with before_ddp_modules(silence):
+        with before_ddp_modules(silence), _before_modules(_older_fsdp(), _refuse):
             yield
     finally:
         for module, flags in found.items():
@@ -63,10 +64,31 @@ def before_ddp_modules(
     action: Callable[[nn.parallel.DistributedDataParallel], None],
 ) -> Iterator[None]:
     """Call a function with each such module that runs in the block, in this thread, before it does."""
+    with _before_modules((nn.parallel.DistributedDataParallel,), action):
+        yield
+
+
+def _older_fsdp() -> tuple[type, ...]:
+    module = sys.modules.get("torch.distributed.fsdp")
+    return () if module is None else (module.FullyShardedDataParallel,)
+
+
+def _refuse(module: nn.Module) -> None:
+    raise RuntimeError(
+        f"{type(module).__name__} keeps weights in a form that cannot be differentiated twice; use "
+        "torch.distributed.fsdp.fully_shard"
+    )
+
+
+@contextmanager
+def _before_modules(kinds: tuple[type, ...], action: Callable[[Any], None]) -> Iterator[None]:
+    if not kinds:
+        yield
+        return
     here = get_ident()  # the hook sees the modules of all threads
 
     def hook(module: nn.Module, _: Any) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel) and get_ident() == here:
+        if isinstance(module, kinds) and get_ident() == here:
             action(module)
 
     handle = register_module_forward_pre_hook(hook)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ngd_optim.layout import is_spread
@@ -87,8 +88,18 @@ class ShardedModules:
                     stack.callback(group.reshard)
                     group.unshard()
                     group.wait_for_unshard()
+            for one in self._weights.values():
+                self._stand_in(one.sharded_param.grad, whole_weight_of(one))
+                stack.callback(setattr, whole_weight_of(one), "grad", None)
             self._open = stack.pop_all()
         return self
+
+    @staticmethod
+    def _stand_in(gradient: Tensor | None, weight: Tensor) -> None:
+        """Give a weight zeros for the gradient of its parameter, so that one sees whether they are cleared."""
+        if gradient is not None:
+            zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+            weight.grad = zero.expand(weight.shape)
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

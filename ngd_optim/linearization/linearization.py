@@ -6,6 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ngd_optim.distributed import ShardedModules
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization.point import Point, linearize_closure
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
@@ -118,7 +119,13 @@ def linearize(
     ):
         if not isinstance(value, str) or value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
-    parameters = FlatParameters([{"params": list(params)}])
+    tensors = list(params)
+    if ShardedModules(tensors).group is not None:
+        raise ValueError(
+            "linearize() works on parameters that are whole, and fully_shard has spread these over ranks; "
+            "give it a model that is not sharded, or take a step of NaturalCG"
+        )
+    parameters = FlatParameters([{"params": tensors}])
     run = TracedClosure(closure, parameters)
     with twice_differentiable():
         point = linearize_closure(run, parameters, curvature, backend, {})

@@ -132,7 +132,7 @@ class TracedClosure:
         accumulation.adopt(traced.loss)
         self.leaves_gradients = bool(accumulation.roots)
         self._gradients_before = [
-            before if p is t else p.grad
+            before if p is t or before is None else p.grad
             for p, t, before in zip(
                 self._parameters.params,
                 self._parameters.tensors,

@@ -1,4 +1,4 @@
-"""Run a function in two processes that talk by gloo, once for all the tests that look at what it did."""
+"""Run a function in processes that talk by gloo, once for all the tests that look at what it did."""
 
 import os
 import time
@@ -16,8 +16,13 @@ TIMEOUT = 150
 
 def on_two_ranks(function: Callable[[int], Any], folder: Path) -> None:
     """Save what ``function(rank)`` returns on each rank as ``folder/<rank>.pt``."""
+    on_ranks(2, function, folder)
+
+
+def on_ranks(n: int, function: Callable[[int], Any], folder: Path) -> None:
+    """The same on ``n`` ranks."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = mp.spawn(_run, (function, folder), nprocs=2, join=False)
+    context = mp.spawn(_run, (function, folder, n), nprocs=n, join=False)
     deadline = time.monotonic() + TIMEOUT
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
@@ -46,9 +51,9 @@ def results_of(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def _run(rank: int, function: Callable[[int], Any], folder: Path) -> None:
+def _run(rank: int, function: Callable[[int], Any], folder: Path, n: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
     torch.save(function(rank), folder / f"{rank}.pt")
     dist.barrier()  # nobody leaves while others still talk
     dist.destroy_process_group()

@@ -1,0 +1,376 @@
+"""Models that ``fully_shard`` (FSDP2) has spread over two processes: the steps of one process with all data."""
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from helpers.problems import assert_near
+from helpers.ranks import on_ranks, on_two_ranks, results_of
+from helpers.sharded import SOLVED, data_of, join, make_mlp, make_tied, shard, train, with_backward
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from ngd_optim import NaturalCG, Nystrom, linearize
+
+
+def clears_the_module(
+    model: nn.Module, optimizer: Any, x: Tensor, y: Tensor
+) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+SAME_STEPS: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "tied": {"make": make_tied},
+    "kept after forward": {"shard": {"reshard_after_forward": False}},
+    "cleared by the module": {"closure": clears_the_module},
+    "kfac": {"preconditioner": "kfac"},
+    "dense": {"solver": "dense"},
+    "nystrom": {"preconditioner": Nystrom(rank=4)},
+    "momentum": {"momentum": 0.5, "preconditioner": "diagonal", "weight_decay": 0.01},
+    "replicas": {"mesh": (2, 1)},
+}
+"""Options of the model, of ``fully_shard`` and of the optimizer."""
+
+
+def same_steps(
+    rank: int,
+    make: Callable[[], nn.Module] = make_mlp,
+    shard: Any = None,
+    mesh: Any = None,
+    **options: Any,
+) -> Any:
+    x, y = data_of(make)
+    mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "part"))
+    model = spread(make(), mesh, **(shard or {}))
+    return train(make(), x, y, **options), train(model, x[rank::2], y[rank::2], **options)
+
+
+spread = shard
+
+
+def parts_of(rank: int) -> tuple[nn.Module, NaturalCG, Callable[[], Tensor]]:
+    """A model, its optimizer and a closure on this rank's data."""
+    x, y = data_of(make_mlp)
+    size = dist.get_world_size()
+    model = shard(make_mlp())
+    optimizer = NaturalCG(model.parameters(), **SOLVED)
+    return model, optimizer, with_backward(model, optimizer, x[rank::size], y[rank::size])
+
+
+def between_steps(rank: int) -> dict[str, Any]:
+    """What there is between two steps: parts, and a model that can be evaluated and trained otherwise."""
+    model, optimizer, closure = parts_of(rank)
+    optimizer.step(closure)
+    kinds = {
+        name: {type(entry[name]) for entry in optimizer.state.values() if name in entry}
+        for name in ("solution", "left")
+    }
+    parameters = all(
+        isinstance(p, DTensor) and isinstance(p.grad, DTensor) for p in model.parameters()
+    )
+    x, y = data_of(make_mlp)
+    whole = make_mlp()
+    values = [p.detach().full_tensor() for p in model.parameters()]
+    with torch.no_grad():
+        for p, value in zip(whole.parameters(), values, strict=True):
+            p.copy_(value)
+        same_output = torch.allclose(model(x), whole(x), rtol=0, atol=1e-14)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x[rank::2]), y[rank::2]).backward()  # FSDP2 averages by itself again
+    F.cross_entropy(whole(x), y).backward()
+    same_gradient = torch.allclose(
+        join([p.grad for p in model.parameters()]), join([p.grad for p in whole.parameters()])
+    )
+    return {
+        "kinds": kinds,
+        "parameters": parameters,
+        "output": same_output,
+        "gradient": same_gradient,
+    }
+
+
+def in_bfloat16(rank: int) -> tuple[list[float], set[torch.dtype], Tensor]:
+    x, y = data_of(make_mlp)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = shard(make_mlp().float(), mp_policy=policy)
+    optimizer = NaturalCG(model.parameters())
+    losses = []
+    for _ in range(6):
+        losses.append(
+            optimizer.step(lambda: F.cross_entropy(model(x.float()[rank::2]), y[rank::2])).item()
+        )
+    dtypes = {p.dtype for p in model.parameters()}
+    dtypes |= {optimizer.state[p]["solution"].dtype for p in model.parameters()}
+    return losses, dtypes, join(list(model.parameters()))
+
+
+def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, str]:
+    model, optimizer, inner = parts_of(rank)
+    runs = 0
+
+    def closure() -> Tensor:
+        nonlocal runs
+        runs += 1
+        if rank == 1 and runs == fails_at:
+            raise KeyError("no such batch")
+        return inner()
+
+    message, before = "nothing was raised", join(list(model.parameters()))
+    while runs < fails_at and message == "nothing was raised":
+        before = join(list(model.parameters()))
+        try:
+            optimizer.step(closure)
+        except Exception as error:
+            message = repr(error)
+    unmoved = torch.equal(before, join(list(model.parameters())))
+    optimizer.step(closure)
+    assert optimizer.last_step is not None
+    return message, unmoved, optimizer.last_step.reason
+
+
+def sentence_of(rank: int, attempt: Callable[[int], Any]) -> str:
+    try:
+        attempt(rank)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def no_closure_on_one_rank(rank: int) -> None:
+    _, optimizer, closure = parts_of(rank)
+    optimizer.step(closure if rank else 3)  # pyright: ignore[reportArgumentType]
+
+
+def offloaded(rank: int) -> None:
+    model = shard(make_mlp(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    NaturalCG(model.parameters()).step(lambda: model(torch.ones(2, 4)).sum())
+
+
+def on_two_meshes(rank: int) -> None:
+    groups = [dist.new_group([r]) for r in range(2)]
+    alone = DeviceMesh.from_group(groups[rank], "cpu")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model[1], mesh=alone)
+    NaturalCG(model.parameters()).step(lambda: model(torch.ones(2, 4)).sum())
+
+
+def another_model(rank: int) -> None:
+    optimizer = NaturalCG(shard(make_mlp()).parameters())
+    other = shard(make_mlp())
+    x, y = data_of(make_mlp)
+    optimizer.step(lambda: F.cross_entropy(other(x), y))
+
+
+def another_group(rank: int) -> None:
+    group = dist.new_group([0, 1])
+    model, _, _ = parts_of(rank)
+    optimizer = NaturalCG(model.parameters(), process_group=group)
+    x, y = data_of(make_mlp)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+
+def linearized(rank: int) -> None:
+    model, _, closure = parts_of(rank)
+    linearize(closure, model.parameters())
+
+
+class Older(FullyShardedDataParallel):
+    """It wants an accelerator, so it is made without its constructor."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.inner = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    __getattr__ = nn.Module.__getattr__
+
+
+def older_engine(rank: int) -> None:
+    model = Older()
+    optimizer = NaturalCG(model.inner.parameters(), process_group=dist.group.WORLD)
+    optimizer.step(lambda: model(torch.ones(3, 2)).square().mean())
+
+
+REFUSED = {
+    older_engine: ("use torch.distributed.fsdp.fully_shard",) * 2,
+    no_closure_on_one_rank: ("needs a closure", "rank 0 raised an exception"),
+    offloaded: ("call fully_shard without CPUOffloadPolicy",) * 2,
+    on_two_meshes: ("call fully_shard with the same mesh",) * 2,
+    another_model: ("depends on none of the optimizer's parameters",) * 2,
+    another_group: ("leave it out, and it is found",) * 2,
+    linearized: ("on parameters that are whole",) * 2,
+}
+
+
+# Checkpoints: what each of some processes saves, and others load.
+
+OPTIONS = {flat: StateDictOptions(flatten_optimizer_state_dict=flat) for flat in (False, True)}
+
+
+def contents(model: nn.Module, optimizer: NaturalCG, flat: bool) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=OPTIONS[flat]),
+    }
+
+
+def save_and_go_on(rank: int, folder: Path) -> Tensor:
+    """Save after three steps; where the fourth leads to."""
+    model, optimizer, closure = parts_of(rank)
+    for _ in range(3):
+        optimizer.step(closure)
+    for flat in (False, True):
+        dcp.save(contents(model, optimizer, flat), checkpoint_id=folder / f"flat {flat}")
+    optimizer.step(closure)
+    return join(list(model.parameters()))
+
+
+def load_and_go_on(rank: int, folder: Path, flat: bool) -> Tensor:
+    """Where the fourth step leads to, with as many parts of the data as there are ranks."""
+    model, optimizer, closure = parts_of(rank)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    found = contents(model, optimizer, flat)
+    dcp.load(found, checkpoint_id=folder / f"flat {flat}")
+    set_model_state_dict(model, found["model"])
+    set_optimizer_state_dict(model, optimizer, found["optimizer"], options=OPTIONS[flat])
+    optimizer.step(closure)
+    return join(list(model.parameters()))
+
+
+def checkpoints(rank: int) -> dict[str, Tensor]:
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    after = save_and_go_on(rank, Path(folder[0]))
+    resumed = {flat: load_and_go_on(rank, Path(folder[0]), flat) for flat in (False, True)}
+    return {"folder": folder[0], "after": after, "resumed": resumed}
+
+
+SCENARIOS: dict[str, Callable[[int], Any]] = {
+    **{f"same {name}": partial(same_steps, **options) for name, options in SAME_STEPS.items()},
+    **{f"error {n}": partial(error_on_one_rank, fails_at=n) for n in (1, 3)},
+    **{f.__name__: partial(sentence_of, attempt=f) for f in REFUSED},
+    **{f.__name__: f for f in (between_steps, in_bfloat16, checkpoints)},
+}
+
+
+def run_scenarios(rank: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            results[name] = scenario(rank)
+        except Exception:
+            results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
+        dist.barrier()
+    return results
+
+
+@pytest.fixture
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What each rank returned in a scenario."""
+    run = partial(on_two_ranks, run_scenarios)
+    results = results_of("fully sharded", run, tmp_path_factory)
+
+    def of(name: str) -> list[Any]:
+        for result in results:
+            if isinstance(result[name], AssertionError):
+                raise result[name]
+        return [result[name] for result in results]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SAME_STEPS)
+def test_the_steps_are_those_of_one_process_with_all_data(ranks: Any, name: str):
+    (one, found), (_, other) = ranks(f"same {name}")
+    assert_near(found[0], one[0], rtol=1e-10)
+    assert_near(found[1], one[1], rtol=1e-8)
+    assert torch.equal(found[0], other[0])
+    for mine, theirs, alone in zip(found[2], other[2], one[2], strict=True):
+        assert repr(mine) == repr(theirs)  # NaN is NaN
+        assert mine.reason == alone.reason
+        assert mine.damping == pytest.approx(alone.damping, rel=1e-10)
+        assert mine.backtracks == alone.backtracks
+        assert mine.loss == pytest.approx(alone.loss, rel=1e-10)
+        assert mine.new_loss == pytest.approx(alone.new_loss, rel=1e-10)
+
+
+def test_between_steps_there_are_parts_and_a_model_as_before(ranks: Any):
+    for found in ranks("between_steps"):
+        assert found["kinds"] == {"solution": {DTensor}, "left": {Tensor}}
+        assert found["parameters"]
+        assert found["output"]
+        assert found["gradient"]
+
+
+def test_mixed_precision_keeps_exact_parameters(ranks: Any):
+    (losses, dtypes, theta), (_, _, other) = ranks("in_bfloat16")
+    assert losses[-1] < 0.99 * losses[0]
+    assert dtypes == {torch.float32}
+    assert torch.equal(theta, other)
+    assert not torch.equal(theta, theta.bfloat16().float())
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_an_error_on_one_rank_stops_all(ranks: Any, fails_at: int):
+    (message, unmoved, reason), (message_there, unmoved_there, _) = ranks(f"error {fails_at}")
+    assert "rank 1 raised an exception" in message
+    assert "no such batch" in message_there
+    assert unmoved
+    assert unmoved_there
+    assert reason == "accepted"
+
+
+@pytest.mark.parametrize("attempt", REFUSED, ids=lambda f: f.__name__)
+def test_what_cannot_work_is_told_in_one_sentence(ranks: Any, attempt: Any):
+    for said, expected in zip(ranks(attempt.__name__), REFUSED[attempt], strict=True):
+        assert expected in said
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_run_goes_on_from_a_checkpoint(ranks: Any, flat: bool):
+    for found in ranks("checkpoints"):
+        assert torch.equal(found["resumed"][flat], found["after"])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_checkpoint_of_two_ranks_is_loaded_by_others(ranks: Any, size: int, tmp_path: Path):
+    found = ranks("checkpoints")[0]
+    load = partial(load_and_go_on, folder=Path(found["folder"]), flat=False)
+    on_ranks(size, load, tmp_path)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_near(results[0], found["after"], rtol=1e-10)
