@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ngd_optim.distributed import ParametersInParts
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing import TracedClosure
@@ -29,7 +30,7 @@ class GradientHooks:
         optimizer: Any,
         run: TracedClosure,
         point: Point,
-        parameters: FlatParameters,
+        parameters: FlatParameters | ParametersInParts,
     ) -> None:
         """Show the gradients as one run of the closure leaves them.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ngd_optim.copies import CopiedInFull
-from ngd_optim.distributed import Ranks, is_one_of_several
+from ngd_optim.distributed import Ranks
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
@@ -341,7 +341,7 @@ class KFAC(CopiedInFull):
     ) -> KroneckerFactors | None:
         """New factors, mixed with the older; None if this step has seen no losses, or its numbers are not finite."""
         estimate = self._watch.take()
-        if not closures and ranks.group is None and is_one_of_several():
+        if not closures and ranks.group is None and Ranks.is_one_of_several():
             raise RuntimeError(_NO_GROUP)
         if closures > 1 and estimate is not None:  # these stand for the mean of their losses
             estimate = estimate.scale(1 / closures)

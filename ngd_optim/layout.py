@@ -39,23 +39,24 @@ def spread_like(like: Tensor, tensor: Tensor) -> Tensor:
     everywhere = [Replicate()] * lying.device_mesh.ndim
     given = DTensor.from_local(tensor, lying.device_mesh, everywhere, run_check=False)
     part = given.redistribute(placements=lying.placements).to_local()
-    return _from_part(like, part.clone(memory_format=torch.contiguous_format))
+    return spread_part_like(like, part.clone(memory_format=torch.contiguous_format))
 
 
 def zeros_spread_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros with the memory of one."""
     shape = local_part(like).shape
-    return _from_part(like, torch.zeros((), dtype=dtype, device=like.device).expand(shape))
+    return spread_part_like(like, torch.zeros((), dtype=dtype, device=like.device).expand(shape))
 
 
-def _from_part(like: Tensor, part: Tensor) -> Tensor:
+def spread_part_like(like: Tensor, part: Tensor) -> Tensor:
+    """What this rank has, of any shape, as a part of a tensor that lies as another one does."""
     if not is_spread(like):
         return part
     from torch.distributed.tensor import DTensor
 
     lying: Any = like
     return DTensor.from_local(
-        part,
+        part.view(lying.to_local().shape),
         lying.device_mesh,
         lying.placements,
         run_check=False,

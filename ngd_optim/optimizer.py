@@ -61,6 +61,12 @@ Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
 _STREAM = 20
 """So many steps in a row with other data each time are taken for an endless stream."""
 
+MANY = 2**20
+"""With so many parameters, each rank of sharded modules has a part of the step's vectors.
+
+Of fewer it has them whole, which saves three exchanges of a number in each iteration.
+"""
+
 _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
@@ -367,21 +373,23 @@ class NaturalCG(CopiedInFull):
             generator=self.generator,
             calls=(len(functions), len(others)),
         )
-        if modules.group is not None:
+        if modules:
             ranks.begin_with(beginning.length, beginning.common)
             ranks.together(lambda: None)  # gathering takes all of them
             self._transaction.enter(modules)
             ranks.begin_with(Beginning.length)
             parameters = FlatParameters(self.param_groups, modules.weight)
-        last = LastStep(parameters, self.state)
+        # As the step's own vectors lie.
+        own = ranks.divide(parameters) if modules and _divides(parameters, settings) else parameters
+        last = LastStep(own, self.state)
         closures = [TracedClosure(function, parameters) for function in functions]
         others = [TracedClosure(function, parameters) for function in others]
         runs = [*closures, *others]
         theta = self._transaction.cover(parameters, runs)
         with twice_differentiable():
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
-            beginning = replace(beginning, theta=theta)
-            ranks.begin_with(beginning.length, beginning.common)
+            ranks.begin_with(beginning.length, replace(beginning, theta=theta).common)
+            theta = ranks.own(theta)
             preconditioning = build_preconditioner(
                 settings.preconditioner, parameters, self.state, self.generator
             )
@@ -395,18 +403,18 @@ class NaturalCG(CopiedInFull):
                 smoothing=last.smoothing,
             )
             point = linearize(closures, None if others else preconditioning.observe)
-            ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters))
+            ranks.together(lambda: self._gradient_hooks(self, closures[0], point, own))
             if others:
                 other = linearize(others, preconditioning.observe)
                 _require(other.used, "the curvature closure")
                 point = point.with_curvature_of(other)
             _require(point.reached, "the loss")
             if point.writes_parameters:
-                theta = parameters.read()  # where the closure has put them
+                theta = own.read()  # where the closure has put them
 
             # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.
             # W: the weight decay, where the closure uses a parameter at all.
-            decay = parameters.spread(settings.weight_decay, point.used)
+            decay = own.spread(settings.weight_decay, point.used)
             gradient = point.model_gradient
             if any(settings.weight_decay):
                 gradient = gradient + decay * theta
@@ -422,7 +430,7 @@ class NaturalCG(CopiedInFull):
                 progress_tol=settings.cg_progress_tol,
                 boundary=unbounded if max_kl is None else 2 * max_kl,
                 form=point.product.form,
-                precondition=lambda model: preconditioning.build(point, model, ranks),
+                precondition=lambda model: preconditioning.precondition(point, model, ranks),
                 reject=preconditioning.reject,
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
@@ -453,7 +461,7 @@ class NaturalCG(CopiedInFull):
             #    appendix C), or solve again with more damping where that is cheap (Marquardt 1963).
             descent = Descent(
                 point,
-                parameters,
+                own,
                 theta,
                 solver,
                 damping,
@@ -471,7 +479,7 @@ class NaturalCG(CopiedInFull):
         # Side effects of one run: the closures' own, of the first time that they ran.
         for run in runs:
             run.settle()
-        closures[0].leave_gradients(parameters.lay_out(point.gradient), point.reached)
+        closures[0].leave_gradients(own.lay_out(point.gradient), point.reached)
         self.process_group = ranks.group
         report = build_report(
             point,
@@ -553,6 +561,12 @@ class NaturalCG(CopiedInFull):
 
 
 _DEFAULTS = {name: inspect.signature(NaturalCG).parameters[name].default for name in SETTINGS}
+
+
+def _divides(parameters: FlatParameters, settings: Settings) -> bool:
+    """Whether vectors are many enough to be divided over the ranks, and nothing needs them whole."""
+    uses_parts = settings.solver in ("auto", "cg") and settings.damping_scale != "diagonal"
+    return uses_parts and parameters.size >= MANY
 
 
 def _require(flags: Sequence[bool], what: str) -> None:

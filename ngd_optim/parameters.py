@@ -166,6 +166,14 @@ class FlatParameters:
         exact = all(t.dtype == p.dtype for t, p in zip(self.tensors, self.params, strict=True))
         return self.flatten(self.tensors if exact else self.params)
 
+    def keep(self, theta: Tensor) -> Callable[[], None]:
+        """What sets the values to what they are now, ``theta``; of parts it keeps this rank's alone."""
+        if all(p is t for p, t in zip(self.params, self.tensors, strict=True)):
+            return lambda: self.write(theta)
+        parts = [local_part(p.detach()) for p in self.params]
+        kept = [part.clone() for part in parts]
+        return lambda: copy_all(parts, kept)
+
     @torch.no_grad()
     def move(self, start: Tensor, step: Tensor, fraction: float) -> None:
         """Set the values to ``start + fraction · step``."""

@@ -69,13 +69,14 @@ class Transaction:
             The flat parameters, as they are now.
         """
         theta = parameters.read()
+        put_back = parameters.keep(theta)
         gradients = [p.grad for p in parameters.leaves]
 
         def undo() -> None:
             # The last to run goes first: each had noted the state that the one before it left.
             for run in reversed(runs):
                 run.rewind()
-            parameters.write(theta)
+            put_back()
             for p, gradient in zip(parameters.leaves, gradients, strict=True):
                 p.requires_grad_(True)
                 p.grad = gradient

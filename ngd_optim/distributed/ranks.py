@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngd_optim.distributed.ddp import before_ddp_modules, find_ddp_group
+from ngd_optim.distributed.parts import Division, ParametersInParts, Part
+from ngd_optim.parameters import FlatParameters
 
 T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class Ranks:
 
     Attributes:
         group: the group, or None for this process alone.
+        division: of the step's vectors over the ranks; None: each rank has them whole.
     """
 
     def __init__(
@@ -58,9 +61,15 @@ class Ranks:
             follow_ddp and group is None and dist.is_available() and dist.is_initialized()
         )
         self._parameters = parameters
+        self.division: Division | None = None
         self._error: BaseException | None = None
         self._common: Callable[[], Sequence[Common]] = tuple
         self._length = 0
+
+    @staticmethod
+    def is_one_of_several() -> bool:
+        """Whether ``torch.distributed`` runs this process beside others."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def begin_with(self, length: int, common: Callable[[], Sequence[Common]] = tuple) -> None:
         """Compare what ``common()`` gives, of this length, when the ranks first meet, at no exchange of its own.
@@ -99,7 +108,11 @@ class Ranks:
         result = self.deferring_errors(work)
         # NaN on one rank makes all stop; the error itself is raised where the host waits anyway.
         is_lost = result is None or self._error is not None
-        total = torch.full_like(v, torch.nan) if is_lost else result.clone()  # pyright: ignore[reportOptionalMemberAccess]
+        own = torch.full_like(v, torch.nan) if is_lost else result
+        assert own is not None
+        if self.division is not None:
+            return self.division.mean(own)
+        total = own.clone()
         dist.all_reduce(total, group=self.group)
         return total.div_(dist.get_world_size(self.group))
 
@@ -128,6 +141,23 @@ class Ranks:
         total = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
         dist.all_reduce(total, group=self.group)
         return (total / dist.get_world_size(self.group)).to(value.dtype)
+
+    def divide(self, parameters: FlatParameters) -> ParametersInParts:
+        """Have vectors of the step, from now on, in parts; and the parameters as such a vector."""
+        self.division = Division(parameters.params, self.group)
+        return ParametersInParts(parameters, self.division)
+
+    def mean(self, flat: Tensor) -> Tensor:
+        """The mean over the ranks of a vector that is whole on each, as the step's vectors lie."""
+        return self.average(flat) if self.division is None else self.division.mean(flat)
+
+    def whole(self, v: Tensor) -> Tensor:
+        """All elements of a vector of the step, on each rank."""
+        return self.division.whole(v) if self.division and isinstance(v, Part) else v
+
+    def own(self, flat: Tensor) -> Tensor:
+        """What this rank has, in a vector of the step, of one that is whole on each rank."""
+        return flat if self.division is None else self.division.part(flat)
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is set on some rank."""
@@ -177,6 +207,7 @@ class Ranks:
         failed = 0 if error is None else 1 + dist.get_rank(self.group)
         n, self._length = self._length, 0
         common = self._common() if n and not failed else ()
+        self._common = tuple  # it may hold vectors
         (failed,), agreed = self._meet([failed], [entry.number for entry in common] or [0] * n)
         if error is not None:
             return
@@ -200,11 +231,6 @@ class Ranks:
             notice(running)
         with before_ddp_modules(notice):
             yield
-
-
-def is_one_of_several() -> bool:
-    """Whether ``torch.distributed`` runs this process beside others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 ALONE = Ranks(None, torch.device("cpu"), follow_ddp=False)

@@ -72,6 +72,9 @@ class ShardedModules:
                 "leave it out, and it is found"
             )
 
+    def __bool__(self) -> bool:
+        return self.group is not None
+
     def weight(self, p: Tensor) -> Tensor:
         """What the modules compute with, for a parameter: all of it, while the context lasts."""
         one = self._weights.get(id(p))

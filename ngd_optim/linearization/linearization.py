@@ -120,7 +120,7 @@ def linearize(
         if not isinstance(value, str) or value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
     tensors = list(params)
-    if ShardedModules(tensors).group is not None:
+    if ShardedModules(tensors):
         raise ValueError(
             "linearize() works on parameters that are whole, and fully_shard has spread these over ranks; "
             "give it a model that is not sharded, or take a step of NaturalCG"

@@ -172,10 +172,10 @@ class Point:
         return replace(
             self,
             loss=ranks.average(self.loss),
-            gradient=ranks.average(self.gradient),
+            gradient=ranks.mean(self.gradient),
             reached=flags[:n],
             used=flags[n : 2 * n],
-            bend=ranks.average(bend) if flags[-1] else None,
+            bend=ranks.mean(bend) if flags[-1] else None,
             outputs=0,
             product=RanksProduct(self.product, ranks),
             measure=measure,

@@ -144,8 +144,9 @@ class RanksProduct:
 
     def form(self, v: Tensor) -> None:
         """Choose how to form it; all ranks choose alike."""
-        self._product.form(v)
+        self._product.form(self._ranks.whole(v))
 
     def __call__(self, v: Tensor) -> Tensor:
         """The mean, a new tensor; see :meth:`Ranks.mean_deferring_errors`."""
+        v = self._ranks.whole(v)
         return self._ranks.mean_deferring_errors(lambda: self._product(v), v)

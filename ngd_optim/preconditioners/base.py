@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -32,8 +33,18 @@ class Preconditioning:
     def observe(self, metric: OutputMetric | ScalarMetric) -> None:
         """See a closure's metric while its graph is at hand."""
 
+    def precondition(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
+        """The preconditioner for a model's system; None where there is none.
+
+        It works on whole vectors, of which those of the step may be parts.
+        """
+        if ranks.division is None or type(self) is Preconditioning:
+            return self.build(point, model, ranks)
+        solve = self.build(point, _on_whole_vectors(model, ranks), ranks)
+        return None if solve is None else lambda r: ranks.own(solve(ranks.whole(r)))
+
     def build(self, point: Point, model: QuadraticModel, ranks: Ranks) -> Solve | None:
-        """The preconditioner for a model's system; None where there is none."""
+        """That for a model of whole vectors."""
         return None
 
     def reject(self, error: IndefinitePreconditionerError) -> None:
@@ -45,6 +56,21 @@ class Preconditioning:
 
     def keep(self, iterations: int) -> None:
         """Write to the optimizer's state, with how many iterations were preconditioned."""
+
+
+def _on_whole_vectors(model: QuadraticModel, ranks: Ranks) -> QuadraticModel:
+    def whole(value: float | Tensor) -> float | Tensor:
+        return ranks.whole(value) if isinstance(value, Tensor) else value
+
+    return replace(
+        model,
+        gradient=ranks.whole(model.gradient),
+        curvature=lambda v: ranks.whole(model.curvature(ranks.own(v))),
+        decay=whole(model.decay),
+        damping=whole(model.damping),
+        centre=None,
+        scale=None,
+    )
 
 
 class Given(Preconditioning):

@@ -63,7 +63,7 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
 
 
 def _choose_automatically(point: Point) -> SolverName:
-    m, n = point.outputs, len(point.gradient)
+    m, n = point.outputs, point.parameters.size
     # A direct solve takes few³ operations, and its Jacobian m·n numbers.
     few = n if not m else min(m, n)
     bytes_needed = point.gradient.element_size() * n * (m or n)

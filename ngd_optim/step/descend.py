@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ngd_optim.distributed import ParametersInParts
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
@@ -71,7 +72,7 @@ class Descent:
     """
 
     point: Point
-    parameters: FlatParameters
+    parameters: FlatParameters | ParametersInParts
     theta: Tensor
     solver: Solver
     damping: Damping

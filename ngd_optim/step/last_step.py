@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.distributed import ParametersInParts
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.step.damping import smoothing_factor
@@ -30,7 +31,9 @@ class LastStep:
     """
 
     def __init__(
-        self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]
+        self,
+        parameters: FlatParameters | ParametersInParts,
+        state: MutableMapping[Tensor, dict[str, Any]],
     ) -> None:
         self._parameters = parameters
         self._state = state

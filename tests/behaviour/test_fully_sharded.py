@@ -2,7 +2,8 @@
 
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+import ngd_optim.optimizer
 from ngd_optim import NaturalCG, Nystrom, linearize
+from ngd_optim.distributed.parts import Division
 
 
 def clears_the_module(
@@ -57,6 +60,11 @@ SAME_STEPS: dict[str, dict[str, Any]] = {
     "nystrom": {"preconditioner": Nystrom(rank=4)},
     "momentum": {"momentum": 0.5, "preconditioner": "diagonal", "weight_decay": 0.01},
     "replicas": {"mesh": (2, 1)},
+    "tied in parts": {"make": make_tied, "parts": True},
+    "kfac in parts": {"preconditioner": "kfac", "parts": True},
+    "nystrom in parts": {"preconditioner": Nystrom(rank=4), "parts": True},
+    "momentum in parts": {"momentum": 0.5, "weight_decay": 0.01, "lr": 0.7, "parts": True},
+    "replicas in parts": {"mesh": (2, 1), "parts": True},
 }
 """Options of the model, of ``fully_shard`` and of the optimizer."""
 
@@ -66,12 +74,25 @@ def same_steps(
     make: Callable[[], nn.Module] = make_mlp,
     shard: Any = None,
     mesh: Any = None,
+    parts: bool = False,
     **options: Any,
 ) -> Any:
     x, y = data_of(make)
     mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "part"))
     model = spread(make(), mesh, **(shard or {}))
-    return train(make(), x, y, **options), train(model, x[rank::2], y[rank::2], **options)
+    one = train(make(), x, y, **options)
+    with in_parts() if parts else nullcontext():
+        return one, train(model, x[rank::2], y[rank::2], **options)
+
+
+@contextmanager
+def in_parts() -> Iterator[None]:
+    """As if the parameters were many, so that each rank has a part of each of the step's vectors."""
+    before, ngd_optim.optimizer.MANY = ngd_optim.optimizer.MANY, 0
+    try:
+        yield
+    finally:
+        ngd_optim.optimizer.MANY = before
 
 
 spread = shard
@@ -155,6 +176,61 @@ def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, str]:
     optimizer.step(closure)
     assert optimizer.last_step is not None
     return message, unmoved, optimizer.last_step.reason
+
+
+def error_in_parts(rank: int) -> tuple[str, bool, str]:
+    with in_parts():
+        return error_on_one_rank(rank, fails_at=3)
+
+
+def arithmetic_of_parts(rank: int) -> dict[str, float]:
+    """What parts say of vectors, beside the vectors themselves."""
+    params = list(shard(make_mlp()).parameters())
+    division = Division(params, dist.group.WORLD)
+    generator = torch.Generator().manual_seed(0)
+    n = sum(p.numel() for p in params)
+    a, b = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2))
+    part, other = division.part(a), division.part(b)
+    broken = division.part(a / (a != a[-1]))  # on one rank alone
+    shards = division.to_shards(part, params)
+    pairs = {
+        "whole": (division.whole(part), a),
+        "dot": (torch.dot(part, other), torch.dot(a, b)),
+        "norm": (part.norm(), a.norm()),
+        "sum": (division.whole((2 * part).add_(other, alpha=0.5) - other / 3), 2 * a + b / 6),
+        "where": (division.whole(torch.where(part > 0, part, 0.0)), a.clamp(min=0)),
+        "finite": (broken.isfinite().all().double(), torch.tensor(0.0)),
+        "any": ((part > a.max() - 1e-9).any().double(), torch.tensor(1.0)),
+        "mean": (division.whole(division.mean(a * (rank + 1))), 1.5 * a),
+        "shards": (join(shards), a),
+        "from shards": (
+            division.whole(division.from_shards([t.to_local() for t in shards], a)),  # pyright: ignore
+            a,
+        ),
+    }
+    errors = {
+        name: (x - y).abs().max().item() / y.abs().max().clamp(min=1).item()
+        for name, (x, y) in pairs.items()
+    }
+    for name, refused in REFUSED_OF_PARTS.items():
+        try:
+            refused(part)
+        except TypeError:
+            errors[name] = 0.0
+        else:
+            errors[name] = 1.0
+    return errors
+
+
+REFUSED_OF_PARTS: dict[str, Callable[[Any], Any]] = {
+    "item": lambda v: v[0],
+    "flip": lambda v: v.flip(0),
+    "cumsum": lambda v: v.cumsum(0),
+    "p-norm": lambda v: v.norm(1),
+    "list": lambda v: v.tolist(),
+    "cat": lambda v: torch.cat([v, v]),
+}
+"""Questions that a part cannot answer."""
 
 
 def sentence_of(rank: int, attempt: Callable[[int], Any]) -> str:
@@ -283,7 +359,10 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{f"same {name}": partial(same_steps, **options) for name, options in SAME_STEPS.items()},
     **{f"error {n}": partial(error_on_one_rank, fails_at=n) for n in (1, 3)},
     **{f.__name__: partial(sentence_of, attempt=f) for f in REFUSED},
-    **{f.__name__: f for f in (between_steps, in_bfloat16, checkpoints)},
+    **{
+        f.__name__: f
+        for f in (between_steps, in_bfloat16, checkpoints, error_in_parts, arithmetic_of_parts)
+    },
 }
 
 
@@ -328,6 +407,11 @@ def test_the_steps_are_those_of_one_process_with_all_data(ranks: Any, name: str)
         assert mine.new_loss == pytest.approx(alone.new_loss, rel=1e-10)
 
 
+def test_parts_say_of_vectors_what_these_say_or_refuse(ranks: Any):
+    for errors in ranks("arithmetic_of_parts"):
+        assert {name: error for name, error in errors.items() if not error < 1e-14} == {}
+
+
 def test_between_steps_there_are_parts_and_a_model_as_before(ranks: Any):
     for found in ranks("between_steps"):
         assert found["kinds"] == {"solution": {DTensor}, "left": {Tensor}}
@@ -344,9 +428,9 @@ def test_mixed_precision_keeps_exact_parameters(ranks: Any):
     assert not torch.equal(theta, theta.bfloat16().float())
 
 
-@pytest.mark.parametrize("fails_at", [1, 3])
-def test_an_error_on_one_rank_stops_all(ranks: Any, fails_at: int):
-    (message, unmoved, reason), (message_there, unmoved_there, _) = ranks(f"error {fails_at}")
+@pytest.mark.parametrize("scenario", ["error 1", "error 3", "error_in_parts"])
+def test_an_error_on_one_rank_stops_all(ranks: Any, scenario: str):
+    (message, unmoved, reason), (message_there, unmoved_there, _) = ranks(scenario)
     assert "rank 1 raised an exception" in message
     assert "no such batch" in message_there
     assert unmoved
