@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ngd_optim.layout import is_spread
+from ngd_optim.layout import is_spread, zeros_spread_like
 from ngd_optim.torch_internals import (
     begin_fsdp,
     casting_only,
@@ -101,8 +100,7 @@ class ShardedModules:
     def _stand_in(gradient: Tensor | None, weight: Tensor) -> None:
         """Give a weight zeros for the gradient of its parameter, so that one sees whether they are cleared."""
         if gradient is not None:
-            zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-            weight.grad = zero.expand(weight.shape)
+            weight.grad = zeros_spread_like(weight, weight.dtype)
 
     def __exit__(self, *_: object) -> None:
         self._open.close()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.curvature import Graph, OutputMetric, pull_back
+from ngd_optim.layout import whole
 from ngd_optim.linearization.backend import Product, Way, explain_failure, reraise_own_kinds
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
@@ -237,7 +238,9 @@ def _judge_hessian(
 
 def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
     """``⟨a, b⟩``, and how large it is for vectors of these norms that know nothing of each other."""
-    x, y = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (a, b))
+    x, y = (
+        torch.cat([whole(t.detach()).double().flatten() for t in tensors]) for tensors in (a, b)
+    )
     return torch.dot(x, y).item(), (x.norm() * y.norm() / max(1, len(x)) ** 0.5).item()
 
 

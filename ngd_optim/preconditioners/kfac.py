@@ -30,7 +30,7 @@ from ngd_optim.kronecker import (
     estimate_factors,
     is_worthwhile,
 )
-from ngd_optim.layout import spread_like, whole
+from ngd_optim.layout import is_spread, spread_like, whole
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.preconditioners.base import Preconditioning, Solve
@@ -96,6 +96,14 @@ class Kronecker(Preconditioning):
                     "preconditioner='kfac' needs a metric at the model's outputs: a recognised "
                     "loss function or a returned distribution, and not the Hessian of a scalar; "
                     "use preconditioner='auto'"
+                )
+            self._estimates.append(None)
+            return
+        if any(map(is_spread, self._parameters.tensors)):
+            if self._must:
+                raise ValueError(
+                    "preconditioner='kfac' needs weights that are whole in a layer, and these lie over "
+                    "ranks (tensor parallel); use preconditioner='auto', 'diagonal' or Nystrom()"
                 )
             self._estimates.append(None)
             return

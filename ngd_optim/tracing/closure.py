@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.kernels import AUTOCAST_KINDS
+from ngd_optim.layout import is_spread, whole
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import WRITES_PARAMETERS, ForwardRecorder
 from ngd_optim.shown import show
@@ -28,6 +29,10 @@ from ngd_optim.tracing.mode import Hook, Tracing
 from ngd_optim.tracing.side_effects import SideEffects
 
 logger = logging.getLogger("ngd_optim")
+
+_ON_OTHER_RANKS = (
+    "a part of each operation on weights that lie over ranks (tensor parallel) is done by others"
+)
 
 Closure = Callable[[], Any]
 
@@ -114,6 +119,8 @@ class TracedClosure:
         """
         self.count += 1
         recorder = ForwardRecorder(self._parameters.tensors, self._effects.track_generator)
+        if any(map(is_spread, self._parameters.tensors)):
+            recorder.fail(_ON_OTHER_RANKS)
         accumulation = GradientAccumulation(self._parameters)
 
         def differentiate(root: Tensor) -> list[Tensor]:
@@ -340,6 +347,7 @@ class GradientAccumulation:
             # It may clear them again.
             if found is None or torch.equal(found, right):
                 continue
+            found, right = whole(found), whole(right)
             difference += (found - right).norm().item() ** 2
             total += right.norm().item() ** 2
         if difference > 1e-10 * total:
