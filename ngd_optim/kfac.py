@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ngd_optim.copies import CopiedInFull
-from ngd_optim.distributed import Ranks
+from ngd_optim.distributed import Ranks, ShardedModules
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
     average_factors,
 )
+from ngd_optim.layout import local_part
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
 from ngd_optim.report import KFACReport
@@ -205,6 +206,12 @@ class KFAC(CopiedInFull):
             KFACSettings.check_each(group)
         return KFACSettings.of(self.param_groups)
 
+    def _parameters(self) -> tuple[FlatParameters, ShardedModules]:
+        """Those of this step, and what ``fully_shard`` has made of their modules, which computes with other tensors."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        modules = ShardedModules(params, self.process_group)
+        return FlatParameters(self.param_groups, modules.weight if modules else None), modules
+
     @contextmanager
     def _watching(self, module: nn.Module | None = None) -> Iterator[None]:
         """Watch the losses of the block if factors are due; ``module`` is about to run."""
@@ -212,7 +219,7 @@ class KFAC(CopiedInFull):
             yield  # it is only evaluated, and may be frozen by now, or of another dtype
             return
         settings = self._settings()
-        state = StreamState(FlatParameters(self.param_groups), self.state)
+        state = StreamState(self._parameters()[0], self.state)
         if not state.is_due(settings.renew_every, _AT_START):
             yield
             return
@@ -223,7 +230,9 @@ class KFAC(CopiedInFull):
     def _watching_for(
         self, state: StreamState, damping: float, module: nn.Module | None = None
     ) -> Iterator[None]:
-        self._ranks = Ranks(self.process_group, state.parameters.device, follow_ddp=True)
+        _, modules = self._parameters()
+        group = modules.group or self.process_group
+        self._ranks = Ranks(group, state.parameters.device, follow_ddp=True)
         if self._drawing is None:  # one for all batches of a step
             self._drawing = self.generator or state.generator()
         known = self._invert(None, state, damping).pairs if state.factors else {}
@@ -261,18 +270,19 @@ class KFAC(CopiedInFull):
 
     def _step(self, closure: Any) -> Tensor | None:
         settings = self._settings()
-        parameters = FlatParameters(self.param_groups)
+        parameters, modules = self._parameters()
         state = StreamState(parameters, self.state)
         is_due = state.is_due(settings.renew_every, _AT_START)
 
         # 1. The gradient, and the factors of this batch if they are due.
-        loss, gradients = None, [p.grad for p in parameters.tensors]
+        loss, gradients = None, [p.grad for p in parameters.params]
         functions = [] if closure is None else list_closures(closure)
         if functions:
             with self._watching_for(state, settings.damping) if is_due else nullcontext():
                 loss, gradients = differentiate(functions, parameters)
         reached = [g is not None for g in gradients]
-        ranks = self._ranks or Ranks(self.process_group, parameters.device, follow_ddp=False)
+        group = modules.group or self.process_group
+        ranks = self._ranks or Ranks(group, parameters.device, follow_ddp=False)
         if self.process_group is not None:
             reached = ranks.any(reached)
         if not any(reached):
@@ -280,6 +290,8 @@ class KFAC(CopiedInFull):
                 "no parameter of the optimizer has a gradient; call loss.backward() before step(), or "
                 "was the model copied or built anew after the optimizer was made?"
             )
+        if closure is None and state.factors is None and self._is_made_by_a_checkpoint(gradients):
+            raise RuntimeError(_NO_TEMPLATE)
         gradient = parameters.flatten(gradients)
         if self.process_group is not None:
             gradient = ranks.average(gradient)
@@ -336,6 +348,11 @@ class KFAC(CopiedInFull):
         )
         return loss
 
+    def _is_made_by_a_checkpoint(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether ``torch.distributed.checkpoint`` makes a state to load into: no rate, and no gradient but zero."""
+        is_still = all(float(group["lr"]) == 0 for group in self.param_groups)
+        return is_still and not any(g is not None and local_part(g).any() for g in gradients)
+
     def _renew(
         self, state: StreamState, ranks: Ranks, settings: KFACSettings, closures: int
     ) -> KroneckerFactors | None:
@@ -378,8 +395,8 @@ class KFAC(CopiedInFull):
     ) -> None:
         decays = [lr * decay for lr, decay in zip(settings.lr, settings.weight_decay, strict=True)]
         parts = zip(
-            parameters.tensors,
-            parameters.views(d),
+            parameters.params,
+            parameters.lay_out(d),
             parameters.by_parameter(decays),
             reached,
             strict=True,
@@ -402,6 +419,10 @@ _NOTHING_SEEN = (
     "torch.compile made a module of that, watch the compiled one), or call "
     "optimizer.step(closure); and let the loss come from a function of torch.nn.functional, such as "
     "cross_entropy or mse_loss, or from least_squares"
+)
+_NO_TEMPLATE = (
+    "torch.distributed.checkpoint cannot make the state of a new KFAC, whose factors depend on the loss; take "
+    "one step before you load, or save and load optimizer.state_dict() by torch.save and torch.load"
 )
 _NO_GROUP = (
     "torch.distributed runs several processes, and KFAC has not seen which of them take this step: let "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ class FlatParameters:
 
     Attributes:
         params: the parameters that the optimizer was given: its state is theirs, and ``.grad``.
-        tensors: what the closure is a function of, in the same order.
 
     Raises:
         TypeError: a parameter is complex, or float16.
@@ -77,14 +77,25 @@ class FlatParameters:
                 "two parameters, or two elements of one, share the same memory; use one Parameter "
                 "for both"
             )
-        self.tensors = list(self.params if weight_of is None else map(weight_of, self.params))
-        self.leaves = list({id(t): t for t in (*self.params, *self.tensors)}.values())
-        """Each parameter, and each tensor of the closure, once."""
-        self._spread = [t for t in self.leaves if is_spread(t)]
-        self._converts = any(is_spread(t) or t.dtype != self.dtype for t in self.tensors)
+        self._weight_of = weight_of
+        self._is_spread = any(map(is_spread, self.params))
         self._sizes = [p.numel() for p in self.params]
         self.size = sum(self._sizes)
         """How many numbers the vector has."""
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """What the closure is a function of, in the same order."""
+        return self.params if self._weight_of is None else [*map(self._weight_of, self.params)]
+
+    @cached_property
+    def leaves(self) -> list[Tensor]:
+        """Each parameter, and each tensor of the closure, once."""
+        return list({id(t): t for t in (*self.params, *self.tensors)}.values())
+
+    @cached_property
+    def _converts(self) -> bool:
+        return any(is_spread(t) or t.dtype != self.dtype for t in self.tensors)
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """One tensor per parameter, of its shape, or None for zeros → a new flat vector.
@@ -196,7 +207,7 @@ class FlatParameters:
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
         views = self.views(values)
-        if not self._spread:
+        if not self._is_spread:
             copy_all(self.tensors, views)
             return
         for targets in (self.params, self.tensors):

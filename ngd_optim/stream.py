@@ -185,7 +185,7 @@ def differentiate(
     """
     if len(closures) == 1:
         return _differentiate(closures[0], parameters)
-    params = parameters.tensors
+    params = parameters.params
     before = [p.grad for p in params]
     losses: list[Tensor] = []
     totals: list[Tensor | None] = [None] * len(params)
@@ -211,7 +211,7 @@ def _add(total: Tensor | None, gradient: Tensor | None, n: int) -> Tensor | None
 def _differentiate(
     closure: Callable[[], Any], parameters: FlatParameters
 ) -> tuple[Tensor, list[Tensor | None]]:
-    params = parameters.tensors
+    params = parameters.params
     before = [(p.grad, None if p.grad is None else version_of(p.grad)) for p in params]
     with torch.enable_grad():
         returned = closure()

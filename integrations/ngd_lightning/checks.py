@@ -4,7 +4,11 @@ from collections.abc import Iterator
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ngd_optim import KFAC, NaturalCG
@@ -52,8 +56,9 @@ def _problems(trainer: pl.Trainer) -> Iterator[str]:
             f"precision={trainer.precision!r}: float16 has too little range for curvature "
             "products; use 'bf16-mixed', '32-true' or '64-true'"
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         yield (
-            f"{type(trainer.strategy).__name__} splits parameters or steps between processes, and "
-            "a step needs them whole; use strategy='ddp' or a single device"
+            f"{type(trainer.strategy).__name__} keeps weights in a form that cannot be differentiated "
+            "twice; use ModelParallelStrategy with fully_shard in configure_model, strategy='ddp' or a "
+            "single device"
         )

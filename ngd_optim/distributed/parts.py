@@ -210,7 +210,7 @@ class ParametersInParts:
     def __init__(self, parameters: FlatParameters, division: Division) -> None:
         self._parameters = parameters
         self._division = division
-        self.params, self.tensors = parameters.params, parameters.tensors
+        self.params = parameters.params
         self.dtype, self.device, self.size = parameters.dtype, parameters.device, parameters.size
         self.by_parameter = parameters.by_parameter
 
