@@ -310,8 +310,8 @@ class NaturalCG(CopiedInFull):
         """Take one step.
 
         Args:
-            closure: computes the loss, and returns it alone or with a metric. It runs once; see the
-                README for when it runs again. A list of closures stands for the mean of their
+            closure: computes the loss, and returns it alone or with a metric. It runs once; see
+                *Get started* for when it runs again. A list of closures stands for the mean of their
                 losses and metrics, with the memory of one at a time.
             curvature_closure: gives the curvature in place of ``closure``, for example on a part of
                 its data.
