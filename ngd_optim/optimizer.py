@@ -307,7 +307,16 @@ class NaturalCG(CopiedInFull):
         """
         return self._gradient_hooks.register(hook)
 
-    @all_or_nothing
+    @all_or_nothing(
+        attributes=(
+            "process_group",
+            "_has_met",
+            "_has_told_of_damping",
+            "_on_stream",
+            "_has_advised",
+        ),
+        setting="damping",
+    )
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
