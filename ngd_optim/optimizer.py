@@ -302,7 +302,10 @@ class NaturalCG(CopiedInFull):
         """
         return self._gradient_hooks.register(hook)
 
-    @all_or_nothing
+    @all_or_nothing(
+        attributes=("process_group", "_has_met", "_advice"),
+        setting="damping",
+    )
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None

@@ -27,6 +27,7 @@ BASE = [
     "autograd_graph",
     "distributed",
     "kernels",
+    "lstm",
     "names",
     "parameters",
     "reading",

@@ -207,7 +207,7 @@ class TracedClosure:
             metric,
             tuple(mode.losses),
             kinks,
-            is_all and any(not kink.is_smooth for kink in kinks),
+            bool(kinks) and is_all,
             mode.differentiates,
             bool(mode.hooks),
         )
