@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
-from ngd_optim import NaturalCG, StepReport
+from ngd_optim import NaturalCG
 
 Closure = Callable[[], tuple[Tensor, Any]]
 
@@ -258,19 +258,23 @@ class TRPO(sb3_contrib.TRPO):
             self._distribution(*self._example_inputs())
         self.policy.set_training_mode(True)
 
-    def _update_policy(self) -> StepReport:
+    def _update_policy(self) -> Any:
         data = next(self.rollout_buffer.get(batch_size=None))
         samples = self._samples(data, every=self.sub_sampling_factor)
-        part = None
-        if self.curvature_fraction < 1:
-            part = self._closure(
-                self._samples(data, every=self.sub_sampling_factor / self.curvature_fraction)
-            )
         self.policy_optimizer.param_groups[0].update(self._settings())
-        self.policy_optimizer.step(self._closure(samples), curvature_closure=part)
+        self.policy_optimizer.step(
+            self._closure(samples), curvature_closure=self._curvature_closure(data)
+        )
         report = self.policy_optimizer.last_step
         assert report is not None
         return report
+
+    def _curvature_closure(self, data: Any) -> Closure | None:
+        """What the products are formed on, if that is a part of the samples."""
+        if self.curvature_fraction == 1:
+            return None
+        every = self.sub_sampling_factor / self.curvature_fraction
+        return self._closure(self._samples(data, every))
 
     def _samples(self, data: Any, every: float) -> Samples:
         """A part of the rollout, whose rows the buffer has shuffled."""
@@ -282,40 +286,49 @@ class TRPO(sb3_contrib.TRPO):
 
     def _closure(self, samples: Samples) -> Closure:
         """The surrogate objective, negated, with the distribution of the actions."""
-        inputs, actions, old_log_prob, advantages = samples
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.long().flatten()
+        advantages = samples.advantages
         if self.normalize_advantage:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        return self._surrogate(samples, -advantages)
+
+    def _surrogate(self, samples: Samples, weights: Tensor) -> Closure:
+        """The mean of the weights times new ÷ old probability, with the distribution of the actions."""
+        inputs, actions, old_log_prob, _ = samples
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
 
         def surrogate() -> tuple[Tensor, Any]:
             distribution = self._distribution(*inputs)
             ratio = torch.exp(distribution.log_prob(actions) - old_log_prob)
-            return -(advantages * ratio).mean(), _joint(distribution)
+            return (weights * ratio).mean(), _joint(distribution)
 
         return surrogate
 
     def _update_critic(self) -> list[float]:
+        return self._fit_values(self.policy, self.rollout_buffer)
+
+    def _fit_values(self, critic: Any, buffer: RolloutBuffer) -> list[float]:
+        """Have a policy's values follow the returns in a buffer; the losses."""
         value_losses = []
-        for value_loss in self._value_losses():
+        for value_loss in self._value_losses(critic, buffer):
             value_losses.append(value_loss.item())
             if not value_loss.isfinite():  # rewards whose squares overflow
                 continue
-            self.policy.optimizer.zero_grad()
+            critic.optimizer.zero_grad()
             value_loss.backward()
             # A shared features extractor is the policy step's: else the KL has no bound.
             for p in self._actor:
                 p.grad = None
-            self.policy.optimizer.step()
+            critic.optimizer.step()
         return value_losses
 
-    def _value_losses(self) -> Iterator[Tensor]:
+    def _value_losses(self, critic: Any, buffer: RolloutBuffer) -> Iterator[Tensor]:
         for _ in range(self.n_critic_updates):
-            for data in self.rollout_buffer.get(self.batch_size):
-                values = self.policy.predict_values(data.observations).flatten()
+            for data in buffer.get(self.batch_size):
+                values = critic.predict_values(data.observations).flatten()
                 yield torch.nn.functional.mse_loss(values, data.returns)
 
-    def _record(self, report: StepReport, value_losses: list[float]) -> None:
+    def _record(self, report: Any, value_losses: list[float]) -> None:
         buffer = self.rollout_buffer
         values = {
             **report.as_dict(),
@@ -358,7 +371,8 @@ class TRPO(sb3_contrib.TRPO):
         """As in the base class."""
         self._follow_policy()
         found = super().get_parameters()
-        return {name: state for name, state in found.items() if name not in self._left_out}
+        left_out = self._left_out
+        return {k: v for k, v in found.items() if not {k, k.split(".")[0]} & left_out}
 
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
@@ -374,16 +388,18 @@ class TRPO(sb3_contrib.TRPO):
         if not isinstance(params, dict):
             _, params, _ = load_from_zip_file(params, device=device, load_data=False)
         assert params is not None
-        if "policy_optimizer" not in params:
-            if self._is_being_loaded:
-                params = {**params, "policy_optimizer": self.policy_optimizer.state_dict()}
-            elif exact_match:
-                raise ValueError(
-                    "the parameters have no policy_optimizer, as those of sb3-contrib's TRPO; "
-                    "pass exact_match=False to keep the optimizer as it is, or use load()"
-                )
-        self._is_being_loaded = False
         self._follow_policy()
+        own = super().get_parameters()
+        # What sb3-contrib's TRPO does not have.
+        missing = own.keys() - params.keys() - {"policy", "policy.optimizer"}
+        if missing and self._is_being_loaded:
+            params = {**params, **{name: own[name] for name in missing}}
+        elif missing and exact_match:
+            raise ValueError(
+                f"the parameters have no {', '.join(sorted(missing))}, as those of sb3-contrib's "
+                "TRPO; pass exact_match=False to keep what is there, or use load()"
+            )
+        self._is_being_loaded = False
         super().set_parameters(params, exact_match, device)
 
 

@@ -259,7 +259,10 @@ def test_recurrent_policy_repeats_its_rollout(policy_kwargs):
     returns = torch.from_numpy(model.rollout_buffer.returns.flatten())
     model.batch_size = len(values)
     torch.testing.assert_close(
-        next(model._value_losses()), (values - returns).square().mean(), rtol=1e-3, atol=0
+        next(model._value_losses(model.policy, model.rollout_buffer)),
+        (values - returns).square().mean(),
+        rtol=1e-3,
+        atol=0,
     )
 
 
