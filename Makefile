@@ -54,7 +54,7 @@ docs: $(READY)  ## build the site in site/, to read offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
-readme: $(READY)  ## write the tables of what works into README and docs
+readme: $(READY)  ## write the tables of what works into docs/what_works.md
 	PYTHONPATH=tests $(BIN)/python -m helpers.what_works
 
 clean:  ## remove the environment and caches

@@ -23,7 +23,7 @@ from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
 from ngd_optim.state import keep_precision
-from ngd_optim.stream import StreamState, check_state, differentiate
+from ngd_optim.stream import StreamState, check_stream_state, differentiate
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.watch import FactorWatch, WatchedModule
 
@@ -125,7 +125,7 @@ class KFAC(CopiedInFull):
         for group in state["param_groups"]:
             KFACSettings.require_names(group, "KFAC")
             KFACSettings.check_each(group)
-        check_state(state["state"])
+        check_stream_state(state["state"])
         super().__setstate__(state)
         self._complete()
 

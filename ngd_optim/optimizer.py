@@ -1,7 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import inspect
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
 from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
@@ -49,16 +49,11 @@ from ngd_optim.solvers import (
     curvature_diagonal,
 )
 from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
-from ngd_optim.step import Damping, Descent, LastStep, Outcome, choose_max_kl
+from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.transaction import all_or_nothing
 
-logger = logging.getLogger("ngd_optim")
-
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
-
-_STREAM = 20
-"""So many steps in a row with other data each time are taken for an endless stream."""
 
 _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
@@ -229,8 +224,8 @@ class NaturalCG(CopiedInFull):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and state, which are tensors and numbers."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if not self.state and any(p.grad is not None for p in params):
+        has_gradients = any(p.requires_grad and p.grad is not None for p in self._everything)
+        if not self.state and has_gradients:
             # torch.distributed.checkpoint makes no state where it finds gradients, and then loads none.
             parameters = FlatParameters(self.param_groups)
             complete_state(self.state, parameters, Settings.of(self.param_groups))
@@ -258,9 +253,10 @@ class NaturalCG(CopiedInFull):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        params = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in final["param_groups"] for i in group["params"]]
-        entries = {p: final["state"].get(i, {}) for p, i in zip(params, saved, strict=True)}
+        entries = {
+            p: final["state"].get(i, {}) for p, i in zip(self._everything, saved, strict=True)
+        }
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
@@ -273,9 +269,8 @@ class NaturalCG(CopiedInFull):
         # load_state_dict keeps hooks, as torch's optimizers keep theirs.
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
-        self._on_stream, self._has_advised = 0, False
+        self._advice = Advice()
         self._experiences: Learnt = {}
-        self._has_told_of_damping = False
         self._transaction: Any = None
         self._has_met = False
 
@@ -315,8 +310,8 @@ class NaturalCG(CopiedInFull):
         """Take one step.
 
         Args:
-            closure: computes the loss, and returns it alone or with a metric. It runs once; see the
-                README for when it runs again. A list of closures stands for the mean of their
+            closure: computes the loss, and returns it alone or with a metric. It runs once; see
+                *Get started* for when it runs again. A list of closures stands for the mean of their
                 losses and metrics, with the memory of one at a time.
             curvature_closure: gives the curvature in place of ``closure``, for example on a part of
                 its data.
@@ -341,7 +336,7 @@ class NaturalCG(CopiedInFull):
             self.process_group,
             self._device,
             follow_ddp=True,
-            parameters=[p for group in self.param_groups for p in group["params"]],
+            parameters=self._everything,
         ) as ranks:
             return self._step(closure, curvature_closure, ranks)
 
@@ -471,10 +466,9 @@ class NaturalCG(CopiedInFull):
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
         self.last_step = report
-        self._advise(point, new_slope)
+        self._advice = self._advice.after(report, outcome, point)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
-        self._tell_of_hiding_damping(report, outcome, point)
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
@@ -486,44 +480,19 @@ class NaturalCG(CopiedInFull):
         self._has_met = True
         return point.loss
 
-    def _advise(self, point: Point, new_slope: float) -> None:
-        """Say once which optimizer is made for a stream of batches."""
-        is_on_stream = (
-            not math.isnan(new_slope) and point.kind == "ggn" and not point.is_least_squares
-        )
-        self._on_stream = self._on_stream + 1 if is_on_stream else 0
-        if self._on_stream == _STREAM and not self._has_advised:
-            self._has_advised = True
-            logger.warning(
-                "each of the last %d steps had other data: for a stream of small batches "
-                "ngd_optim.KFAC is made, whose step costs little more than a gradient; NaturalCG is "
-                "for batches that are large, or come again",
-                _STREAM,
-            )
-
-    def _tell_of_hiding_damping(self, report: StepReport, outcome: Outcome, point: Point) -> None:
-        """Say once where the damping, which has the loss's unit, makes steps too short to be judged."""
-        is_unjudged = math.isnan(report.reduction_ratio) and not self._has_told_of_damping
-        if is_unjudged and outcome.is_held_by_damping(point.rounding):
-            self._has_told_of_damping = True
-            logger.warning(
-                "steps are too short for the loss to show whether they are right, because damping=%g "
-                "outweighs the curvature: λ has the unit of the loss, here %.3g, and stays where it is; "
-                "scale the loss to the order of 1, or set damping to a tenth of its scale and "
-                "min_damping to 0",
-                report.damping,
-                report.loss,
-            )
+    @property
+    def _everything(self) -> list[Tensor]:
+        """All parameters, frozen ones as well."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     @property
     def _device(self) -> torch.device:
-        return next(p.device for group in self.param_groups for p in group["params"])
+        return self._everything[0].device
 
     def _stands_still(self) -> bool:
         """Whether every learning rate and every gradient is zero."""
-        params = [p for group in self.param_groups for p in group["params"]]
         return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(
-            p.grad is not None and p.grad.any() for p in params
+            p.grad is not None and p.grad.any() for p in self._everything
         )
 
     @staticmethod

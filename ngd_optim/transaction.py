@@ -15,9 +15,7 @@ _WRITTEN = (
     "last_step",
     "process_group",
     "_has_met",
-    "_has_told_of_damping",
-    "_on_stream",
-    "_has_advised",
+    "_advice",
     "_transaction",
 )
 """Attributes of the optimizer that a step sets."""

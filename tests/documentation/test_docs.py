@@ -62,9 +62,9 @@ def test_every_option_and_every_field_of_a_report_is_explained():
         for name, p in inspect.signature(NaturalCG).parameters.items()
         if name != "params"
     }
-    cells = re.findall(
-        r"^\| (`.+?) \| (.+?) \|", hooks.section_of("README", "Options"), re.MULTILINE
-    )
+    page = (ROOT / "docs" / "settings.md").read_text()
+    reports, table = page.split("## All options")
+    cells = re.findall(r"^\| (`.+?) \| (.+?) \|", table, re.MULTILINE)
     explained = {
         name: default
         for names, defaults in cells
@@ -73,8 +73,7 @@ def test_every_option_and_every_field_of_a_report_is_explained():
         )
     }
     assert {name: ast.literal_eval(default) for name, default in explained.items()} == options
-    page = (ROOT / "docs" / "settings.md").read_text()
-    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
+    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", reports, re.MULTILINE)))
     assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
 
 
