@@ -16,6 +16,7 @@ ROOMS = [
     "curvature",
     "jacobian",
     "kronecker",
+    "factors",
     "linearization",
     "solvers",
     "preconditioners",

@@ -13,9 +13,9 @@ from ngd_optim.distributed import ALONE
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Observer, Point, linearize_mean
 from ngd_optim.names import BackendChoice, Curvature
-from ngd_optim.parameters import FlatParameters
+from ngd_optim.parameters import FlatParameters, name_parameters
 from ngd_optim.shown import show
-from ngd_optim.testing.surroundings import Listener, name_parameters, nothing_changes
+from ngd_optim.testing.surroundings import Listener, nothing_changes
 from ngd_optim.tracing import TracedClosure
 
 _DIFFERENT = 0.01
