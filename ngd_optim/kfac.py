@@ -15,7 +15,6 @@ from ngd_optim.distributed import Ranks, is_one_of_several
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
-    average_factors,
 )
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
@@ -357,7 +356,7 @@ class KFAC(CopiedInFull):
             raise RuntimeError(_NO_GROUP)
         if closures > 1 and estimate is not None:  # these stand for the mean of their losses
             estimate = estimate.scale(1 / closures)
-        mean = average_factors([estimate], ranks)
+        mean = KroneckerFactors.average([estimate], ranks)
         older = state.factors
         if older is None:
             if mean is None:
