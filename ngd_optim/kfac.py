@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks, is_one_of_several
+from ngd_optim.history import Followed
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
@@ -39,7 +39,7 @@ _RATE, _UPHILL = 0.2, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
 
 
-class KFAC(CopiedInFull):
+class KFAC(Followed):
     """Momentum, preconditioned by Kronecker factors, in steps of a length that the factors measure.
 
     For endless streams of small batches: a step costs little more than a gradient. Every few steps
@@ -150,6 +150,7 @@ class KFAC(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         if "_watch" not in self.__dict__:
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None

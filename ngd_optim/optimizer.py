@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
+from ngd_optim.history import Followed
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Learnt, Linearization, Point, linearize_mean
 from ngd_optim.names import (
@@ -59,7 +59,7 @@ _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
 
-class NaturalCG(CopiedInFull):
+class NaturalCG(Followed):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
     Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares
@@ -260,6 +260,7 @@ class NaturalCG(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
         self.defaults.pop("momentum", None)
         # No attributes of the class: wrappers of Lightning and Fabric are subclasses, which look for
