@@ -10,11 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ngd_optim.kernels import differentiable, recompute_alike, uncompiled
 from ngd_optim.recording import ForwardRecorder
-from ngd_optim.torch_internals import base_of, is_transformed, memory_of, saves_by_hooks
+from ngd_optim.torch_internals import (
+    FunctionMode,
+    base_of,
+    is_transformed,
+    memory_of,
+    saves_by_hooks,
+)
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
@@ -58,7 +63,7 @@ def _is_plain(func: Any) -> bool:
     )
 
 
-class LossWatch(TorchFunctionMode):
+class LossWatch(FunctionMode):
     """Shows the recognised losses on their way back, while the graph that leads to them is whole.
 
     It changes nothing, and does not look at what is not differentiated. Nodes of the graph know it
@@ -136,7 +141,7 @@ class Hook:
         return result
 
 
-class Tracing(TorchFunctionMode):
+class Tracing(FunctionMode):
     """Notes losses, outputs of the model and side effects, and what ``backward`` is called on.
 
     Args:
