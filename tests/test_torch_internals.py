@@ -2,7 +2,6 @@
 
 import threading
 
-import pytest
 import torch
 import torch.nn.functional as F
 from helpers.scripts import run_python
@@ -184,13 +183,11 @@ def test_watched_zeros_have_memory():
         assert not torch._efficientzerotensor((2,))._is_zerotensor()
 
 
-@pytest.mark.parametrize("left_over", [-1, 0, 1])
-def test_a_function_mode_leaves_the_stack_as_it_found_it(left_over: int):
-    # An interrupt within torch leaves its stack without the mode, or with one that it has just taken.
+def test_a_function_mode_that_is_gone_takes_no_other_from_the_stack():
+    # As an interrupt leaves it that comes while torch has taken the mode from its stack.
     depth = internals._len_torch_function_stack()
     with internals.FunctionMode():
-        if left_over > 0:
-            internals.FunctionMode().__enter__()
-        elif left_over < 0:
-            internals._pop_torch_function_stack()
+        with internals.FunctionMode():
+            torch._C._pop_torch_function_stack()
+        assert internals._len_torch_function_stack() == depth + 1
     assert internals._len_torch_function_stack() == depth
