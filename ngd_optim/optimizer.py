@@ -361,8 +361,9 @@ class NaturalCG(CopiedInFull):
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         last = LastStep(parameters, self.state)
-        closures = wrap_closures(closure, parameters)
-        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters)
+        has_others = curvature_closure is not None
+        closures = wrap_closures(closure, parameters, are_all=not has_others)
+        others = wrap_closures(curvature_closure, parameters, are_all=False) if has_others else []
         runs = [*closures, *others]
         theta = self._transaction.cover(parameters, runs)
         with twice_differentiable():
