@@ -86,7 +86,8 @@ class NaturalCG(CopiedInFull):
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value
             is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for
-            direct solvers, or 1e-7 times ``damping`` if that is less.
+            direct solvers; less if 1e-7 times ``damping``, or a hundredth of the curvature along the
+            step, ``dᵀF d / ‖d‖²``, is less.
         max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for
             direct solvers, or 1e7 times ``damping`` if that is more.
         max_cg_iters: most CG iterations per step.
@@ -485,6 +486,7 @@ class NaturalCG(CopiedInFull):
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
         self._tell_of_hiding_damping(report, outcome, point)
+        damping.lower_floor(outcome.curvature(report.step_norm))
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
