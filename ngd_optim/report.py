@@ -167,6 +167,7 @@ def build_report(
     moved = trial.fraction if trial.accepted else 0.0
     loss = point.value
     gradient = model.gradient if point.bend is None else model.gradient - point.bend
+    # The host waits once a step, for the report alone: the step is over.
     grad_norm, step_norm = read(gradient.norm(), step.direction.norm())
     predicted = step.predicted_decrease(trial.fraction)
     # A ratio of two roundings says nothing.

@@ -4,6 +4,8 @@ What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says 
 """
 
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -198,6 +200,23 @@ def attend_by_products(
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def is_in_compiled_call() -> bool:
+    """Whether something that ``torch.compile`` made is running, eagerly: its wrapper is on the stack of this thread.
+
+    In ``torch._dynamo.eval_frame`` that is ``compile_wrapper``, in older versions ``_fn``.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in ("compile_wrapper", "_fn") and code.co_filename.endswith(_WRAPPERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_WRAPPERS = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
 def saves_by_hooks() -> bool:
