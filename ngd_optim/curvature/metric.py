@@ -49,6 +49,8 @@ class OutputMetric:
         inputs: what the loss takes of the outputs: it depends on parameters around these.
         bends: what the slope of the model that rounds kinks has more than the loss's, at as many of
             the last outputs; empty: no kink is rounded.
+        hidden: how much higher the rounded kinks are than the loss's, in all; None: no kink is
+            rounded.
     """
 
     outputs: Tensors
@@ -58,6 +60,7 @@ class OutputMetric:
     check: Check = check_nothing
     inputs: Tensors = ()
     bends: Tensors = ()
+    hidden: Tensor | None = None
 
     def bend(self, params: Tensors) -> Tensors | None:
         """What the model's gradient has more than the loss's, one tensor per parameter; None: nothing."""
@@ -278,6 +281,19 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
         "ggn",
         inputs=[*outputs, *(t for kink in kinks for t in kink.inputs)],
         bends=bends,
+        hidden=_gap(bends, parabolas) if bends else None,
+    )
+
+
+def _gap(bends: Tensors, parabolas: Tensors) -> Tensor:
+    """How much higher than ``Σ c |z|`` the parabolas are that touch it at the width ``w``.
+
+    Nearer to the kink, where ``h = c / w``, one is higher by ``½ h (w − |z|)²``, and its slope is
+    less steep by ``b = h (w − |z|)``: that is ``½ b² / h``.
+    """
+    return add_scalars(
+        0.5 * torch.where(h > 0, b.square() / h, 0.0).sum()
+        for b, h in zip(bends, parabolas, strict=True)
     )
 
 

@@ -195,6 +195,10 @@ def test_the_gradient_of_the_model_is_that_of_the_rounded_loss(name, closures):
     assert torch.allclose(point.model_gradient, expected, rtol=1e-9, atol=1e-12)
     assert torch.allclose(point.gradient, true)
     assert not torch.allclose(expected, true)
+    # Σ c (w − |r|)² / (2w), of the kinks that are nearer than w.
+    width, slope = 0.5 * r.mean(), {"abs": 1 / (N * C), "hinge": 0.5, "beside_a_loss": 1.0}[name]
+    hidden = slope * (width - r).clamp(min=0).square().sum().item() / (2 * width.item())
+    assert point.hidden_by_rounding == pytest.approx(hidden, rel=1e-9)
 
 
 def test_the_lasso_is_solved():
@@ -212,6 +216,30 @@ def test_the_lasso_is_solved():
     assert (w - expected).abs().max() < 1e-3
 
 
+@pytest.mark.slow
+def test_an_l1_penalty_of_a_network_ends_where_adam_and_lbfgs_do():
+    """Not in the next local minimum: on average of some seeds."""
+    peers = [0.727, 0.696, 0.781, 0.674]  # best of Adam, two rates, 2,500 steps, and of L-BFGS
+
+    def train(seed):
+        torch.manual_seed(seed)
+        first, last = (nn.Linear(*sizes, dtype=torch.float64) for sizes in ((4, 6), (6, 3)))
+        model = nn.Sequential(first, nn.Tanh(), last)
+        x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(0, 3, (30,))
+        optimizer = NaturalCG(model.parameters())
+
+        def closure():
+            penalty = sum(p.abs().sum() for p in model.parameters())
+            return F.cross_entropy(model(x), y) + 1e-2 * penalty
+
+        for _ in range(300):
+            optimizer.step(closure)
+        return optimizer.last_step.new_loss
+
+    ratios = [train(seed) / peer for seed, peer in zip(range(4, 8), peers, strict=True)]
+    assert sum(ratios) / len(ratios) < 1.05
+
+
 def test_a_resumed_run_rounds_as_wide():
     def run(steps, resumes):
         w = nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64))
@@ -221,9 +249,7 @@ def test_a_resumed_run_rounds_as_wide():
                 saved = copy.deepcopy(optimizer.state_dict())
                 optimizer = NaturalCG([w])
                 optimizer.load_state_dict(saved)
-            optimizer.step(
-                lambda: F.mse_loss(w.sin(), TARGET[0, 0].expand(8)) + 0.1 * w.abs().sum()
-            )
+            optimizer.step(lambda: F.mse_loss(w.sin(), TARGET.flatten()[:8]) + 0.1 * w.abs().sum())
         return w, optimizer.state[w]["smoothing"]
 
     (w, smoothing), (other, same) = run(20, False), run(20, True)
