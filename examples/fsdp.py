@@ -1,7 +1,7 @@
 """NaturalCG on a model that is spread over processes: a transformer learns to write like Python's manual.
 
 There is nothing to change: `fully_shard` (FSDP2) spreads the weights, `NaturalCG(model.parameters())` sees that. Each
-process keeps its part of the weights and of the optimizer's state, and writes that to the checkpoint. Start it either way:
+process keeps its part of the weights and of the optimizer's state, and writes that to the checkpoint. To start it:
 
     python examples/fsdp.py --processes 2
     torchrun --nproc-per-node 2 examples/fsdp.py --checkpoint run/

@@ -6,9 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngd_optim.layout import is_spread, local_part, spread_like, whole
+from ngd_optim.shown import show
 from ngd_optim.torch_internals import copy_all, flatten_dense, keep_versions, unflatten_dense
 
 
@@ -177,10 +178,11 @@ class FlatParameters:
         exact = all(t.dtype == p.dtype for t, p in zip(self.tensors, self.params, strict=True))
         return self.flatten(self.tensors if exact else self.params)
 
-    def keep(self, theta: Tensor) -> Callable[[], None]:
-        """What sets the values to what they are now, ``theta``; of parts it keeps this rank's alone."""
-        if all(p is t for p, t in zip(self.params, self.tensors, strict=True)):
-            return lambda: self.write(theta)
+    def keep(self, theta: Tensor | None) -> Callable[[], None]:
+        """What sets the values to what they are now, ``theta`` if that is known; of parts it keeps this rank's."""
+        if not self._is_spread:
+            values = self.read() if theta is None else theta
+            return lambda: self.write(values)
         parts = [local_part(p.detach()) for p in self.params]
         kept = [part.clone() for part in parts]
         return lambda: copy_all(parts, kept)
@@ -215,6 +217,29 @@ class FlatParameters:
                 place = local_part(target)
                 if place.untyped_storage().size():  # else it was given up
                     place.copy_(local_part(spread_like(target, view)))
+
+
+def name_parameters(params: Iterable[Any]) -> tuple[FlatParameters, list[str]]:
+    """The trainable ones of some tensors, or of pairs of a name and a tensor, and their names.
+
+    Raises:
+        TypeError: there is something else.
+        ValueError: none is trainable, or they live on several devices.
+    """
+    if isinstance(params, nn.Module | Tensor):
+        raise TypeError(
+            "params must be tensors, or pairs of a name and a tensor, such as "
+            f"model.named_parameters(), got a {type(params).__name__}"
+        )
+    pairs = [p if isinstance(p, tuple) else (f"params[{i}]", p) for i, p in enumerate(params)]
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[1], Tensor):
+            raise TypeError(
+                "params must be tensors, or pairs of a name and a tensor, such as "
+                f"model.named_parameters(), got {show(pair[-1])}"
+            )
+    parameters = FlatParameters([{"params": [p for _, p in pairs]}])
+    return parameters, [name for name, p in pairs if p.requires_grad]
 
 
 def forget(state: Mapping[Any, Any], names: Sequence[str]) -> None:

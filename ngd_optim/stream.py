@@ -143,7 +143,7 @@ class StreamState:
         return self._state.get(p, {})  # the state is made where it is written to
 
 
-def check_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
+def check_stream_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
     """Check what was loaded; what is not finite is dropped, with a warning.
 
     Raises:
@@ -239,6 +239,7 @@ def _has_called_backward(params: Sequence[Tensor], before: Sequence[tuple[Any, A
         if p.grad is not None and not (p.grad is old and version_of(p.grad) == version)
     ]
     older = {id(old) for old, _ in before}
+    # The host waits, for closures that only clear their gradients in place.
     return any(id(g) not in older or bool(g.any()) for g in changed)
 
 
