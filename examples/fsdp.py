@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,13 +70,14 @@ class Transformer(nn.Module):
         return self.head(hidden)
 
 
-def make_model() -> nn.Module:
+def make_model() -> Transformer:
     """The same weights in every process, and of them the part that is this one's."""
     torch.manual_seed(0)
     model = Transformer()
     for block in model.blocks:
         fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def load_text() -> Tensor:
@@ -107,7 +109,7 @@ def train(rank: int, processes: int, options: Options) -> list[float]:
     if checkpoints:
         weights, state = get_state_dict(model, optimizer)
         saved = {"model": weights, "optimizer": state, "losses": losses}
-        dcp.load(saved, checkpoint_id=checkpoints[-1])
+        dcp.load(saved, checkpoint_id=checkpoints[-1])  # pyright: ignore[reportPrivateImportUsage]
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         losses = saved["losses"]
         if rank == 0:
@@ -118,9 +120,10 @@ def train(rank: int, processes: int, options: Options) -> list[float]:
         losses.append(optimizer.step(closure).item())
         weights, state = get_state_dict(model, optimizer)
         saved = {"model": weights, "optimizer": state, "losses": losses}
-        dcp.save(saved, checkpoint_id=options.checkpoint / f"{len(losses):06}")
+        folder = options.checkpoint / f"{len(losses):06}"
+        dcp.save(saved, checkpoint_id=folder)  # pyright: ignore[reportPrivateImportUsage]
         if rank == 0:
-            parameter = model.head.weight
+            parameter: Any = model.head.weight
             print(
                 f"step {len(losses)}: loss {losses[-1]:.4f} before it; this process has "
                 f"{parameter.to_local().numel()} of the head's {parameter.numel()} weights",

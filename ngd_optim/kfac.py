@@ -213,6 +213,11 @@ class KFAC(Followed):
         """Those of this step, and what ``fully_shard`` has made of their modules, which computes with other tensors."""
         params = [p for group in self.param_groups for p in group["params"]]
         modules = ShardedModules(params, self.process_group)
+        if not all(map(modules.has_whole, params)):
+            raise ValueError(
+                "KFAC needs weights that are whole in a layer, and these lie over ranks (tensor parallel); "
+                "use fully_shard alone, or NaturalCG"
+            )
         return FlatParameters(self.param_groups, modules.weight if modules else None), modules
 
     @contextmanager

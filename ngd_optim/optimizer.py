@@ -141,8 +141,9 @@ class NaturalCG(Followed):
         process_group: a ``torch.distributed`` process group whose ranks each have a part of the
             data. Losses, gradients, products and KLs are then means over the ranks, each of which
             counts the same, however large its batch; all ranks take the same step. Every rank calls
-            ``step`` with as many closures. None: the group of the DistributedDataParallel module
-            that the closure runs, if it runs one; else no communication.
+            ``step`` with as many closures. None: that of the mesh over which ``fully_shard`` has
+            spread the parameters, or of the DistributedDataParallel module that the closure runs;
+            if there is neither, no communication.
 
     Raises:
         ValueError: a setting is out of range, or groups disagree on one that holds for the whole

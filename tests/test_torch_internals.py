@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from helpers.scripts import run_python
 from torch import distributions as D
@@ -216,3 +217,32 @@ def test_compiled_calls_are_seen_on_the_stack(way):
                 module(x)
     assert seen == [True]
     assert not internals.is_in_compiled_call()
+    torch.compiler.disable(Look())(x)  # as the hooks of fully_shard are
+    assert seen == [True, False]
+
+
+def test_states_of_sharded_modules_lead_to_their_weights(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        for module in (model[0], model):
+            torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+        states = internals.fsdp_states()
+        assert [state._modules for state in states] == [(model[0],), (model,)]
+        internals.begin_fsdp(states[-1])
+        (group,) = internals.fsdp_groups_of(states[0])
+        with internals.casting_only(states[0]):
+            group.unshard()
+            group.wait_for_unshard()
+            weight = internals.whole_weight_of(group.fsdp_params[0])
+            assert model[0].weight is weight
+            output = model[0](torch.ones(1, 2))
+            assert output.grad_fn.name() == "AddmmBackward0"
+            assert not internals.hooks_of(output)
+            group.reshard()
+        assert model[0].weight is group.fsdp_params[0].sharded_param
+    finally:
+        torch.distributed.destroy_process_group()

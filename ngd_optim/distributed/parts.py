@@ -16,6 +16,10 @@ from torch import Tensor
 from ngd_optim.layout import is_spread, local_part, spread_part_like
 from ngd_optim.parameters import FlatParameters
 
+# Their names since torch 2.13, which warns of the former ones.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+SCATTER = "reduce_scatter_single" if hasattr(dist, "all_gather_single") else "reduce_scatter_tensor"
+
 
 class Part(Tensor):
     """What this rank has of a vector. Rows that only pad it are zero, or multiplied by zeros."""
@@ -142,14 +146,14 @@ class Division:
     def mean(self, flat: Tensor) -> Part:
         """This rank's part of the mean over the ranks of a vector that each has its own of."""
         total = flat.new_empty(sum(self._lengths))
-        dist.reduce_scatter_tensor(total, self._padded(flat).view(-1), group=self.group)
+        getattr(dist, SCATTER)(total, self._padded(flat).view(-1), group=self.group)
         return Part.of(total.div_(self._world), self.group)
 
     def whole(self, part: Part) -> Tensor:
         """All of it, on every rank."""
         local = part.local
         everything = local.new_empty(self._world * len(local))
-        dist.all_gather_into_tensor(everything, local, group=self.group)
+        getattr(dist, GATHER)(everything, local, group=self.group)
         columns = everything.view(self._world, -1).split(self._lengths, 1)
         return torch.cat(
             [c.reshape(-1)[:size] for c, size in zip(columns, self._sizes, strict=True)]

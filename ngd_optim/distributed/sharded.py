@@ -79,6 +79,11 @@ class ShardedModules:
         one = self._weights.get(id(p))
         return p if one is None else whole_weight_of(one)
 
+    def has_whole(self, p: Tensor) -> bool:
+        """Whether a layer computes with all of a parameter on this rank, as it does not in tensor parallel."""
+        one = self._weights.get(id(p))
+        return not (is_spread(p) if one is None else one.is_dtensor)
+
     def __enter__(self) -> "ShardedModules":
         with ExitStack() as stack:
             for state in self._tops:

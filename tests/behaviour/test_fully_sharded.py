@@ -2,7 +2,8 @@
 
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import ngd_optim.optimizer
-from ngd_optim import KFAC, NaturalCG, Nystrom, linearize
-from ngd_optim.distributed.parts import Division
+from ngd_optim import KFAC, NaturalCG, Nystrom, StepReport, linearize
+from ngd_optim.distributed.parts import GATHER, SCATTER, Division
 
 
 def clears_the_module(
@@ -155,6 +156,24 @@ def in_bfloat16(rank: int) -> tuple[list[float], set[torch.dtype], Tensor]:
     return losses, dtypes, join(list(model.parameters()))
 
 
+def stream_in_bfloat16(rank: int) -> tuple[list[float], set[torch.dtype], Tensor]:
+    x, y = data_of(make_mlp)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = shard(make_stream_model().float(), mp_policy=policy)
+    optimizer = KFAC(model.parameters(), radius=3e-3)
+    losses = []
+    for _ in range(12):
+        with optimizer.watch():
+            loss = F.mse_loss(model(x.float()[rank::2]).float(), y.float()[rank::2, None])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    dtypes = {p.dtype for p in model.parameters()}
+    dtypes |= {optimizer.state[p]["momentum"].dtype for p in model.parameters()}
+    return losses, dtypes, join(list(model.parameters()))
+
+
 def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, str]:
     model, optimizer, inner = parts_of(rank)
     runs = 0
@@ -234,6 +253,30 @@ REFUSED_OF_PARTS: dict[str, Callable[[Any], Any]] = {
 """Questions that a part cannot answer."""
 
 
+def exchanges(rank: int, parts: bool) -> tuple[Counter, StepReport, int]:
+    """How often the third step of a run has the ranks exchange how many bytes, and how many a vector has."""
+    model, _, _ = parts_of(rank)
+    optimizer = NaturalCG(model.parameters(), **SOLVED, preconditioner=None)
+    x, y = data_of(make_mlp)
+    closure = with_backward(model, optimizer, x[rank::2], y[rank::2])
+    counted: Counter = Counter()
+    names = ("all_reduce", GATHER, SCATTER)
+    with in_parts() if parts else nullcontext(), pytest.MonkeyPatch.context() as patch:
+        for _ in range(2):
+            optimizer.step(closure)
+        for name in names:
+            function = getattr(dist, name)
+
+            def count(tensor: Tensor, *args: Any, name=name, function=function, **kwargs: Any):
+                counted[name, tensor.nbytes] += 1
+                return function(tensor, *args, **kwargs)
+
+            patch.setattr(dist, name, count)
+        optimizer.step(closure)
+    assert optimizer.last_step is not None
+    return counted, optimizer.last_step, sum(8 * p.numel() for p in model.parameters())
+
+
 def sentence_of(rank: int, attempt: Callable[[int], Any]) -> str:
     try:
         attempt(rank)
@@ -262,8 +305,8 @@ def on_two_meshes(rank: int) -> None:
 
 
 def another_model(rank: int) -> None:
-    optimizer = NaturalCG(shard(make_mlp()).parameters())
-    other = shard(make_mlp())
+    model, other = shard(make_mlp()), shard(make_mlp())
+    optimizer = NaturalCG(model.parameters())
     x, y = data_of(make_mlp)
     optimizer.step(lambda: F.cross_entropy(other(x), y))
 
@@ -428,11 +471,13 @@ def resumed_stream(
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{f"same {name}": partial(same_steps, **options) for name, options in SAME_STEPS.items()},
     **{f"error {n}": partial(error_on_one_rank, fails_at=n) for n in (1, 3)},
+    **{f"exchanges {parts}": partial(exchanges, parts=parts) for parts in (False, True)},
     **{f.__name__: partial(sentence_of, attempt=f) for f in REFUSED},
     **{
         f.__name__: f
         for f in (
             stream,
+            stream_in_bfloat16,
             between_steps,
             in_bfloat16,
             checkpoints,
@@ -443,11 +488,23 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def run_scenarios(rank: int) -> dict[str, Any]:
+QUICK = ("same mlp", "same tied", "same tied in parts", "error 1", "error_in_parts")
+QUICK += (
+    "between_steps",
+    "checkpoints",
+    "arithmetic_of_parts",
+    "exchanges False",
+    "exchanges True",
+)
+QUICK += tuple(f.__name__ for f in REFUSED)
+"""Slow tests look at the others, in processes of their own."""
+
+
+def run_scenarios(rank: int, names: Sequence[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
+    for name in names:
         try:
-            results[name] = scenario(rank)
+            results[name] = SCENARIOS[name](rank)
         except Exception:
             results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
         dist.barrier()
@@ -455,10 +512,14 @@ def run_scenarios(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
-    """What each rank returned in a scenario."""
-    run = partial(on_two_ranks, run_scenarios)
-    results = results_of("fully sharded", run, tmp_path_factory)
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[Any]]:
+    """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
+    run = partial(on_two_ranks, partial(run_scenarios, names=names))
+    results = results_of(f"fully sharded {is_slow}", run, tmp_path_factory)
 
     def of(name: str) -> list[Any]:
         for result in results:
@@ -469,7 +530,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]
     return of
 
 
-@pytest.mark.parametrize("name", SAME_STEPS)
+def mark_slow(*names: str, prefix: str = "") -> list[Any]:
+    """Parameters of a test, each with the marker of the scenario that it looks at."""
+    return [
+        pytest.param(name, marks=[] if prefix + name in QUICK else [pytest.mark.slow])
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", mark_slow(*SAME_STEPS, prefix="same "))
 def test_the_steps_are_those_of_one_process_with_all_data(ranks: Any, name: str):
     (one, found), (_, other) = ranks(f"same {name}")
     assert_near(found[0], one[0], rtol=1e-10)
@@ -489,11 +558,33 @@ def test_parts_say_of_vectors_what_these_say_or_refuse(ranks: Any):
         assert {name: error for name, error in errors.items() if not error < 1e-14} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", STREAM)
 def test_kfac_takes_the_steps_of_one_process(ranks: Any, how: str):
     found, other = ranks("stream")
     assert_near(found[how], found["one"], rtol=1e-10)
     assert torch.equal(found[how], other[how])
+
+
+def test_a_product_takes_one_exchange_of_a_whole_vector(ranks: Any):
+    for counted, report, size in ranks("exchanges False"):
+        large = {name: n for (name, bytes), n in counted.items() if bytes >= size}
+        assert large == {"all_reduce": report.n_product + 1}  # and the gradient
+
+
+def test_a_product_takes_two_exchanges_of_half_of_that_in_parts(ranks: Any):
+    for counted, report, size in ranks("exchanges True"):
+        ((_, half),) = (key for key in counted if key[0] == SCATTER)
+        large = {key: n for key, n in counted.items() if key[1] in (half, 2 * half)}
+        assert size / 2 <= half < 0.7 * size  # padded
+        trials = report.n_forward - 1
+        assert large == {
+            (SCATTER, half): report.n_product + 1,
+            # Once more where the way of the products is chosen.
+            (GATHER, 2 * half): report.n_product + trials + 1,
+        }
+        small = sum(counted.values()) - sum(large.values())
+        assert small <= 3 * report.n_product + 30
 
 
 def test_between_steps_there_are_parts_and_a_model_as_before(ranks: Any):
@@ -504,15 +595,17 @@ def test_between_steps_there_are_parts_and_a_model_as_before(ranks: Any):
         assert found["gradient"]
 
 
-def test_mixed_precision_keeps_exact_parameters(ranks: Any):
-    (losses, dtypes, theta), (_, _, other) = ranks("in_bfloat16")
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["in_bfloat16", "stream_in_bfloat16"])
+def test_mixed_precision_keeps_exact_parameters(ranks: Any, scenario: str):
+    (losses, dtypes, theta), (_, _, other) = ranks(scenario)
     assert losses[-1] < 0.99 * losses[0]
     assert dtypes == {torch.float32}
     assert torch.equal(theta, other)
     assert not torch.equal(theta, theta.bfloat16().float())
 
 
-@pytest.mark.parametrize("scenario", ["error 1", "error 3", "error_in_parts"])
+@pytest.mark.parametrize("scenario", mark_slow("error 1", "error 3", "error_in_parts"))
 def test_an_error_on_one_rank_stops_all(ranks: Any, scenario: str):
     (message, unmoved, reason), (message_there, unmoved_there, _) = ranks(scenario)
     assert "rank 1 raised an exception" in message

@@ -17,6 +17,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from ngd_optim import KFAC
+
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -53,6 +55,11 @@ def two_ranks(rank: int) -> Any:
         )
         for name, options in OPTIONS.items()
     }
+    model = parallelize_module(make(), mesh, PLAN)
+    try:
+        KFAC(model.parameters()).step(lambda: model(x).square().mean())
+    except ValueError as error:
+        results["use fully_shard alone"] = str(error)
     for sentence, options in REFUSED.items():
         try:
             train(parallelize_module(make(), mesh, PLAN), x, y, **options)
@@ -92,7 +99,7 @@ def test_rows_and_columns_of_weights_on_two_ranks(tmp_path: Path):
     for name in OPTIONS:
         rtol = 1e-8 if name == "differences" else 1e-10
         assert_same_steps([result[name] for result in results], rtol)
-    for sentence in REFUSED:
+    for sentence in (*REFUSED, "use fully_shard alone"):
         assert all(sentence in result[sentence] for result in results)
 
 
