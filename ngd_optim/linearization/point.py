@@ -154,6 +154,7 @@ class Point:
     @cached_property
     def _read(self) -> list[Any]:
         hidden = torch.zeros_like(self.loss) if self.hidden is None else self.hidden
+        # The host waits once a step: nothing is solved where they are not finite.
         return read(self.loss, self.gradient.isfinite().all(), hidden)
 
     @property
@@ -297,6 +298,7 @@ def linearize_closure(
         if there is None:
             return math.inf, None
         divergence = kl(there)
+        # The host waits once a trial point: whether it is taken depends on it.
         if divergence is None:
             return read(there.loss)[0], None
         loss, divergence = read(there.loss, divergence)

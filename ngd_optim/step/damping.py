@@ -14,6 +14,8 @@ _STEEP = 1 / 3
 _SHARPEN_MOST, _SHARPEN, _SMOOTHEN = 0.25, 0.75, 1.1
 _WORTH = 0.05
 _SPAN = 1e7
+_FLOOR = 1e-2
+"""Share of the curvature along a step that λ may always fall to: there it no longer holds the step back."""
 
 
 def damping_range(
@@ -73,6 +75,7 @@ class Damping:
             lowest, highest, exact=exact, at_start=at_start, now=self.values
         )
         self._exact = exact
+        self._is_floor_open = lowest == "auto"
         self._falls = True
 
     def adapt_to_new_data(self, slope: float) -> None:
@@ -80,6 +83,16 @@ class Damping:
         if self._adapts and not math.isnan(slope):
             self._falls = False
             self._multiply(new_data_factor(slope))
+
+    def lower_floor(self, curvature: float) -> None:
+        """Let it fall to a share of the curvature along a step: its least value ``"auto"`` has no unit of the loss's.
+
+        Args:
+            curvature: ``dᵀF d / ‖d‖²``.
+        """
+        if self._is_floor_open and 0 < curvature < math.inf:
+            lowest, highest = self._limits
+            self._limits = min(lowest, _FLOOR * curvature), highest
 
     def retry(self, attempt: int) -> bool:
         """After the first, second, … solution that did not lower the loss; False where there is no more to give."""

@@ -135,6 +135,7 @@ class LastStep:
         return self._state.get(p, {})  # the state is made where it is written to
 
     def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
+        # The host waits, on new data: the damping of this step depends on it.
         return torch.dot(self._parameters.repeat(lr) * solution, gradient).item()
 
     def _write(self, name: str, flat: Tensor) -> None:

@@ -454,3 +454,32 @@ def test_a_size_that_all_have_lost_is_forgotten_at_once():
     found = scales(lambda w: w.square(), [1e3, 1e3], steps=25)
     torch.testing.assert_close(found[-1][0], found[-1][1])
     assert found[-1][0].max() < 1e-6 * found[0][0].max()
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-12])
+def test_the_least_damping_has_the_unit_of_the_loss(unit):
+    """From λ far above the curvature, which it hides, down to where it no longer matters."""
+    X = torch.randn(50, 4, dtype=torch.float64) * torch.logspace(0, -1, 4, dtype=torch.float64)
+    y = torch.randint(0, 2, (50,)).double()
+    found = []
+    for scale, steps in ((1.0, 40), (unit, 120)):
+        model = nn.Linear(4, 1, dtype=torch.float64)
+        nn.init.ones_(model.weight)
+        optimizer = NaturalCG(model.parameters())
+        for _ in range(steps):
+            optimizer.step(
+                lambda model=model, scale=scale: (
+                    scale * F.binary_cross_entropy_with_logits(model(X)[:, 0], y)
+                )
+            )
+        found.append(optimizer.last_step.loss / scale)
+        assert optimizer.param_groups[0]["damping"] < 1e-3 * scale
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+def test_a_least_damping_that_was_asked_for_is_kept():
+    w = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    optimizer = NaturalCG([w], min_damping=1e-8, damping=1e-7)
+    for _ in range(6):
+        optimizer.step(lambda: 1e-12 * (w.cosh() - 1).sum())
+    assert optimizer.param_groups[0]["damping"] == 1e-8
