@@ -49,6 +49,11 @@ class CPOReport:
         backtracks: trial points that were turned down.
         accepted: whether the step was taken.
         reason: one sentence on the outcome.
+
+    Examples:
+        >>> from ngd_rl import CPOReport
+        >>> {"cost", "cost_limit", "case", "kl"} <= CPOReport.__dataclass_fields__.keys()
+        True
     """
 
     cost: float
@@ -133,6 +138,8 @@ class CPO(TRPO):
         True
     """
 
+    cost_critic: Any
+
     def __init__(
         self,
         *args: Any,
@@ -186,6 +193,7 @@ class CPO(TRPO):
         rollout_buffer: RolloutBuffer,
         n_rollout_steps: int,
     ) -> bool:
+        assert self._last_episode_starts is not None
         self._episodes.begin(self._last_episode_starts)
         recorder = CostRecorder(env, self._episodes)
         is_complete = super()._collect(recorder, callback, rollout_buffer, n_rollout_steps)
@@ -203,13 +211,14 @@ class CPO(TRPO):
         for step, i, observation in recorder.cut_off:
             last, _ = self.policy.obs_to_tensor(observation)
             costs[step, i] += self.cost_gamma * self._cost_values(last).item()
-        buffer = copy(rollout_buffer)
+        buffer: Any = copy(rollout_buffer)
         buffer.gamma, buffer.gae_lambda = self.cost_gamma, self.cost_gae_lambda
         buffer.rewards, buffer.advantages = costs, np.zeros_like(costs)
         if isinstance(buffer.observations, dict):  # which each buffer flattens in place
             buffer.observations = dict(buffer.observations)
         buffer.values = self._cost_values_of_rollout(buffer).reshape(costs.shape)
         assert self._last_obs is not None
+        assert self._last_episode_starts is not None
         last = self._cost_values(obs_as_tensor(self._last_obs, self.device))
         buffer.compute_returns_and_advantage(torch.from_numpy(last), self._last_episode_starts)
         return buffer
