@@ -324,20 +324,28 @@ class CPO(TRPO):
         before = [p.detach().clone() for p in parameters]
         pieces = direction.split([p.numel() for p in parameters])
         trials: list[Trial] = []
+
+        def move(fraction: float) -> None:
+            for p, old, piece in zip(parameters, before, pieces, strict=True):
+                p.copy_(old + fraction * piece.view_as(p) if fraction else old)
+
         with torch.no_grad():
             cost_before = cost()[0].item()
-            for k in range(max(1, self.line_search_max_iter)):
-                fraction = self.line_search_shrinking_factor**k
-                for p, old, piece in zip(parameters, before, pieces, strict=True):
-                    p.copy_(old + fraction * piece.view_as(p))
-                loss, kl = measure()
-                assert kl is not None or not math.isfinite(loss)
-                trial = Trial(fraction, cost()[0].item() - cost_before, loss, kl or 0.0)
-                trials.append(replace(trial, problem=self._problem_of(trial, start, c)))
-                if not trials[-1].problem:
-                    return trials
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old)
+            try:
+                for k in range(max(1, self.line_search_max_iter)):
+                    fraction = self.line_search_shrinking_factor**k
+                    move(fraction)
+                    loss, kl = measure()
+                    change = cost()[0].item() - cost_before
+                    trial = Trial(fraction, change, loss, kl or 0.0)
+                    trials.append(replace(trial, problem=self._problem_of(trial, start, c)))
+                    if not trials[-1].problem:
+                        break
+            except BaseException:
+                move(0.0)
+                raise
+            if trials[-1].problem:
+                move(0.0)
         return trials
 
     def _problem_of(self, trial: Trial, start: float, c: float) -> str:

@@ -463,6 +463,21 @@ def test_a_solution_that_is_not_finite_is_reported_and_the_run_goes_on(what, mon
     assert agent.last_step.accepted, agent.last_step.reason
 
 
+def test_an_update_that_raises_has_moved_nothing(monkeypatch):
+    agent = build(CPO, cost_limit=3.0)
+    collect(agent)
+    before = values_of(agent)
+
+    def interrupt(self):
+        assert not torch.equal(values_of(agent)["action_net.weight"], before["action_net.weight"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ngd_optim.Linearization.measure", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        agent.train()
+    assert all(torch.equal(p, before[name]) for name, p in values_of(agent).items())
+
+
 def test_kl_and_surrogates_keep_their_bounds():
     agent = build(CPO, cost_limit=3.5, n_steps=128, target_kl=0.03)
     cases = set()
