@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ngd_optim.lstm import lstm
-from ngd_optim.torch_internals import attend_by_products
+from ngd_optim.torch_internals import FunctionMode, attend_by_products
 
 AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
 
@@ -61,7 +60,7 @@ _WITHOUT_CUDNN = WhileNeeded(lambda: _disabled(torch.backends.cudnn))
 _UNCOMPILED = WhileNeeded(lambda: torch.compiler.set_stance("force_eager"))
 
 
-class DifferentiableKernels(TorchFunctionMode):
+class DifferentiableKernels(FunctionMode):
     """Has :func:`differentiable` functions called, also by what calls them in a function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

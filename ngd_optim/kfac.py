@@ -10,13 +10,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks, is_one_of_several
+from ngd_optim.history import Followed
 from ngd_optim.kernels import without_autocast
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
-    average_factors,
 )
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
@@ -24,7 +23,7 @@ from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
 from ngd_optim.state import keep_precision
-from ngd_optim.stream import StreamState, check_state, differentiate
+from ngd_optim.stream import StreamState, check_stream_state, differentiate
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.transaction import all_or_nothing
 from ngd_optim.watch import FactorWatch, WatchedModule
@@ -41,7 +40,7 @@ _RATE, _UPHILL = 0.2, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
 
 
-class KFAC(CopiedInFull):
+class KFAC(Followed):
     """Momentum, preconditioned by Kronecker factors, in steps of a length that the factors measure.
 
     For endless streams of small batches: a step costs little more than a gradient. Every few steps
@@ -127,7 +126,7 @@ class KFAC(CopiedInFull):
         for group in state["param_groups"]:
             KFACSettings.require_names(group, "KFAC")
             KFACSettings.check_each(group)
-        check_state(state["state"])
+        check_stream_state(state["state"])
         super().__setstate__(state)
         self._complete()
 
@@ -152,6 +151,7 @@ class KFAC(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         if "_watch" not in self.__dict__:
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None
@@ -360,7 +360,7 @@ class KFAC(CopiedInFull):
             raise RuntimeError(_NO_GROUP)
         if closures > 1 and estimate is not None:  # these stand for the mean of their losses
             estimate = estimate.scale(1 / closures)
-        mean = average_factors([estimate], ranks)
+        mean = KroneckerFactors.average([estimate], ranks)
         older = state.factors
         if older is None:
             if mean is None:

@@ -1,7 +1,6 @@
 """NaturalCG: the natural-gradient step as a torch optimizer."""
 
 import inspect
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
+from ngd_optim.history import Followed
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.linearization import Learnt, Point, linearize_mean
+from ngd_optim.linearization import Learnt, Linearization, Point, linearize_mean
 from ngd_optim.names import (
     BackendChoice,
     Curvature,
@@ -49,22 +49,17 @@ from ngd_optim.solvers import (
     curvature_diagonal,
 )
 from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
-from ngd_optim.step import Damping, Descent, LastStep, Outcome, choose_max_kl
+from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import wrap_closures
 from ngd_optim.transaction import all_or_nothing
 
-logger = logging.getLogger("ngd_optim")
-
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
-
-_STREAM = 20
-"""So many steps in a row with other data each time are taken for an endless stream."""
 
 _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
 
-class NaturalCG(CopiedInFull):
+class NaturalCG(Followed):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
     Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares
@@ -230,8 +225,8 @@ class NaturalCG(CopiedInFull):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and state, which are tensors and numbers."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if not self.state and any(p.grad is not None for p in params):
+        has_gradients = any(p.requires_grad and p.grad is not None for p in self._everything)
+        if not self.state and has_gradients:
             # torch.distributed.checkpoint makes no state where it finds gradients, and then loads none.
             parameters = FlatParameters(self.param_groups)
             complete_state(self.state, parameters, Settings.of(self.param_groups))
@@ -259,12 +254,14 @@ class NaturalCG(CopiedInFull):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        params = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in final["param_groups"] for i in group["params"]]
-        entries = {p: final["state"].get(i, {}) for p, i in zip(params, saved, strict=True)}
+        entries = {
+            p: final["state"].get(i, {}) for p, i in zip(self._everything, saved, strict=True)
+        }
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
         self.defaults.pop("momentum", None)
         # No attributes of the class: wrappers of Lightning and Fabric are subclasses, which look for
@@ -274,9 +271,8 @@ class NaturalCG(CopiedInFull):
         # load_state_dict keeps hooks, as torch's optimizers keep theirs.
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
-        self._on_stream, self._has_advised = 0, False
+        self._advice = Advice()
         self._experiences: Learnt = {}
-        self._has_told_of_damping = False
         self._transaction: Any = None
         self._has_met = False
 
@@ -308,14 +304,26 @@ class NaturalCG(CopiedInFull):
         """
         return self._gradient_hooks.register(hook)
 
+    def linearize(self, closure: Callable[[], Any]) -> Linearization:
+        """A closure at the present parameters, as :func:`~ngd_optim.linearize` finds it, for steps of your own.
+
+        It has this optimizer's ``curvature`` and ``backend``, and checks the closure's derivatives
+        only the first time, as ``step`` does. It knows this process alone.
+
+        Raises:
+            Exception: as for :func:`~ngd_optim.linearize`.
+        """
+        settings = Settings.of(self.param_groups)
+        return Linearization.of(
+            closure,
+            FlatParameters(self.param_groups),
+            settings.curvature,
+            settings.backend,
+            self._experiences,
+        )
+
     @all_or_nothing(
-        attributes=(
-            "process_group",
-            "_has_met",
-            "_has_told_of_damping",
-            "_on_stream",
-            "_has_advised",
-        ),
+        attributes=("process_group", "_has_met", "_advice"),
         setting="damping",
     )
     @torch.no_grad()
@@ -325,8 +333,8 @@ class NaturalCG(CopiedInFull):
         """Take one step.
 
         Args:
-            closure: computes the loss, and returns it alone or with a metric. It runs once; see the
-                README for when it runs again. A list of closures stands for the mean of their
+            closure: computes the loss, and returns it alone or with a metric. It runs once; see
+                *Get started* for when it runs again. A list of closures stands for the mean of their
                 losses and metrics, with the memory of one at a time.
             curvature_closure: gives the curvature in place of ``closure``, for example on a part of
                 its data.
@@ -351,7 +359,7 @@ class NaturalCG(CopiedInFull):
             self.process_group,
             self._device,
             follow_ddp=True,
-            parameters=[p for group in self.param_groups for p in group["params"]],
+            parameters=self._everything,
         ) as ranks:
             return self._step(closure, curvature_closure, ranks)
 
@@ -482,10 +490,9 @@ class NaturalCG(CopiedInFull):
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
         self.last_step = report
-        self._advise(point, new_slope)
+        self._advice = self._advice.after(report, outcome, point)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
-        self._tell_of_hiding_damping(report, outcome, point)
         damping.lower_floor(outcome.curvature(report.step_norm))
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
@@ -498,44 +505,19 @@ class NaturalCG(CopiedInFull):
         self._has_met = True
         return point.loss
 
-    def _advise(self, point: Point, new_slope: float) -> None:
-        """Say once which optimizer is made for a stream of batches."""
-        is_on_stream = (
-            not math.isnan(new_slope) and point.kind == "ggn" and not point.is_least_squares
-        )
-        self._on_stream = self._on_stream + 1 if is_on_stream else 0
-        if self._on_stream == _STREAM and not self._has_advised:
-            self._has_advised = True
-            logger.warning(
-                "each of the last %d steps had other data: for a stream of small batches "
-                "ngd_optim.KFAC is made, whose step costs little more than a gradient; NaturalCG is "
-                "for batches that are large, or come again",
-                _STREAM,
-            )
-
-    def _tell_of_hiding_damping(self, report: StepReport, outcome: Outcome, point: Point) -> None:
-        """Say once where the damping, which has the loss's unit, makes steps too short to be judged."""
-        is_unjudged = math.isnan(report.reduction_ratio) and not self._has_told_of_damping
-        if is_unjudged and outcome.is_held_by_damping(point.rounding):
-            self._has_told_of_damping = True
-            logger.warning(
-                "steps are too short for the loss to show whether they are right, because damping=%g "
-                "outweighs the curvature: λ has the unit of the loss, here %.3g, and stays where it is; "
-                "scale the loss to the order of 1, or set damping to a tenth of its scale and "
-                "min_damping to 0",
-                report.damping,
-                report.loss,
-            )
+    @property
+    def _everything(self) -> list[Tensor]:
+        """All parameters, frozen ones as well."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     @property
     def _device(self) -> torch.device:
-        return next(p.device for group in self.param_groups for p in group["params"])
+        return self._everything[0].device
 
     def _stands_still(self) -> bool:
         """Whether every learning rate and every gradient is zero."""
-        params = [p for group in self.param_groups for p in group["params"]]
         return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(
-            p.grad is not None and p.grad.any() for p in params
+            p.grad is not None and p.grad.any() for p in self._everything
         )
 
     @staticmethod

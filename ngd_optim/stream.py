@@ -143,7 +143,7 @@ class StreamState:
         return self._state.get(p, {})  # the state is made where it is written to
 
 
-def check_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
+def check_stream_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
     """Check what was loaded; what is not finite is dropped, with a warning.
 
     Raises:

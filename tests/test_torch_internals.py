@@ -206,3 +206,15 @@ def test_compiled_calls_are_seen_on_the_stack(way):
                 module(x)
     assert seen == [True]
     assert not internals.is_in_compiled_call()
+
+
+@pytest.mark.parametrize("left_over", [-1, 0, 1])
+def test_a_function_mode_leaves_the_stack_as_it_found_it(left_over: int):
+    # An interrupt within torch leaves its stack without the mode, or with one that it has just taken.
+    depth = internals._len_torch_function_stack()
+    with internals.FunctionMode():
+        if left_over > 0:
+            internals.FunctionMode().__enter__()
+        elif left_over < 0:
+            internals._pop_torch_function_stack()
+    assert internals._len_torch_function_stack() == depth

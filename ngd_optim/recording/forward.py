@@ -117,6 +117,8 @@ class ForwardRecorder(DispatchMode):
             True or False.
         has_conditions: whether it went one way of several, depending on the parameters.
         uses_float16: whether it computed something in float16 from the parameters.
+        held: why autograd holds fixed what depends on the parameters and meets what it follows: of
+            the second parts of marks.
         problem: why there is no program; None if there is one.
     """
 
@@ -141,6 +143,7 @@ class ForwardRecorder(DispatchMode):
         self.reads_values = False
         self.has_conditions = False
         self.uses_float16 = False
+        self.held: set[str] = set()
         self._of_functions: set[int] = set()  # slots of what they gave
         self.problem: str | None = None
 
@@ -304,6 +307,7 @@ class ForwardRecorder(DispatchMode):
         held: Sequence[tuple[Any, Any, int]] = ()
         if is_followed and len(cuts) > 1:
             inputs, held = _put_back(inputs, found, written)
+            self.held |= cuts - {""}
         if is_followed:
             cut = ""
         elif torch.is_grad_enabled():

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ngd_optim.kernels import differentiable, recompute_alike, uncompiled
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.torch_internals import (
+    FunctionMode,
     base_of,
     is_in_compiled_call,
     is_transformed,
@@ -68,7 +68,7 @@ def _is_plain(func: Any) -> bool:
     )
 
 
-class LossWatch(TorchFunctionMode):
+class LossWatch(FunctionMode):
     """Shows the recognised losses on their way back, while the graph that leads to them is whole.
 
     It changes nothing, and does not look at what is not differentiated. Nodes of the graph know it
@@ -146,7 +146,7 @@ class Hook:
         return result
 
 
-class Tracing(TorchFunctionMode):
+class Tracing(FunctionMode):
     """Notes losses, outputs of the model and side effects, and what ``backward`` is called on.
 
     Args:
