@@ -499,7 +499,12 @@ class NaturalCG(Followed):
         )
         last.keep(outcome, report.new_loss, settings.lr)
         if point.bend is not None:
-            last.adapt_smoothing(report.reduction_ratio, accepted=report.accepted)
+            last.adapt_smoothing(
+                outcome.step.predicted_decrease(1.0),
+                point.hidden_by_rounding,
+                report.reduction_ratio,
+                accepted=report.accepted,
+            )
         preconditioning.keep(report.cg_iters)
         complete_state(self.state, parameters, settings)
         self._has_met = True

@@ -184,6 +184,16 @@ def test_watched_zeros_have_memory():
         assert not torch._efficientzerotensor((2,))._is_zerotensor()
 
 
+def test_a_function_mode_that_is_gone_takes_no_other_from_the_stack():
+    # As an interrupt leaves it that comes while torch has taken the mode from its stack.
+    depth = internals._len_torch_function_stack()
+    with internals.FunctionMode():
+        with internals.FunctionMode():
+            torch._C._pop_torch_function_stack()
+        assert internals._len_torch_function_stack() == depth + 1
+    assert internals._len_torch_function_stack() == depth
+
+
 @pytest.mark.parametrize("way", ["function", "module", "method"])
 def test_compiled_calls_are_seen_on_the_stack(way):
     seen = []
@@ -206,15 +216,3 @@ def test_compiled_calls_are_seen_on_the_stack(way):
                 module(x)
     assert seen == [True]
     assert not internals.is_in_compiled_call()
-
-
-@pytest.mark.parametrize("left_over", [-1, 0, 1])
-def test_a_function_mode_leaves_the_stack_as_it_found_it(left_over: int):
-    # An interrupt within torch leaves its stack without the mode, or with one that it has just taken.
-    depth = internals._len_torch_function_stack()
-    with internals.FunctionMode():
-        if left_over > 0:
-            internals.FunctionMode().__enter__()
-        elif left_over < 0:
-            internals._pop_torch_function_stack()
-    assert internals._len_torch_function_stack() == depth

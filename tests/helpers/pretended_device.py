@@ -267,6 +267,11 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
     }
 
 
+def register() -> None:
+    """Have torch know the device."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+
+
 def compare_streams(scenario: Scenario, here: Any, there: Any, steps: int = 12) -> dict[str, Any]:
     """Steps of KFAC, by a closure and by a watched block in turn."""
     reads, renewed = [], []
@@ -290,11 +295,6 @@ def compare_streams(scenario: Scenario, here: Any, there: Any, steps: int = 12) 
         "renewed": renewed,
         "reads": reads,
     }
-
-
-def register() -> None:
-    """Have torch know the device."""
-    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 
 
 def main() -> None:

@@ -44,21 +44,27 @@ def test_rule(ratio, accepted, overshot, factor):
 
 
 SMOOTHING = [
-    # reduction ratio, accepted, factor
-    (1.0, True, 1.1),
-    (2.0, True, 1.1),
-    (2.001, True, 0.75),
-    (0.4, True, 1.0),
-    (0.2, True, 1.0),
-    (0.1999, True, 0.75),
-    (1.0, False, 0.75),
-    (math.nan, True, 0.75),
+    # promised, hidden, reduction ratio, accepted, factor
+    (1.0, 1.0, 1.0, True, 1.1),
+    (1.0, 0.0, 1.0, True, 1.1),  # all kinks are farther than the width
+    (0.05, 1.0, 5.0, True, 1.0),
+    (0.032, 1.0, 1.0, True, 0.8),
+    (0.001, 1.0, 1.0, True, 0.25),
+    (0.0, 1.0, math.nan, True, 0.25),
+    (1.0, 1.0, 0.2, True, 1.1),
+    (1.0, 1.0, 0.1999, True, 0.75),
+    (1.0, 1.0, 1.0, False, 0.75),
 ]
 
 
-@pytest.mark.parametrize(("ratio", "accepted", "factor"), SMOOTHING)
-def test_rule_for_kinks(ratio, accepted, factor):
-    assert smoothing_factor(ratio, accepted=accepted) == factor
+@pytest.mark.parametrize(("promised", "hidden", "ratio", "accepted", "factor"), SMOOTHING)
+def test_rule_for_kinks(promised, hidden, ratio, accepted, factor):
+    found = smoothing_factor(promised, hidden, ratio, accepted=accepted)
+    assert found == pytest.approx(factor)
+    # The loss's unit does not matter.
+    assert smoothing_factor(1e-9 * promised, 1e-9 * hidden, ratio, accepted=accepted) == (
+        pytest.approx(factor)
+    )
 
 
 @pytest.mark.parametrize(
