@@ -183,7 +183,10 @@ class TRPO(sb3_contrib.TRPO):
         ]
 
     def _example_inputs(self) -> tuple[Any, ...]:
-        observation, _ = self.policy.obs_to_tensor(deepcopy(self.observation_space).sample())
+        # A copy of the space leaves the space's own random numbers alone, and takes long.
+        if not hasattr(self, "_sample"):
+            self._sample = deepcopy(self.observation_space).sample()
+        observation, _ = self.policy.obs_to_tensor(self._sample)
         return (observation,)
 
     def _distribution(self, *inputs: Any) -> Distribution:
@@ -327,7 +330,7 @@ class TRPO(sb3_contrib.TRPO):
         return [*state_dicts, "policy_optimizer"], variables
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_being_loaded"]
+        return [*super()._excluded_save_params(), "_is_being_loaded", "_sample"]
 
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"

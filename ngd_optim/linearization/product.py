@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
-from ngd_optim.linearization.backend import Formed, Way, direct_product, form_product
+from ngd_optim.linearization.backend import Formed, Product, Way, direct_product, form_product
 from ngd_optim.linearization.checks import Checked
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
@@ -47,7 +47,7 @@ class ClosureProduct:
         self._learn = learn
         self._graph = graph
         self._parameters = parameters
-        self._penalty = checked.penalty
+        self._checked = checked
         self._ranks = ranks
         self._keep_graph = keep_graph
         self.ways = self._usable(checked)
@@ -60,13 +60,16 @@ class ClosureProduct:
 
     def form(self, v: Tensor) -> None:
         """Choose how to form products, with ``v``, whose product is remembered until the next call."""
-        formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+        if self._formed is not None:  # a preconditioner has asked for products
+            product = self._formed.product
+            self._formed = Formed.of(product, v, product(v))
+            return
+        formed, ways = self._try_ways(v)
         if formed is None:
             # What was learnt of the closure holds no longer.
-            checked = self._learn()
-            self._penalty = checked.penalty
-            self.ways = self._usable(checked)
-            formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+            self._checked = self._learn()
+            self.ways = self._usable(self._checked)
+            formed, ways = self._try_ways(v)
         if formed is None:
             raise RuntimeError(
                 "curvature products that were right a moment ago can no longer be formed; let the "
@@ -89,15 +92,27 @@ class ClosureProduct:
         image = formed.image_of(v)
         return formed.product(v) if image is None else image
 
+    def _try_ways(self, v: Tensor) -> tuple[Formed | None, tuple[Way, ...]]:
+        graph = self._graph
+
+        def form_recorded(make: Callable[[], Product], v: Tensor) -> tuple[Tensor, Product]:
+            return self._checked.recordings.form(graph.recorder, graph.describe(), make, v)
+
+        return form_product(self.ways, self._direct, v, self._ranks, form_recorded)
+
     def _usable(self, checked: Checked) -> tuple[Way, ...]:
         return tuple(way for way in checked.ways if self._keep_graph or not way.recorded)
 
     def _direct(self, backend: Backend) -> Callable[[Tensor], Tensor]:
         if self._keep_graph:
-            return direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
+            return direct_product(
+                backend, self._graph, self._parameters, penalty=self._checked.penalty
+            )
 
         def by_rerun(v: Tensor) -> Tensor:
-            product = direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
+            product = direct_product(
+                backend, self._graph, self._parameters, penalty=self._checked.penalty
+            )
             image = product(v)
             self._graph.release(for_good=False)
             return image

@@ -477,6 +477,11 @@ class LossCall:
     result: Tensor
 
     @property
+    def name(self) -> str:
+        """The loss function's name."""
+        return next(f.__name__ for f, loss in LOSSES.items() if loss is self.loss)
+
+    @property
     def replaces_hessian(self) -> bool:
         """Whether another Hessian than autograd's is the loss's."""
         return self.loss.replace_hessian is not None and any(z.requires_grad for z in self.outputs)
