@@ -83,7 +83,7 @@ class Graph:
                     if self._curvature in ("auto", "fisher"):
                         refuse_moving_transforms(self._returned, self._recorder.has_seen)
                 else:
-                    traced = self.run.run_again(graph=True)
+                    traced = self.run.run_again(graph=True, replaces_first=True)
                 self._kept = traced, metric_of(traced, self._curvature, self._smoothing)
         return self._kept
 
@@ -139,9 +139,9 @@ class Graph:
         It is not where derivatives are others than those of the operations (hooks, Functions,
         checkpoints), or where kinks are rounded, by another width at each step.
         """
+        traced, metric = self.get()
         if not self._is_at_hand:
             return None
-        traced, metric = self.get()
         has_hooks = traced.has_hooks or any(hooks_of(p) for p in self._parameters.tensors)
         is_hidden = has_hooks or self.recorder.calls_functions or self.run.recomputes
         if is_hidden or (isinstance(metric, OutputMetric) and metric.bends):

@@ -54,6 +54,7 @@ class Formed(NamedTuple):
             return None
         first, version = self.first
         is_unchanged = version_of(first) == version
+        # The host waits, once a solve: it saves a product.
         return self.image if is_unchanged and (v is first or torch.equal(first, v)) else None
 
     def without_image(self) -> "Formed":
@@ -63,7 +64,7 @@ class Formed(NamedTuple):
 
 def record_anew(make: Callable[[], Product], v: Tensor) -> tuple[Tensor, Product]:
     """The product with ``v``, and what was recorded of it."""
-    return record(lambda u: make()(u), v)
+    return record(make(), v)
 
 
 def form_product(
@@ -119,6 +120,8 @@ def direct_product(
         penalty: whether the Hessian of what the loss takes from parameters around the outputs is
             added.
     """
+    with twice_differentiable():
+        graph.get()  # its run tells whether it recomputes
     recomputes = graph.run.recomputes
     with twice_differentiable(recomputes=recomputes):
         products = [graph.product(backend)]

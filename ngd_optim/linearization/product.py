@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization.backend import Formed, Product, Way, direct_product, form_product
 from ngd_optim.linearization.checks import Checked
 from ngd_optim.names import Backend
@@ -30,6 +31,7 @@ class ClosureProduct:
 
     Attributes:
         ways: those that are left after the choice; the first one is taken.
+        has_penalty: whether the Hessian of a weight penalty in the loss is added.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class ClosureProduct:
         self._learn = learn
         self._graph = graph
         self._parameters = parameters
-        self._checked = checked
+        self._recordings = checked.recordings
+        self.has_penalty = checked.penalty
         self._ranks = ranks
         self._keep_graph = keep_graph
         self.ways = self._usable(checked)
@@ -67,8 +70,10 @@ class ClosureProduct:
         formed, ways = self._try_ways(v)
         if formed is None:
             # What was learnt of the closure holds no longer.
-            self._checked = self._learn()
-            self.ways = self._usable(self._checked)
+            checked = self._learn()
+            self._recordings = checked.recordings
+            self.has_penalty = checked.penalty
+            self.ways = self._usable(checked)
             formed, ways = self._try_ways(v)
         if formed is None:
             raise RuntimeError(
@@ -96,7 +101,11 @@ class ClosureProduct:
         graph = self._graph
 
         def form_recorded(make: Callable[[], Product], v: Tensor) -> tuple[Tensor, Product]:
-            return self._checked.recordings.form(graph.recorder, graph.describe(), make, v)
+            with twice_differentiable(
+                recomputes=graph.run.recomputes
+            ):  # the graph may be made anew
+                about = graph.describe()
+            return self._recordings.form(graph.recorder, about, make, v)
 
         return form_product(self.ways, self._direct, v, self._ranks, form_recorded)
 
@@ -105,13 +114,11 @@ class ClosureProduct:
 
     def _direct(self, backend: Backend) -> Callable[[Tensor], Tensor]:
         if self._keep_graph:
-            return direct_product(
-                backend, self._graph, self._parameters, penalty=self._checked.penalty
-            )
+            return direct_product(backend, self._graph, self._parameters, penalty=self.has_penalty)
 
         def by_rerun(v: Tensor) -> Tensor:
             product = direct_product(
-                backend, self._graph, self._parameters, penalty=self._checked.penalty
+                backend, self._graph, self._parameters, penalty=self.has_penalty
             )
             image = product(v)
             self._graph.release(for_good=False)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,6 @@ class Operation:
         held: as ``inputs``, for slots that it does not read, because autograd takes what was in them
             as constants; these stand in the arguments.
         expected: what it must give, for an operation that gives True or False; else None.
-        slots: those that it reads, in the order of ``inputs``.
     """
 
     function: Any
@@ -62,16 +61,14 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: list[tuple[Any, Any, int]]
     outputs: list[tuple[int | None, int]]
-    held: list[tuple[Any, Any, int]] = field(default_factory=list)
+    held: Sequence[tuple[Any, Any, int]] = ()
     expected: bool | None = None
-    slots: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.read(self.inputs)
-
-    def read(self, inputs: list[tuple[Any, Any, int]]) -> None:
-        """Let it have other inputs."""
-        self.inputs, self.slots = inputs, [slot for _, _, slot in inputs]
+    @property
+    def slots(self) -> list[int]:
+        """Those that it reads, in the order of ``inputs``."""
+        # Not kept: a list more for each operation of a run, for the garbage collector to look at.
+        return [slot for _, _, slot in self.inputs]
 
     def following_all(self) -> "Operation":
         """The same, reading what it holds fixed as well; its arguments are copies."""
@@ -86,7 +83,8 @@ class Operation:
             return places[id(place)]
 
         args, kwargs = copy(self.args), copy(self.kwargs)
-        inputs = [(places[id(place)], key, slot) for place, key, slot in self.inputs + self.held]
+        read = [*self.inputs, *self.held]
+        inputs = [(places[id(place)], key, slot) for place, key, slot in read]
         return Operation(self.function, args, kwargs, inputs, self.outputs, expected=self.expected)
 
     def filled(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -164,14 +162,21 @@ def remove_dead_code(
 
 def find_last_uses(
     program: list[Operation], outputs: Iterable[int], below: float = math.inf
-) -> list[list[int]]:
+) -> list[Sequence[int]]:
     """For each operation, the slots, ``below`` a number, that nothing needs after it."""
-    needed, last_uses = set(outputs), []
+    needed = set(outputs)
+    last_uses: list[Sequence[int]] = []
     for operation in reversed(program):
-        used = {slot for _, slot in operation.outputs}
-        used.update(operation.slots)
-        last_uses.append([slot for slot in used - needed if slot < below])
-        needed |= used
+        last = []
+        for _, _, slot in operation.inputs:
+            if slot not in needed and slot < below:
+                needed.add(slot)
+                last.append(slot)
+        for _, slot in operation.outputs:
+            if slot not in needed:
+                last.append(slot)
+        last_uses.append(tuple(last))
+        needed.update([slot for _, slot in operation.outputs])
     return last_uses[::-1]
 
 
@@ -214,6 +219,6 @@ def take_slots_out(
             if slot is not None:
                 inputs.append((place, key, slot))
                 place[key] = None
-        elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+        elif isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
             place[key] = take_slots_out(list(value), inputs, slot_of)
     return place

@@ -196,7 +196,9 @@ class KeptRecordings:
             renewed = kept.renew(trace)
             if renewed is not None:
                 return renewed(v), renewed
-        image, recording, renewal = record_from(trace, lambda u: make()(u), v.contiguous())
+        # What makes the product is a part of what renews it.
+        function = make() if trace is None else lambda u: make()(u)
+        image, recording, renewal = record_from(trace, function, v.contiguous())
         if trace is not None:
             self._learn(kept, trace, recording, renewal)
         # A replay rounds otherwise than what it was recorded from, and a run that is resumed records

@@ -96,7 +96,7 @@ def _take_constants_out(program: list[Operation], first: int, constants: list[Te
                     if id(value) not in slots:
                         slots[id(value)] = first + len(constants)
                         constants.append(value)
-                    operation.read([*operation.inputs, (place, key, slots[id(value)])])
+                    operation.inputs = [*operation.inputs, (place, key, slots[id(value)])]
                     place[key] = None
 
 

@@ -15,7 +15,7 @@ from ngd_optim import KFAC, NaturalCG, StepReport
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PACKAGES = ("ngd_optim", "ngd_lightning", "ngd_rl")
+PACKAGES = ("ngd_optim", "ngd_optim.factors", "ngd_optim.testing", "ngd_lightning", "ngd_rl")
 PUBLIC = [
     f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__
 ]
@@ -160,7 +160,7 @@ def test_a_public_name_has_a_docstring_with_an_example_that_runs(
     path: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    package, _, name = path.partition(".")
+    package, _, name = path.rpartition(".")
     public = getattr(importlib.import_module(package), name)
     assert inspect.getdoc(public)
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(public) or "")
