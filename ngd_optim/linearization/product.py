@@ -26,6 +26,7 @@ class ClosureProduct:
         ranks: those that choose alike.
         keep_ways: is told the ways that are left where one no longer works.
         learn: checks the closure anew, where none works any longer.
+        captures: whether recorded products are replayed by CUDA graphs.
         keep_graph: hold the graph for products that need it; else each of them runs the closure
             again, and nothing is recorded.
 
@@ -44,6 +45,7 @@ class ClosureProduct:
         learn: Callable[[], Checked],
         *,
         keep_graph: bool,
+        captures: bool,
     ) -> None:
         self._keep_ways = keep_ways
         self._learn = learn
@@ -53,6 +55,7 @@ class ClosureProduct:
         self.has_penalty = checked.penalty
         self._ranks = ranks
         self._keep_graph = keep_graph
+        self._captures = captures
         self.ways = self._usable(checked)
         self._formed: Formed | None = None
 
@@ -105,7 +108,9 @@ class ClosureProduct:
                 recomputes=graph.run.recomputes
             ):  # the graph may be made anew
                 about = graph.describe()
-            return self._recordings.form(graph.recorder, about, make, v)
+            return self._recordings.form(
+                graph.recorder, about, make, v, captures=self._captures
+            )
 
         return form_product(self.ways, self._direct, v, self._ranks, form_recorded)
 

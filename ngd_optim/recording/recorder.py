@@ -174,7 +174,13 @@ class KeptRecordings:
         self._steps = 0
 
     def form(
-        self, recorder: ForwardRecorder, about: Any, make: Callable[[], Function], v: Tensor
+        self,
+        recorder: ForwardRecorder,
+        about: Any,
+        make: Callable[[], Function],
+        v: Tensor,
+        *,
+        captures: bool = False,
     ) -> tuple[Tensor, Recording]:
         """The product with ``v``, and the recording, renewed or made.
 
@@ -184,6 +190,7 @@ class KeptRecordings:
                 and objects that hold them; None: that is not known.
             make: gives the product itself.
             v: a vector.
+            captures: see :class:`Recording`.
         """
         self._steps += 1
         # Of what is seen once, nothing need be kept.
@@ -193,12 +200,13 @@ class KeptRecordings:
         if trace is not None:
             kept = next((k for k in self._kept if k.signature == trace.signature), None)
         if kept is not None and kept.is_right:
-            renewed = kept.renew(trace)
+            renewed = kept.renew(trace, captures=captures)
             if renewed is not None:
                 return renewed(v), renewed
         # What makes the product is a part of what renews it.
         function = make() if trace is None else lambda u: make()(u)
         image, recording, renewal = record_from(trace, function, v.contiguous())
+        recording = Recording(recording.plan, recording.constants, captures=captures)
         if trace is not None:
             self._learn(kept, trace, recording, renewal)
         # A replay rounds otherwise than what it was recorded from, and a run that is resumed records
@@ -233,10 +241,10 @@ class _Kept:
     renewal: Renewal
     is_right: bool = False
 
-    def renew(self, trace: Trace) -> Recording | None:
+    def renew(self, trace: Trace, *, captures: bool = False) -> Recording | None:
         """The product of another run; None: it cannot be had."""
         constants = self.renewal(trace)
-        return None if constants is None else Recording(self.plan, constants)
+        return None if constants is None else Recording(self.plan, constants, captures=captures)
 
     def agrees(self, trace: Trace, recording: Recording) -> bool:
         """Whether renewing gives, bit for bit, what was recorded of the same run."""

@@ -1,6 +1,9 @@
 """A recorded function, and its replay on other vectors."""
 
+import logging
+import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from ngd_optim.aten import facts, find_out_variant
 from ngd_optim.recording.passes import optimise
 from ngd_optim.recording.program import Meta, Operation, find_last_uses, run
 from ngd_optim.torch_internals import memory_of
+
+logger = logging.getLogger("ngd_optim")
 
 _HELD = 2**25
 """So many bytes that a replay computes are held for the next one. More take long enough without that."""
@@ -45,6 +50,8 @@ class Plan:
         length: how many operations a replay takes.
         bytes: how much they compute.
         layout: where they put it, if they are called again and again; None until then.
+        captured: the program in a CUDA graph, if it was asked for; None until then, or if it cannot be.
+        can_capture: whether it was not in vain to ask.
     """
 
     def __init__(
@@ -64,6 +71,8 @@ class Plan:
             self.views, self.program = optimise(program, metas, output, zeros)
         self.size = len(metas)
         self.layout: Layout | None = None
+        self.captured: CapturedCalls | None = None
+        self.can_capture = bool(self.program)
         everything = [*self.views, *self.program]
         _take_constants_out(everything, self.size, constants)
         last_uses = find_last_uses(everything, () if output is None else (output,), self.size)
@@ -108,10 +117,15 @@ class Recording:
     Args:
         plan: the program.
         constants: what it reads beside the vector.
+        captures: whether it is to be replayed by a CUDA graph, where the device is one of CUDA's.
     """
 
-    def __init__(self, plan: Plan, constants: Sequence[Tensor]) -> None:
+    def __init__(
+        self, plan: Plan, constants: Sequence[Tensor], *, captures: bool = False
+    ) -> None:
         self.plan = plan
+        self._captures = captures
+        self._count = 0
         self._values: list[Any] = [None] * plan.size + list(constants)
         self._seen: tuple[Tensor | None, int] = (None, 0)
         self._calls: FixedCalls | None = None
@@ -126,6 +140,12 @@ class Recording:
         if plan.output is None:
             assert plan.zero is not None
             return plan.zero.clone()  # linear, and the same for every vector
+        if self._captures and plan.can_capture:
+            self._count += 1
+            # The first call is a plain one: libraries make themselves ready, which cannot be captured.
+            if (plan.captured or self._count > 1) and self._capture(v):
+                assert plan.captured is not None
+                return plan.captured(v, self)
         if self._seen[0] is v and self._seen[1] == v.data_ptr():
             if self._calls is None:
                 self._fix()
@@ -139,6 +159,18 @@ class Recording:
         values = self._values.copy()
         run(plan.program, plan.last_uses[1], values)
         return values[plan.output]
+
+    def _capture(self, v: Tensor) -> bool:
+        """Have the program captured, if it is not yet; whether it is."""
+        plan = self.plan
+        if plan.captured is None:
+            try:
+                plan.captured = CapturedCalls(plan, v, self)
+            except RuntimeError as error:
+                plan.can_capture = False
+                reason = str(error).strip().splitlines()[0]
+                logger.info("products are replayed without a CUDA graph, because %s", reason)
+        return plan.captured is not None
 
     def _fix(self) -> None:
         plan = self.plan
@@ -264,3 +296,55 @@ class FixedCalls:
         for function, args, kwargs in self._calls:
             result = function(*args, **kwargs)
         return result if self._result is None else self._result.clone()
+
+
+class CapturedCalls:
+    """A program in a CUDA graph: one launch for all of its operations.
+
+    A graph reads and writes the memory that it was captured with. So the vector and the constants are
+    copied there first, the constants once for each recording that comes, and the result is copied from
+    there.
+
+    Args:
+        plan: the program.
+        v: a vector like those that will come.
+        recording: whose constants are copied first.
+
+    Raises:
+        RuntimeError: the program, or the device, cannot be captured.
+    """
+
+    def __init__(self, plan: Plan, v: Tensor, recording: Recording) -> None:
+        assert plan.output is not None
+        if not _is_cuda(v):
+            raise RuntimeError(f"cuda_graphs is for devices of CUDA, and this one is {v.device}")
+        self._vector = v.clone(memory_format=torch.contiguous_format)
+        self._constants = [constant.clone() for constant in recording.constants]
+        self._of = weakref.ref(recording)
+        values: list[Any] = [None] * plan.size + self._constants
+        values[0] = self._vector
+        run(plan.views, plan.last_uses[0], values)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=_share_pool()):
+            run(plan.program, plan.last_uses[1], values)
+            self._result: Tensor = values[plan.output]
+
+    def __call__(self, v: Tensor, recording: Recording) -> Tensor:
+        """The function's value for the constants of a recording, in memory of its own."""
+        if self._of() is not recording:
+            self._of = weakref.ref(recording)
+            for own, constant in zip(self._constants, recording.constants, strict=True):
+                own.copy_(constant)
+        self._vector.copy_(v)
+        self._graph.replay()
+        return self._result.clone()
+
+
+def _is_cuda(v: Tensor) -> bool:
+    return v.is_cuda
+
+
+@cache
+def _share_pool() -> Any:
+    """Memory for what graphs compute on the way: no result is left there when the next one is replayed."""
+    return torch.cuda.graph_pool_handle()
