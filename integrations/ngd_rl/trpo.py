@@ -192,7 +192,10 @@ class TRPO(sb3_contrib.TRPO):
         return self.policy_optimizer.param_groups[0]["params"]
 
     def _example_inputs(self) -> tuple[Any, ...]:
-        observation, _ = self.policy.obs_to_tensor(deepcopy(self.observation_space).sample())
+        # A copy of the space leaves the space's own random numbers alone, and takes long.
+        if not hasattr(self, "_sample"):
+            self._sample = deepcopy(self.observation_space).sample()
+        observation, _ = self.policy.obs_to_tensor(self._sample)
         return (observation,)
 
     def _distribution(self, *inputs: Any) -> Distribution:
@@ -352,7 +355,13 @@ class TRPO(sb3_contrib.TRPO):
         return [*state_dicts, "policy_optimizer"], variables
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_being_loaded", "_followed", "_left_out"]
+        return [
+            *super()._excluded_save_params(),
+            "_is_being_loaded",
+            "_followed",
+            "_left_out",
+            "_sample",
+        ]
 
     def save(
         self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
