@@ -120,9 +120,7 @@ class Recording:
         captures: whether it is to be replayed by a CUDA graph, where the device is one of CUDA's.
     """
 
-    def __init__(
-        self, plan: Plan, constants: Sequence[Tensor], *, captures: bool = False
-    ) -> None:
+    def __init__(self, plan: Plan, constants: Sequence[Tensor], *, captures: bool = False) -> None:
         self.plan = plan
         self._captures = captures
         self._count = 0
