@@ -30,7 +30,7 @@ logger = logging.getLogger("ngd_optim")
 _NUMBERS = ("steps", "age", "draws", "slope", "decrement", "weight")
 _FACTORS = ("left", "right", "diagonal")
 _DECREMENTS = 20
-"""About how many of the last decrements count in their average; it says nothing before."""
+"""About how many of the last decrements count in their average."""
 
 _GO_WITH = {"momentum": "weight", "last_step": "slope"}
 _LAYER = ("layer_groups", "layer_flipped", "layer_bias")
@@ -92,10 +92,8 @@ class StreamState:
         return share * self.decrement + (1 - share) * new
 
     def fall_to(self, average: float) -> float:
-        """Which part of the last average decrement this one is; 1 where it rose, or is of too few steps."""
-        if self.steps < _DECREMENTS or not math.isfinite(self.decrement):
-            return 1.0
-        return min(1.0, average / self.decrement)
+        """Which part of the last average decrement this one is; 1 where it rose, or is the first."""
+        return min(1.0, average / self.decrement) if math.isfinite(self.decrement) else 1.0
 
     def generator(self) -> torch.Generator:
         """Draws other vectors for each renewal, and the same ones when a run is resumed."""

@@ -170,9 +170,8 @@ def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
         solution = dense.solve(mean)
         now = (mean @ solution).item()
         average = now if last is None else (decrement + now) / 2  # of about two
-        if t >= 2:
-            radius *= min(1, average / decrement)
         if last is not None:
+            radius *= min(1, average / decrement)
             slope = g @ last / abs(last_slope)
             radius *= 2 ** (0.2 * 0.7 * (0.25 * 0.7 - slope).clamp(-1, 1).item())
         d = -0.7 * math.sqrt(2 * radius / (mean @ solution).item()) * solution
