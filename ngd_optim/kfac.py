@@ -10,12 +10,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks, is_one_of_several
+from ngd_optim.history import Followed
+from ngd_optim.kernels import without_autocast
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
-    average_factors,
 )
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
@@ -25,6 +25,7 @@ from ngd_optim.shown import show
 from ngd_optim.state import keep_precision
 from ngd_optim.stream import StreamState, check_stream_state, differentiate
 from ngd_optim.tracing import wrap_closures
+from ngd_optim.transaction import all_or_nothing
 from ngd_optim.watch import FactorWatch, WatchedModule
 
 logger = logging.getLogger("ngd_optim")
@@ -39,7 +40,7 @@ _RATE, _UPHILL = 0.2, 0.25
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is while ``lr`` is 1."""
 
 
-class KFAC(CopiedInFull):
+class KFAC(Followed):
     """Momentum, preconditioned by Kronecker factors, in steps of a length that the factors measure.
 
     For endless streams of small batches: a step costs little more than a gradient. Every few steps
@@ -150,12 +151,14 @@ class KFAC(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         if "_watch" not in self.__dict__:
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None
             self._drawing: torch.Generator | None = None
             self._has_told_of_age = False
         self._inverse: tuple[Any, KroneckerInverse] | None = None
+        self._transaction: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr`` and ``weight_decay``."""
@@ -231,6 +234,11 @@ class KFAC(CopiedInFull):
         with self._ranks.noticing_ddp(module), watching:
             yield
 
+    @all_or_nothing(
+        attributes=("_inverse", "_has_told_of_age"),
+        setting="radius",
+        at_end=lambda optimizer: optimizer._forget_batch(),
+    )
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
@@ -246,22 +254,26 @@ class KFAC(CopiedInFull):
         Raises:
             RuntimeError: no factors could be had, and the message says what to write.
             TypeError, ValueError: the closure returned something that is no loss.
-            Exception: whatever the closure raises. No parameter has moved then.
+            Exception: whatever the closure raises. Parameters, state and report are then as before, and
+                what was watched for this step is forgotten; what the closure itself has changed, such
+                as the numbers in ``.grad``, buffers and torch's random numbers, stays, as with torch's optimizers.
         """
         if self.__dict__.pop("grad_scale", None) is not None:
             raise RuntimeError(
                 "KFAC takes no GradScaler, whose float16 has too little range for the curvature; use "
                 "torch.autocast(..., dtype=torch.bfloat16), and call optimizer.step() yourself"
             )
-        try:
-            return self._step(closure)
-        finally:  # also of a step that failed nothing is left
-            self._watch.take()
-            self._ranks = self._drawing = None
+        return self._step(closure)
+
+    def _forget_batch(self) -> None:
+        """Nothing is left of what was watched, also of a step that failed."""
+        self._watch.take()
+        self._ranks = self._drawing = None
 
     def _step(self, closure: Any) -> Tensor | None:
         settings = self._settings()
         parameters = FlatParameters(self.param_groups)
+        self._transaction.cover(parameters)
         state = StreamState(parameters, self.state)
         is_due = state.is_due(settings.renew_every, _AT_START)
 
@@ -285,7 +297,7 @@ class KFAC(CopiedInFull):
         if self.process_group is not None:
             gradient = ranks.average(gradient)
 
-        with torch.autocast(parameters.device.type, enabled=False):
+        with without_autocast():
             # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
             factors = self._renew(state, ranks, settings, len(runs)) if is_due else None
             solve = self._invert(factors, state, settings.damping)
@@ -298,12 +310,14 @@ class KFAC(CopiedInFull):
             if not all(reached):  # the others stay where they are
                 x *= parameters.repeat([float(one) for one in reached])
             step = parameters.spread(settings.lr) * x
-            slope, slope_of_step, slope_now, size, grad_norm = read(
+            # The host waits once: the length of the step depends on these.
+            slope, slope_of_step, slope_now, size, grad_norm, value = read(
                 mean @ x,
                 mean @ step,
                 gradient @ state.flat("last_step"),
                 step.norm(),
                 gradient.norm(),
+                gradient.new_full((), torch.nan) if loss is None else loss.to(gradient.device),
             )
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
@@ -332,7 +346,7 @@ class KFAC(CopiedInFull):
             for group in self.param_groups:
                 group["radius"] = radius
         self.last_step = KFACReport(
-            loss=math.nan if loss is None else loss.item(),
+            loss=value,
             grad_norm=grad_norm,
             step_norm=scale * size if accepted else 0.0,
             kl=radius if accepted else 0.0,
@@ -354,7 +368,7 @@ class KFAC(CopiedInFull):
             raise RuntimeError(_NO_GROUP)
         if closures > 1 and estimate is not None:  # these stand for the mean of their losses
             estimate = estimate.scale(1 / closures)
-        mean = average_factors([estimate], ranks)
+        mean = KroneckerFactors.average([estimate], ranks)
         older = state.factors
         if older is None:
             if mean is None:

@@ -1,23 +1,33 @@
 """See, and change, every torch function that a closure calls."""
 
+import logging
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ngd_optim.kernels import differentiable, recompute_alike, uncompiled
 from ngd_optim.recording import ForwardRecorder
-from ngd_optim.torch_internals import base_of, is_transformed, memory_of, saves_by_hooks
+from ngd_optim.torch_internals import (
+    FunctionMode,
+    base_of,
+    is_in_compiled_call,
+    is_transformed,
+    memory_of,
+    saves_by_hooks,
+)
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
+
+logger = logging.getLogger("ngd_optim")
 
 # With running statistics as second and third argument, and whether they change as sixth.
 _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
@@ -40,7 +50,25 @@ _IN_PLACE_OPERATORS = {
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-class LossWatch(TorchFunctionMode):
+@lru_cache(maxsize=4096)
+def _is_plain(func: Any) -> bool:
+    """Whether a torch function does nothing but give a tensor, unless ``out`` or ``generator`` is given.
+
+    Asked at each call: closures of many small tensors call little else.
+    """
+    name = getattr(func, "__name__", "__get__")
+    return not (
+        _writes_to_first(name)
+        or name in _READINGS
+        or name in ("__get__", "backward", "grad", "register_hook", "retain_grad")
+        or func in _NORMS_BY_BATCH
+        or func in LOSSES
+        or func in KINKS
+        or differentiable(func) is not func
+    )
+
+
+class LossWatch(FunctionMode):
     """Shows the recognised losses on their way back, while the graph that leads to them is whole.
 
     It changes nothing, and does not look at what is not differentiated. Nodes of the graph know it
@@ -118,7 +146,7 @@ class Hook:
         return result
 
 
-class Tracing(TorchFunctionMode):
+class Tracing(FunctionMode):
     """Notes losses, outputs of the model and side effects, and what ``backward`` is called on.
 
     Args:
@@ -152,6 +180,7 @@ class Tracing(TorchFunctionMode):
         self._backward = backward
         self._recorder = recorder
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
+        self._count = 0
         self._kinks: list[Kink] = []
         self._held: deque[Kink] = deque(maxlen=_HELD)
         self.losses: list[LossCall] = []
@@ -176,9 +205,18 @@ class Tracing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._count += 1
+        # The stack is looked at for the first calls, then for one in two, in four: most are the model's.
+        is_looked_at = self._count < 16 or self._count & (self._count - 1) == 0
+        if is_looked_at and "torch._dynamo" in sys.modules:
+            _tell_of_compiled()
         if not self.recomputes and saves_by_hooks():
             self.recomputes = True
             recompute_alike()  # in derivatives that the closure itself takes, too
+        if _is_plain(func) and "out" not in kwargs and "generator" not in kwargs:
+            result = func(*args, **kwargs)
+            self._note_made_here(args, kwargs, result)
+            return result
         if func is torch.Tensor.backward:
             return self._note_backward(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -236,6 +274,8 @@ class Tracing(TorchFunctionMode):
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:
         """Remember new tensors, which need no putting back; not what shares memory with older ones."""
+        if isinstance(result, Tensor) and result.requires_grad:  # nearly all: no list of one
+            return
         results = [t for t in _tensors(result) if not t.requires_grad]
         if results:
             older = {memory_of(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
@@ -290,25 +330,40 @@ class Tracing(TorchFunctionMode):
             self._note_backward(root, gradient, create_graph=create_graph, inputs=inputs)
 
 
+_TOLD: set[str] = set()
+"""What is said once a process."""
+
+
+def _tell_of_compiled() -> None:
+    """Say once that a compiled model runs eagerly, if it does."""
+    if "compiled" not in _TOLD and is_in_compiled_call():
+        _TOLD.add("compiled")
+        logger.warning(
+            "the closure runs a model of torch.compile, and within step() that runs eagerly: a compiled graph "
+            "hides its operations; nothing is wrong, and elsewhere it stays compiled"
+        )
+
+
 def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    name = getattr(func, "__name__", "")
     if func in _NORMS_BY_BATCH:
         flag, default = _NORMS_BY_BATCH[func]
         if args[5] if len(args) > 5 else kwargs.get(flag, default):
             yield from _tensors([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
-    if (
-        (name.endswith("_") and not name.endswith("__"))
-        or name == "__setitem__"
-        or name in _IN_PLACE_OPERATORS
-    ):
+    if _writes_to_first(getattr(func, "__name__", "")):
         yield from _tensors(args[:1])
     yield from _tensors(kwargs.get("out"))
+
+
+def _writes_to_first(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    is_method = name.endswith("_") and not name.endswith("__")
+    return is_method or name == "__setitem__" or name in _IN_PLACE_OPERATORS
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _tensors(part)
     elif isinstance(value, dict):
