@@ -205,14 +205,13 @@ def attend_by_products(
 def is_in_compiled_call() -> bool:
     """Whether something that ``torch.compile`` made is running, eagerly: its wrapper is on the stack of this thread.
 
-    In ``torch._dynamo.eval_frame`` that is ``compile_wrapper``, in older versions ``_fn``. The wrapper of
-    ``torch.compiler.disable``, as of the hooks of ``fully_shard``, is a ``_fn`` too; it has no callback.
+    In ``torch._dynamo.eval_frame`` that is ``compile_wrapper``, in older versions ``_fn``, with the compiler
+    as ``callback``; what ``torch.compiler.disable`` has made is another ``_fn``, without.
     """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        is_wrapper = code.co_name in ("compile_wrapper", "_fn") and "callback" in code.co_freevars
-        if is_wrapper and code.co_filename.endswith(_WRAPPERS):
+        if "callback" in code.co_freevars and code.co_filename.endswith(_WRAPPERS):
             return True
         frame = frame.f_back
     return False
