@@ -432,7 +432,7 @@ class NaturalCG(Followed):
                 captures=settings.cuda_graphs,
             )
             point = linearize(closures, None if others else preconditioning.observe)
-            ranks.together(lambda: self._gradient_hooks(self, closures[0], point, own))
+            ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters, own))
             if others:
                 other = linearize(others, preconditioning.observe)
                 _require(other.used, "the curvature closure")

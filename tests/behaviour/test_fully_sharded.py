@@ -319,6 +319,14 @@ def another_group(rank: int) -> None:
     optimizer.step(lambda: F.cross_entropy(model(x), y))
 
 
+def clipping_hook(rank: int) -> None:
+    model, optimizer, closure = parts_of(rank)
+    optimizer.register_gradient_hook(
+        lambda _: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) if rank == 0 else None
+    )
+    optimizer.step(closure)
+
+
 def linearized(rank: int) -> None:
     model, _, closure = parts_of(rank)
     linearize(closure, model.parameters())
@@ -350,6 +358,7 @@ REFUSED = {
     on_two_meshes: ("call fully_shard with the same mesh",) * 2,
     another_model: ("depends on none of the optimizer's parameters",) * 2,
     another_group: ("leave it out, and it is found",) * 2,
+    clipping_hook: ("set max_kl", "rank 0 raised an exception"),
     linearized: ("on parameters that are whole",) * 2,
 }
 

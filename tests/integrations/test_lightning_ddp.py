@@ -79,7 +79,11 @@ class Sharded(Classifier):
             fully_shard(self.net, mesh=mesh)
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        assert all(isinstance(p.grad, DTensor) for p in self.parameters())
+        given = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, weight in zip(given, self.parameters(), strict=True):
+            assert isinstance(p.grad, DTensor)
+            assert weight.grad is not None
+            assert weight.grad.any()
 
 
 class WithAdam(Classifier):
