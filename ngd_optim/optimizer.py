@@ -127,6 +127,12 @@ class NaturalCG(CopiedInFull):
             residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
             2012), at one more run of the closure. Where they bend too much, the system is solved
             again with more damping.
+        xtol: a step has ``converged`` if it is at most ``xtol (xtol + ‖θ‖)`` long. These three are
+            as in ``scipy.optimize.least_squares``; they change no step, only what
+            :attr:`converged` and ``last_step`` say of it.
+        ftol: also if the loss falls by at most ``ftol`` times the loss, or by no more than its
+            rounding, and as promised (a reduction ratio above 1/4).
+        gtol: also if ``‖g‖∞ ≤ gtol``, in the unit of the loss ÷ that of the parameters.
         generator: draws the random vectors from which preconditioners are estimated. None: one of
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
@@ -188,6 +194,9 @@ class NaturalCG(CopiedInFull):
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
         geodesic: bool = True,
+        xtol: float = 1e-8,
+        ftol: float = 1e-8,
+        gtol: float = 0.0,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -458,6 +467,8 @@ class NaturalCG(CopiedInFull):
         report = build_report(
             point,
             outcome,
+            settings,
+            theta,
             max_kl=max_kl,
             new_slope=new_slope,
             solver=solver.name,
@@ -479,6 +490,11 @@ class NaturalCG(CopiedInFull):
         complete_state(self.state, parameters, settings)
         self._has_met = True
         return point.loss
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last step met a tolerance (``xtol``, ``ftol``, ``gtol``); False before the first step."""
+        return self.last_step is not None and self.last_step.converged
 
     @property
     def _everything(self) -> list[Tensor]:

@@ -188,6 +188,9 @@ class Settings(GroupSettings):
     damping_scale: Annotated[DampingScale, _one_of(DampingScale)]
     geodesic: Annotated[bool, _FLAG]
     momentum: Annotated[float, _BELOW_1]
+    xtol: Annotated[float, _FINITE]
+    ftol: Annotated[float, _FINITE]
+    gtol: Annotated[float, _FINITE]
 
 
 SETTINGS = tuple(Settings.allowed())

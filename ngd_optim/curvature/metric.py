@@ -233,10 +233,12 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
         return None
     if not used and not evaluation.ends_in_kinks:
         return None
-    if any(call.replaces_hessian for call, _ in used):
-        loss = add_scalars((weight * call.with_own_hessian()).sum() for call, weight in used)
-    else:
-        loss = evaluation.loss
+    own = [call.with_own_hessian() for call, _ in used]
+    loss = evaluation.loss
+    if any(result is not call.result for result, (call, _) in zip(own, used, strict=True)):
+        loss = add_scalars(
+            (weight * result).sum() for result, (_, weight) in zip(own, used, strict=True)
+        )
     indices = [
         i for i, z in enumerate(evaluation.outputs) if any(z is output for output in outputs)
     ]

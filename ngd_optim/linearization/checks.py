@@ -148,6 +148,22 @@ def refuse_unsupported(traced: Evaluation, metric: OutputMetric | ScalarMetric) 
         )
 
 
+def warn_of_constants(traced: Evaluation) -> None:
+    """Tell of residuals without a graph, at the first step with a closure: ``create_graph`` was forgotten."""
+    for call in traced.losses:
+        residuals = call.arguments.arguments.get("residuals", ())
+        for number, r in enumerate(residuals, start=1):
+            if not r.requires_grad:
+                logger.warning(
+                    "residual %d of %d of least_squares(), of shape %s, depends on no parameter, and the fit "
+                    "does not see it: take derivatives of the network by torch.func, or by "
+                    "torch.autograd.grad(..., create_graph=True), and detach no part of it",
+                    number,
+                    len(residuals),
+                    tuple(r.shape),
+                )
+
+
 def check_closure(
     graph: Graph,
     gradient: Tensor,

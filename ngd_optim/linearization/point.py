@@ -23,6 +23,7 @@ from ngd_optim.linearization.checks import (
     check_closure,
     refuse_unsupported,
     signature_of,
+    warn_of_constants,
 )
 from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
 from ngd_optim.names import BackendChoice, Curvature, Kind
@@ -232,6 +233,7 @@ def linearize_closure(
         signature = signature_of(graph, parameters)
         if (curvature, backend, signature) not in learnt:
             refuse_unsupported(traced, metric)
+            warn_of_constants(traced)
         try:
             if run.gradient is not None:  # by the closure's own backward
                 return signature, find_reached([traced.loss], params), run.gradient

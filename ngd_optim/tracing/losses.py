@@ -7,7 +7,8 @@ the gradient are kept, and the Hessian is a positive semidefinite one that stand
   information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9);
 - of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
 - of absolute values and hinges, which are straight but for their kink, that of the parabola above
-  them (:func:`~ngd_optim.tracing.kinks.irls_weight`).
+  them (:func:`~ngd_optim.tracing.kinks.irls_weight`); likewise of the robust losses of
+  ``least_squares``.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.kinks import irls_weight
-from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing.least_squares import RobustLoss, least_squares, robust_weight, weights_of
 
 
 class Call(NamedTuple):
@@ -429,6 +430,23 @@ def _linear_cross_entropy(
     return Call(F.cross_entropy, (logits, target), {**given, **others})
 
 
+def _least_squares(
+    result: Tensor,
+    *,
+    residuals: Sequence[Tensor],
+    weights: Any,
+    loss: RobustLoss,
+    scale: float | Tensor,
+) -> Tensor:
+    if loss == "linear":
+        return result
+    metric = [
+        (r, w * robust_weight(r, loss, scale) / r.numel())
+        for w, r in zip(weights_of(residuals, weights), residuals, strict=True)
+    ]
+    return _replace_hessian(result, residuals, metric)
+
+
 LOSSES: dict[Callable[..., Any], Loss] = {
     F.binary_cross_entropy: Loss("input"),
     F.binary_cross_entropy_with_logits: Loss("input"),
@@ -451,7 +469,7 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.soft_margin_loss: Loss("input"),
     F.triplet_margin_loss: Loss(rewrite=_triplet),
     F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
-    least_squares: Loss("residuals"),
+    least_squares: Loss("residuals", replace_hessian=_least_squares),
 }
 """The recognised loss functions."""
 
@@ -476,16 +494,12 @@ class LossCall:
     outputs: tuple[Tensor, ...]
     result: Tensor
 
-    @property
-    def replaces_hessian(self) -> bool:
-        """Whether another Hessian than autograd's is the loss's."""
-        return self.loss.replace_hessian is not None and any(z.requires_grad for z in self.outputs)
-
     def with_own_hessian(self) -> Tensor:
         """The result, with a graph from the outputs whose second derivative is the loss's own Hessian."""
-        if self.loss.replace_hessian is None or not self.replaces_hessian:
+        replace_hessian = self.loss.replace_hessian
+        if replace_hessian is None or not any(z.requires_grad for z in self.outputs):
             return self.result
-        return self.loss.replace_hessian(self.result, **_arguments(self.arguments))
+        return replace_hessian(self.result, **_arguments(self.arguments))
 
 
 def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
