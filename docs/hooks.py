@@ -65,11 +65,8 @@ def section_of(document: str, name: str | None) -> str:
 
 
 def _linked_within_the_site(markdown: str) -> str:
-    return re.sub(
-        r"\]\(benchmarks/results/([\w-]+)\.md\)",
-        lambda link: f"](benchmarks.md#{_benchmark_name(link[1])})",
-        markdown,
-    )
+    markdown = markdown.replace("](examples)", "](examples.md)")
+    return re.sub(r"\]\(docs/([\w.#-]+)\)", r"](\1)", markdown)
 
 
 def _docstring(path: Path) -> tuple[str, str]:

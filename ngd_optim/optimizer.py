@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
+from ngd_optim.history import Followed
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.linearization import Learnt, Point, linearize_mean
+from ngd_optim.linearization import Learnt, Linearization, Point, linearize_mean
 from ngd_optim.names import (
     BackendChoice,
     Curvature,
@@ -59,7 +59,7 @@ _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
 
-class NaturalCG(CopiedInFull):
+class NaturalCG(Followed):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
     Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares
@@ -269,6 +269,7 @@ class NaturalCG(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
         self.defaults.pop("momentum", None)
         # No attributes of the class: wrappers of Lightning and Fabric are subclasses, which look for
@@ -311,7 +312,28 @@ class NaturalCG(CopiedInFull):
         """
         return self._gradient_hooks.register(hook)
 
-    @all_or_nothing
+    def linearize(self, closure: Callable[[], Any]) -> Linearization:
+        """A closure at the present parameters, as :func:`~ngd_optim.linearize` finds it, for steps of your own.
+
+        It has this optimizer's ``curvature`` and ``backend``, and checks the closure's derivatives
+        only the first time, as ``step`` does. It knows this process alone.
+
+        Raises:
+            Exception: as for :func:`~ngd_optim.linearize`.
+        """
+        settings = Settings.of(self.param_groups)
+        return Linearization.of(
+            closure,
+            FlatParameters(self.param_groups),
+            settings.curvature,
+            settings.backend,
+            self._experiences,
+        )
+
+    @all_or_nothing(
+        attributes=("process_group", "_has_met", "_advice"),
+        setting="damping",
+    )
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
@@ -319,8 +341,8 @@ class NaturalCG(CopiedInFull):
         """Take one step.
 
         Args:
-            closure: computes the loss, and returns it alone or with a metric. It runs once; see the
-                README for when it runs again. A list of closures stands for the mean of their
+            closure: computes the loss, and returns it alone or with a metric. It runs once; see
+                *Get started* for when it runs again. A list of closures stands for the mean of their
                 losses and metrics, with the memory of one at a time.
             curvature_closure: gives the curvature in place of ``closure``, for example on a part of
                 its data.

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ngd_optim.shown import show
 from ngd_optim.torch_internals import copy_all, flatten_dense, keep_versions, unflatten_dense
 
 
@@ -153,6 +154,29 @@ class FlatParameters:
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
         copy_all(self.tensors, self.views(values))
+
+
+def name_parameters(params: Iterable[Any]) -> tuple[FlatParameters, list[str]]:
+    """The trainable ones of some tensors, or of pairs of a name and a tensor, and their names.
+
+    Raises:
+        TypeError: there is something else.
+        ValueError: none is trainable, or they live on several devices.
+    """
+    if isinstance(params, nn.Module | Tensor):
+        raise TypeError(
+            "params must be tensors, or pairs of a name and a tensor, such as "
+            f"model.named_parameters(), got a {type(params).__name__}"
+        )
+    pairs = [p if isinstance(p, tuple) else (f"params[{i}]", p) for i, p in enumerate(params)]
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[1], Tensor):
+            raise TypeError(
+                "params must be tensors, or pairs of a name and a tensor, such as "
+                f"model.named_parameters(), got {show(pair[-1])}"
+            )
+    parameters = FlatParameters([{"params": [p for _, p in pairs]}])
+    return parameters, [name for name, p in pairs if p.requires_grad]
 
 
 def forget(state: Mapping[Any, Any], names: Sequence[str]) -> None:

@@ -9,11 +9,24 @@ from ngd_optim.convergence import find_convergence
 from ngd_optim.linearization import Point
 from ngd_optim.reading import read
 from ngd_optim.settings import Settings
+from ngd_optim.shown import html_table
 from ngd_optim.step import Outcome
 
 
+class Report:
+    """What the reports of both optimizers share."""
+
+    def as_dict(self) -> dict[str, float | int | str | bool]:
+        """All fields by name, ready for a logger."""
+        return asdict(self)  # pyright: ignore[reportArgumentType]
+
+    def _repr_html_(self) -> str:
+        """Notebooks show this."""
+        return html_table(str(self), self.as_dict())
+
+
 @dataclass(frozen=True)
-class StepReport:
+class StepReport(Report):
     """One step of :class:`~ngd_optim.NaturalCG`: what happened and why. Everything is a plain Python value.
 
     Attributes:
@@ -94,13 +107,16 @@ class StepReport:
     n_product: int
     converged: bool = False
 
-    def as_dict(self) -> dict[str, float | int | str | bool]:
-        """All fields by name, ready for a logger."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """One line, for a log."""
+        return (
+            f"loss {self.loss:.6g} → {self.new_loss:.6g}, KL {self.kl:.3g}, λ {self.damping:.3g}, "
+            f"{self.n_product} products: {self.reason}"
+        )
 
 
 @dataclass(frozen=True)
-class KFACReport:
+class KFACReport(Report):
     """One step of :class:`~ngd_optim.KFAC`: what happened and why. Everything is a plain Python value.
 
     Attributes:
@@ -137,9 +153,9 @@ class KFACReport:
     accepted: bool
     reason: str
 
-    def as_dict(self) -> dict[str, float | int | str | bool]:
-        """All fields by name, ready for a logger."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """One line, for a log."""
+        return f"loss {self.loss:.6g}, ‖d‖ {self.step_norm:.3g}, δ {self.radius:.3g}: {self.reason}"
 
 
 def build_report(

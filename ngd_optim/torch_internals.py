@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack, _pop_torch_function_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.distributions import kl
 from torch.nn import _reduction
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 
@@ -40,6 +42,22 @@ class DispatchMode(TorchDispatchMode):
         # Closures run without the compiler; the guard against it would import it, and cost time at
         # each call.
         return False
+
+
+class FunctionMode(TorchFunctionMode):
+    """Sees every torch call of its thread, and leaves the stack of modes as it found it.
+
+    Torch takes a mode from its stack while that runs. A signal whose handler raises may come before
+    it is back there; leaving the mode would then take another one's place, or raise.
+    """
+
+    def __enter__(self) -> Any:
+        self._depth = _len_torch_function_stack()
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        while _len_torch_function_stack() > self._depth:
+            _pop_torch_function_stack()
 
 
 class RealZeros(DispatchMode):

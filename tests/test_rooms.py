@@ -16,10 +16,12 @@ ROOMS = [
     "curvature",
     "jacobian",
     "kronecker",
+    "factors",
     "linearization",
     "solvers",
     "preconditioners",
     "step",
+    "testing",
 ]
 MOST_NAMES, MOST_FILES = 6, 6
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
@@ -27,6 +29,7 @@ BASE = [
     "autograd_graph",
     "distributed",
     "kernels",
+    "lstm",
     "names",
     "parameters",
     "reading",

@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers.scripts import run_python
@@ -181,3 +182,15 @@ def test_watched_zeros_have_memory():
     with internals.RealZeros():
         assert internals.is_watched()
         assert not torch._efficientzerotensor((2,))._is_zerotensor()
+
+
+@pytest.mark.parametrize("left_over", [-1, 0, 1])
+def test_a_function_mode_leaves_the_stack_as_it_found_it(left_over: int):
+    # An interrupt within torch leaves its stack without the mode, or with one that it has just taken.
+    depth = internals._len_torch_function_stack()
+    with internals.FunctionMode():
+        if left_over > 0:
+            internals.FunctionMode().__enter__()
+        elif left_over < 0:
+            internals._pop_torch_function_stack()
+    assert internals._len_torch_function_stack() == depth

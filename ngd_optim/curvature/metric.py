@@ -26,6 +26,7 @@ from ngd_optim.curvature.kl_checks import (
     check_returned_kl,
     largest_kl_at_start,
 )
+from ngd_optim.curvature.roots import powers_of_hessian
 from ngd_optim.curvature.vector_products import Map, hessian, pull_back
 from ngd_optim.names import Curvature, Kind
 from ngd_optim.tracing import Evaluation
@@ -64,6 +65,10 @@ class OutputMetric:
         if not self.bends:
             return None
         return pull_back(self.outputs[-len(self.bends) :], params)(self.bends)
+
+    def powers(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]] | None:
+        """See :func:`powers_of_hessian`."""
+        return powers_of_hessian(self.apply_hessian, self.outputs, dtype)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,22 @@ class Use(NamedTuple):
         out = outputs_of(self.node)[0]  # pyright: ignore[reportAttributeAccessIssue]
         return torch.zeros(out.shape, dtype=out.dtype, device=out.device)
 
+    def sides(
+        self, gradient: Tensor, dtype: torch.dtype, kept: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """``l`` and ``r`` for the layer's matrix, with ones for its bias: (groups, n, rows) and (groups, n, columns).
+
+        Of some rows only, ``r`` has the weight of all.
+        """
+        back, into = (rows[:, kept] for rows in self.rows(gradient))
+        back, into = back.to(dtype) if back.is_floating_point() else back, into.to(dtype)
+        if self.layer.flipped:
+            back, into = into, back
+        if self.layer.bias is not None:
+            ones = into.new_full((*into.shape[:-1], 1), float(self.adds_bias))
+            into = torch.cat([into, ones], -1)
+        return back, into if kept.step in (None, 1) else math.sqrt(kept.step) * into
+
 
 def uses_of(
     roots: Sequence[Tensor], params: Sequence[Tensor], *, tables: bool = False

@@ -2,13 +2,14 @@
 
 from ngd_optim.kronecker.blocks import KroneckerInverse
 from ngd_optim.kronecker.estimate import LARGEST_FACTOR, estimate_factors, is_worthwhile
-from ngd_optim.kronecker.factors import KroneckerFactors, average_factors
+from ngd_optim.kronecker.factors import KroneckerFactors
+from ngd_optim.kronecker.sampling import draw
 
 __all__ = [
     "LARGEST_FACTOR",
     "KroneckerFactors",
     "KroneckerInverse",
-    "average_factors",
+    "draw",
     "estimate_factors",
     "is_worthwhile",
 ]

@@ -70,10 +70,12 @@ def estimate_factors(
     values: dict[tuple[int, str], Tensor] = {}
     for layer, own in by_layer.items():
         if inverses is None:
-            left, right = _by_traces([_rows(*pair, parameters.dtype) for pair in own])
+            left, right = _by_traces(
+                [use.sides(gradient, parameters.dtype) for use, gradient in own]
+            )
         else:
             kept = _choose_rows(own, params, generator)
-            parts = [_rows(*pair, parameters.dtype, kept) for pair in own]
+            parts = [use.sides(gradient, parameters.dtype, kept) for use, gradient in own]
             back, into = (_join(rows) for rows in zip(*parts, strict=True))
             by_inverses = _by_inverses if back.is_floating_point() else _of_table
             _, size, _ = layer.shape(params)
@@ -100,22 +102,6 @@ def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
     product = sum(4 * use.length * sizes[use.layer] for use in uses)
     solve = sum(sizes[layer] * (rows + columns) for layer, (_, rows, columns) in shapes.items())
     return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
-
-
-def _rows(
-    use: Use, gradient: Tensor, dtype: torch.dtype, kept: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """``l`` and ``r`` of a use, (groups, n, rows) and (groups, n, columns).
-
-    Of some rows only, ``r`` has the weight of all.
-    """
-    back, into = (rows[:, kept] for rows in use.rows(gradient))
-    back, into = back.to(dtype) if back.is_floating_point() else back, into.to(dtype)
-    if use.layer.flipped:
-        back, into = into, back
-    if use.layer.bias is not None:
-        into = torch.cat([into, into.new_full((*into.shape[:-1], 1), float(use.adds_bias))], -1)
-    return back, into if kept.step in (None, 1) else math.sqrt(kept.step) * into
 
 
 def _choose_rows(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer
-from ngd_optim.linalg import order_of, pack, unpack
+from ngd_optim.linalg import pack, unpack
 from ngd_optim.reading import read
 
 Values = Mapping[tuple[int, str], Tensor]
@@ -91,6 +91,23 @@ class KroneckerFactors:
         values = {key: older.values[key] for key in older.values if key[0] in missing}
         return KroneckerFactors(kept, values).add(self)
 
+    @staticmethod
+    def average(
+        estimates: Sequence["KroneckerFactors | None"], ranks: Ranks
+    ) -> "KroneckerFactors | None":
+        """The mean over closures and ranks; None if they do not use the parameters in the same way."""
+        total, *others = estimates or (None,)
+        for other in others:
+            agree = total is not None and other is not None and total.layers == other.layers
+            total = total.add(other) if agree else None  # pyright: ignore
+        layers = None if total is None else (total.layers, sorted(total.values))
+        # Ranks whose graphs differ must not average factors of different layers.
+        if not ranks.agree(zlib.crc32(repr(layers).encode())) or total is None:
+            return None
+        total = total.scale(1 / len(estimates)) if others else total
+        values = {key: ranks.average(value) for key, value in total.values.items()}
+        return KroneckerFactors(total.layers, values)
+
     def mix(self, older: Values, share: float) -> dict[tuple[int, str], Tensor]:
         """The values, with a share of older ones where these have the same shape; they are taken out one by one."""
         values = self.values
@@ -104,11 +121,9 @@ def _mix(value: Tensor, older: Tensor | None, share: float) -> Tensor:
 
 
 def _shape(name: str, value: Tensor) -> tuple[int, ...]:
-    return (
-        tuple(value.shape)
-        if name == "diagonal" or value.ndim == 2
-        else (len(value), order_of(value))
-    )
+    if name == "diagonal" or value.ndim == 2:
+        return tuple(value.shape)
+    return len(value), unpack(value[:0]).shape[-1]
 
 
 def pack_factor(factor: Tensor) -> Tensor:
@@ -119,23 +134,6 @@ def pack_factor(factor: Tensor) -> Tensor:
 def unpack_factor(factor: Tensor) -> Tensor:
     """The matrices of a ``"left"`` or ``"right"``; the diagonals, where it has these alone."""
     return unpack(factor) if factor.ndim == 3 else factor
-
-
-def average_factors(
-    estimates: Sequence[KroneckerFactors | None], ranks: Ranks
-) -> KroneckerFactors | None:
-    """The mean over closures and ranks; None if they do not use the parameters in the same way."""
-    total, *others = estimates or (None,)
-    for other in others:
-        agree = total is not None and other is not None and total.layers == other.layers
-        total = total.add(other) if agree else None  # pyright: ignore
-    layers = None if total is None else (total.layers, sorted(total.values))
-    # Ranks whose graphs differ must not average factors of different layers.
-    if not ranks.agree(zlib.crc32(repr(layers).encode())) or total is None:
-        return None
-    total = total.scale(1 / len(estimates)) if others else total
-    values = {key: ranks.average(value) for key, value in total.values.items()}
-    return KroneckerFactors(total.layers, values)
 
 
 def trace_of(factor: Tensor) -> Tensor:

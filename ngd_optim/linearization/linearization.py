@@ -1,5 +1,6 @@
 """A closure at one point, for users: loss, gradient, curvature products."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.linearization.point import Point, linearize_closure
+from ngd_optim.linalg import LinearSolutions
+from ngd_optim.linearization.point import Learnt, Point, linearize_closure
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.shown import show
@@ -72,6 +74,77 @@ class Linearization:
             unit[i] = 0
         return diagonal
 
+    def solve(
+        self,
+        right_sides: Tensor,
+        *,
+        damping: float = 0.0,
+        max_iters: int = 250,
+        tol: float = 1e-6,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
+    ) -> LinearSolutions:
+        """``(F + λI)⁻¹ b`` for several right-hand sides, and the scalars ``bᵢᵀ(F + λI)⁻¹ bⱼ``.
+
+        It is what constrained steps need: of a gradient ``g`` and that of a constraint, ``b``, the
+        solutions ``F⁻¹g`` and ``F⁻¹b`` with ``gᵀF⁻¹g``, ``gᵀF⁻¹b`` and ``bᵀF⁻¹b``.
+
+        Args:
+            right_sides: ``bᵢ``, shape ``(k, n)``, in the order of the parameters.
+            damping: ``λ``.
+            max_iters: most iterations of each solve.
+            tol: each stops at this relative residual.
+            preconditioner: as for :func:`~ngd_optim.conjugate_gradient`.
+
+        Raises:
+            ValueError: ``right_sides`` has another shape, a setting is out of range, or the
+                preconditioner is not positive definite.
+        """
+        n = len(self.gradient)
+        if right_sides.ndim != 2 or right_sides.shape[1] != n or not len(right_sides):
+            raise ValueError(
+                f"right_sides must have shape (k, {n}), one vector a row, got "
+                f"{tuple(right_sides.shape)}; use torch.stack([b1, b2])"
+            )
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"damping must be a finite number, at least 0, got {damping}")
+        with twice_differentiable(), torch.no_grad():
+            return LinearSolutions.find(
+                lambda v: self._point.product(v).add_(v, alpha=damping),
+                right_sides.detach().to(self.gradient),
+                max_iters=max_iters,
+                tol=tol,
+                preconditioner=preconditioner,
+            )
+
+    @torch.no_grad()
+    def measure(self) -> tuple[float, float | None]:
+        """The loss, and the KL from the prediction here, at the parameters as they are now: a trial point.
+
+        What was recorded of the closure is replayed, or it runs again. The loss is infinite where
+        the closure is not defined. The KL is in nats per sample; None where the closure returned
+        none.
+        """
+        with twice_differentiable():
+            found = self._point.measure()
+        self._point.graph.run.settle()
+        return found
+
+    @classmethod
+    def of(
+        cls,
+        closure: Callable[[], Any],
+        parameters: FlatParameters,
+        curvature: Curvature,
+        backend: BackendChoice,
+        learnt: Learnt,
+    ) -> "Linearization":
+        """Of a closure, with what was learnt of closures before."""
+        run = TracedClosure(closure, parameters)
+        with twice_differentiable():
+            point = linearize_closure(run, parameters, curvature, backend, learnt)
+            point.product.form(point.gradient)
+        return cls(point)
+
 
 def linearize(
     closure: Callable[[], Any],
@@ -119,8 +192,4 @@ def linearize(
         if not isinstance(value, str) or value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
     parameters = FlatParameters([{"params": list(params)}])
-    run = TracedClosure(closure, parameters)
-    with twice_differentiable():
-        point = linearize_closure(run, parameters, curvature, backend, {})
-        point.product.form(point.gradient)
-    return Linearization(point)
+    return Linearization.of(closure, parameters, curvature, backend, {})

@@ -30,6 +30,7 @@ class ClosureProduct:
 
     Attributes:
         ways: those that are left after the choice; the first one is taken.
+        has_penalty: whether the Hessian of a weight penalty in the loss is added.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ClosureProduct:
         self._learn = learn
         self._graph = graph
         self._parameters = parameters
-        self._penalty = checked.penalty
+        self.has_penalty = checked.penalty
         self._ranks = ranks
         self._keep_graph = keep_graph
         self.ways = self._usable(checked)
@@ -64,7 +65,7 @@ class ClosureProduct:
         if formed is None:
             # What was learnt of the closure holds no longer.
             checked = self._learn()
-            self._penalty = checked.penalty
+            self.has_penalty = checked.penalty
             self.ways = self._usable(checked)
             formed, ways = form_product(self.ways, self._direct, v, self._ranks)
         if formed is None:
@@ -94,10 +95,12 @@ class ClosureProduct:
 
     def _direct(self, backend: Backend) -> Callable[[Tensor], Tensor]:
         if self._keep_graph:
-            return direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
+            return direct_product(backend, self._graph, self._parameters, penalty=self.has_penalty)
 
         def by_rerun(v: Tensor) -> Tensor:
-            product = direct_product(backend, self._graph, self._parameters, penalty=self._penalty)
+            product = direct_product(
+                backend, self._graph, self._parameters, penalty=self.has_penalty
+            )
             image = product(v)
             self._graph.release(for_good=False)
             return image

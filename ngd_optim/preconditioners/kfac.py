@@ -26,7 +26,6 @@ from ngd_optim.kronecker import (
     LARGEST_FACTOR,
     KroneckerFactors,
     KroneckerInverse,
-    average_factors,
     estimate_factors,
     is_worthwhile,
 )
@@ -153,7 +152,7 @@ class Kronecker(Preconditioning):
         # Each renewal draws other vectors, and the same ones when a run is resumed.
         self._is_new = True
         self._served, self._draws = 0, self._draws + 1
-        mean = average_factors(self._estimates, ranks)
+        mean = KroneckerFactors.average(self._estimates, ranks)
         self._estimates.clear()  # as large as what they become
         if mean is None:
             self.layers, self._values = (), {}

@@ -487,12 +487,14 @@ class LossCall:
             the alias leaves out the output's other uses.
         outputs: these aliases.
         result: what it gave.
+        name: of the function.
     """
 
     loss: Loss
     arguments: BoundArguments
     outputs: tuple[Tensor, ...]
     result: Tensor
+    name: str
 
     def with_own_hessian(self) -> Tensor:
         """The result, with a graph from the outputs whose second derivative is the loss's own Hessian."""
@@ -517,7 +519,8 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
         elif isinstance(z, Tensor):
             call.arguments[name] = _alias(z)
             outputs.append(call.arguments[name])
-    return LossCall(loss, call, tuple(outputs), func(*call.args, **call.kwargs))
+    result = func(*call.args, **call.kwargs)
+    return LossCall(loss, call, tuple(outputs), result, func.__name__)
 
 
 def _arguments(call: BoundArguments) -> dict[str, Any]:

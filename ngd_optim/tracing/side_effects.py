@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngd_optim.torch_internals import memory_of
+from ngd_optim.torch_internals import is_transformed, memory_of
 
 _Thing = tuple[Any, Callable[[], Tensor], Callable[[Tensor], Any]]
 """Something that changes, what reads it and what writes it."""
@@ -57,7 +57,8 @@ class SideEffects:
 
     def track_tensor(self, tensor: Tensor) -> None:
         """The closure is about to change a tensor in place."""
-        if memory_of(tensor) in self._apart:
+        # What belongs to a transform of torch.func ends with it.
+        if is_transformed([tensor]) or memory_of(tensor) in self._apart:
             return
         # Through .data, or autograd would take it for a change of what the graph has saved.
         self._track(tensor, lambda: tensor.detach().clone(), lambda value: tensor.data.copy_(value))

@@ -858,3 +858,19 @@ def test_an_activation_that_is_kept_from_step_to_step_is_noticed(caplog):
     assert not caplog.records
     optimizer.step(closure)
     assert "computed from the parameters before the closure ran" in caplog.text
+
+
+def test_what_torch_func_writes_to_is_not_put_back():
+    """It is gone when the step is undone, and to look at it is an error."""
+    model = nn.Linear(2, 1)
+    x = torch.ones(3, 2)
+
+    def closure():
+        rows = torch.func.vmap(torch.func.jacrev(lambda row: model(row).tanh()))(x)
+        return F.mse_loss(model(x) + rows.sum(2), x[:, :1])
+
+    def broken():
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        NaturalCG(model.parameters()).step([closure, broken])

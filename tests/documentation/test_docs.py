@@ -15,7 +15,7 @@ from ngd_optim import KFAC, NaturalCG, StepReport
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PACKAGES = ("ngd_optim", "ngd_lightning", "ngd_rl")
+PACKAGES = ("ngd_optim", "ngd_optim.factors", "ngd_optim.testing", "ngd_lightning", "ngd_rl")
 PUBLIC = [
     f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__
 ]
@@ -62,9 +62,9 @@ def test_every_option_and_every_field_of_a_report_is_explained():
         for name, p in inspect.signature(NaturalCG).parameters.items()
         if name != "params"
     }
-    cells = re.findall(
-        r"^\| (`.+?) \| (.+?) \|", hooks.section_of("README", "Options"), re.MULTILINE
-    )
+    page = (ROOT / "docs" / "settings.md").read_text()
+    reports, table = page.split("## All options")
+    cells = re.findall(r"^\| (`.+?) \| (.+?) \|", table, re.MULTILINE)
     explained = {
         name: default
         for names, defaults in cells
@@ -73,8 +73,7 @@ def test_every_option_and_every_field_of_a_report_is_explained():
         )
     }
     assert {name: ast.literal_eval(default) for name, default in explained.items()} == options
-    page = (ROOT / "docs" / "settings.md").read_text()
-    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)))
+    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", reports, re.MULTILINE)))
     assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
 
 
@@ -161,7 +160,7 @@ def test_a_public_name_has_a_docstring_with_an_example_that_runs(
     path: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    package, _, name = path.partition(".")
+    package, _, name = path.rpartition(".")
     public = getattr(importlib.import_module(package), name)
     assert inspect.getdoc(public)
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(public) or "")

@@ -1,4 +1,4 @@
-"""The tables of what works, in the README and in the documentation, from the tables that the tests check.
+"""The tables of what works in the documentation, from the tables that the tests check.
 
 Run it to write them.
 """
@@ -10,7 +10,7 @@ from helpers.models import CASES
 from ngd_optim.tracing.losses import LOSSES
 
 ROOT = Path(__file__).parents[2]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "what_works.md"
+PAGE = ROOT / "docs" / "what_works.md"
 REFUSED = [
     ("Reentrant checkpointing", "use `use_reentrant=False`"),
     ("`Embedding(sparse=True)`", "use `sparse=False`"),
@@ -25,7 +25,7 @@ BACKENDS = {"torch.func": "double-backward, torch.func", "double-backward": "dou
 
 
 def summary() -> str:
-    """The README's table: what works how."""
+    """What works how."""
     by_backend = {
         backend: ", ".join(case.label for case in CASES.values() if case.backend == backend)
         for backend in ("torch.func", "double-backward")
@@ -57,17 +57,17 @@ def models_and_losses() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {README: ("what works", summary), PAGE: ("models and losses", models_and_losses)}
+TABLES = {"what works": summary, "models and losses": models_and_losses}
 
 
-def with_table(path: Path) -> str:
-    """The file's text, with its table as the tests have it now."""
-    name, table = TABLES[path]
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    before, rest = path.read_text().split(begin)
-    return before + begin + table() + end + rest.split(end)[-1]
+def with_tables(text: str) -> str:
+    """The page's text, with its tables as the tests have them now."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + table() + end + rest.split(end)[-1]
+    return text
 
 
 if __name__ == "__main__":
-    for path in TABLES:
-        path.write_text(with_table(path))
+    PAGE.write_text(with_tables(PAGE.read_text()))

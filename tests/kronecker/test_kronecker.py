@@ -26,7 +26,6 @@ from ngd_optim.kronecker.blocks import KroneckerInverse
 from ngd_optim.kronecker.estimate import estimate_factors, is_worthwhile
 from ngd_optim.kronecker.factors import (
     KroneckerFactors,
-    average_factors,
     pack_factor,
     unpack_factor,
 )
@@ -726,7 +725,7 @@ def test_a_part_of_many_rows_stands_for_all():
     gradient, seen = real(67, 5), {}
     for seed in range(60):
         kept = estimate._choose_rows([(use, gradient)], [layer.weight], seeded(seed))
-        left, right = estimate._rows(use, gradient, torch.float64, kept)
+        left, right = use.sides(gradient, torch.float64, kept)
         assert kept.step == 4
         assert left.shape[1] == right.shape[1] in (16, 17)
         seen[kept.start] = left.mT @ left, right.mT @ right
@@ -762,14 +761,14 @@ def test_the_mean_of_several_closures():
     params = list(model.parameters())
     y, batches = torch.zeros(N, 2).double(), (real(N, IN), real(N, IN))
     one, two = (factors(lambda x=x: F.mse_loss(model(x), y), params) for x in batches)
-    mean = average_factors([one, two], ALONE)
+    mean = KroneckerFactors.average([one, two], ALONE)
     assert mean is not None
-    assert average_factors([one], ALONE) == one
+    assert KroneckerFactors.average([one], ALONE) == one
     for key, value in mean.values.items():
         assert_near(value, (one.values[key] + two.values[key]) / 2, 1e-12)
     other = factors(lambda: F.mse_loss(model[0](real(N, IN)), torch.zeros(N, 6).double()), params)
-    assert average_factors([one, other], ALONE) is None
-    assert average_factors([], ALONE) is None
+    assert KroneckerFactors.average([one, other], ALONE) is None
+    assert KroneckerFactors.average([], ALONE) is None
 
 
 def test_both_factors_of_a_square_weight_take_as_much_memory_as_the_weight():

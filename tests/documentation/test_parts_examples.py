@@ -1,0 +1,39 @@
+"""The examples of the library's parts run, draw, and say what is true."""
+
+import re
+
+import pytest
+import torch
+from helpers.scripts import EXAMPLES, load_script
+from matplotlib.image import imread
+
+
+@pytest.fixture(autouse=True)
+def dtype_restored():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def run(name, tmp_path, capsys, *arguments):
+    module = load_script(EXAMPLES / f"{name}.py")
+    picture = tmp_path / f"{name}.png"
+    module.main([*arguments, "--figure", str(picture)])
+    assert imread(picture).std() > 0.01  # not blank
+    return capsys.readouterr().out
+
+
+def test_a_laplace_approximation_calibrates(tmp_path, capsys):
+    printed = run("laplace", tmp_path, capsys, "--train", "300", "--rounds", "2")
+    rows = re.findall(r"likelihood (\S+), off by (\S+)%", printed)
+    (network, laplace, evidence) = ([float(v) for v in row] for row in rows)
+    for better in (laplace, evidence):
+        assert better[0] < 0.8 * network[0]
+        assert better[1] < 0.8 * network[1]
+
+
+def test_influence_functions_find_wrong_labels(tmp_path, capsys):
+    printed = run("influence", tmp_path, capsys, "--train", "200", "--retrained", "5")
+    assert int(re.search(r"(\d+)% of the wrong labels", printed)[1]) > 60
+    exact, anew = (float(v) for v in re.findall(r"correlation with .+: (\S+)", printed))
+    assert exact >= 0.9
+    assert anew >= 0.9
