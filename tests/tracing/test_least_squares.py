@@ -257,6 +257,8 @@ def test_outside_of_a_closure_it_is_a_plain_function():
             "one weight for each residual tensor, got 2 for 1",
         ),
         ((torch.zeros(2),), 2.0, ValueError, "a sequence"),
+        ((torch.zeros(2),), "1", ValueError, "a sequence"),
+        ((torch.zeros(2), torch.zeros(2)), torch.tensor(1.0), ValueError, "a sequence"),
         ((torch.zeros(2),), [-1.0], ValueError, "at least 0"),
         ((torch.zeros(2),), [float("nan")], ValueError, "nan"),
         (
