@@ -86,6 +86,16 @@ def uncompiled() -> AbstractContextManager[Any]:
     return _UNCOMPILED if "torch._dynamo" in sys.modules else nullcontext()
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Have no autocast in the block, of any kind of device: it would round a solve."""
+    with ExitStack() as stack:
+        for kind in AUTOCAST_KINDS:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 class _Open(local):
     """The innermost block of :func:`twice_differentiable` in this thread, and whether it recomputes."""
 
@@ -107,9 +117,7 @@ def twice_differentiable(*, recomputes: bool = False) -> Iterator[None]:
     """
     before = _OPEN.stack, _OPEN.recomputes
     with ExitStack() as stack:
-        for kind in AUTOCAST_KINDS:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(without_autocast())
         stack.enter_context(uncompiled())
         try:
             _OPEN.stack = stack

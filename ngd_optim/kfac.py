@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ngd_optim.distributed import Ranks, is_one_of_several
 from ngd_optim.history import Followed
+from ngd_optim.kernels import without_autocast
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
@@ -296,7 +297,7 @@ class KFAC(Followed):
         if self.process_group is not None:
             gradient = ranks.average(gradient)
 
-        with torch.autocast(parameters.device.type, enabled=False):
+        with without_autocast():
             # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
             factors = self._renew(state, ranks, settings, len(runs)) if is_due else None
             solve = self._invert(factors, state, settings.damping)
@@ -309,12 +310,14 @@ class KFAC(Followed):
             if not all(reached):  # the others stay where they are
                 x *= parameters.repeat([float(one) for one in reached])
             step = parameters.spread(settings.lr) * x
-            slope, slope_of_step, slope_now, size, grad_norm = read(
+            # The host waits once: the length of the step depends on these.
+            slope, slope_of_step, slope_now, size, grad_norm, value = read(
                 mean @ x,
                 mean @ step,
                 gradient @ state.flat("last_step"),
                 step.norm(),
                 gradient.norm(),
+                gradient.new_full((), torch.nan) if loss is None else loss.to(gradient.device),
             )
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
@@ -335,7 +338,7 @@ class KFAC(Followed):
             for group in self.param_groups:
                 group["radius"] = radius
         self.last_step = KFACReport(
-            loss=math.nan if loss is None else loss.item(),
+            loss=value,
             grad_norm=grad_norm,
             step_norm=scale * size if accepted else 0.0,
             kl=radius if accepted else 0.0,

@@ -81,7 +81,8 @@ class NaturalCG(Followed):
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value
             is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for
-            direct solvers, or 1e-7 times ``damping`` if that is less.
+            direct solvers; less if 1e-7 times ``damping``, or a hundredth of the curvature along the
+            step, ``dᵀF d / ‖d‖²``, is less.
         max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for
             direct solvers, or 1e7 times ``damping`` if that is more.
         max_cg_iters: most CG iterations per step.
@@ -378,8 +379,9 @@ class NaturalCG(Followed):
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         last = LastStep(parameters, self.state)
-        closures = wrap_closures(closure, parameters)
-        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters)
+        has_others = curvature_closure is not None
+        closures = wrap_closures(closure, parameters, are_all=not has_others)
+        others = wrap_closures(curvature_closure, parameters, are_all=False) if has_others else []
         runs = [*closures, *others]
         theta = self._transaction.cover(parameters, runs)
         with twice_differentiable():
@@ -502,12 +504,18 @@ class NaturalCG(Followed):
         self._advice = self._advice.after(report, outcome, point)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
+        damping.lower_floor(outcome.curvature(report.step_norm))
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
         last.keep(outcome, report.new_loss, settings.lr)
         if point.bend is not None:
-            last.adapt_smoothing(report.reduction_ratio, accepted=report.accepted)
+            last.adapt_smoothing(
+                outcome.step.predicted_decrease(1.0),
+                point.hidden_by_rounding,
+                report.reduction_ratio,
+                accepted=report.accepted,
+            )
         preconditioning.keep(report.cg_iters)
         complete_state(self.state, parameters, settings)
         self._has_met = True

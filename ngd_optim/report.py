@@ -176,6 +176,7 @@ def build_report(
     moved = trial.fraction if trial.accepted else 0.0
     loss = point.value
     gradient = model.gradient if point.bend is None else model.gradient - point.bend
+    # The host waits once a step, for the report alone: the step is over.
     grad_norm, direction_norm, largest_slope, norm = read(
         gradient.norm(), step.direction.norm(), gradient.abs().max(), theta.norm()
     )

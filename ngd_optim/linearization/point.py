@@ -92,6 +92,8 @@ class Point:
             them back into bounds.
         bend: what the gradient of the model, whose kinks are rounded, has more than the loss's;
             None: nothing.
+        hidden: how much higher the loss with rounded kinks is than the loss, 0-dim; None: they are
+            not rounded.
     """
 
     loss: Tensor
@@ -109,6 +111,7 @@ class Point:
     is_empty: Callable[[], bool]
     writes_parameters: bool = False
     bend: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def model_gradient(self) -> Tensor:
@@ -144,9 +147,16 @@ class Point:
         """Whether the whole gradient is."""
         return bool(self._read[1])
 
+    @property
+    def hidden_by_rounding(self) -> float:
+        """How much the loss can fall, where kinks are, that its model does not see."""
+        return self._read[2]
+
     @cached_property
     def _read(self) -> list[Any]:
-        return read(self.loss, self.gradient.isfinite().all())
+        hidden = torch.zeros_like(self.loss) if self.hidden is None else self.hidden
+        # The host waits once a step: nothing is solved where they are not finite.
+        return read(self.loss, self.gradient.isfinite().all(), hidden)
 
     @property
     def rounding(self) -> float:
@@ -161,6 +171,7 @@ class Point:
         n = len(self.used)
         flags = ranks.any([*self.reached, *self.used, self.bend is not None])
         bend = torch.zeros_like(self.gradient) if self.bend is None else self.bend
+        hidden = torch.zeros_like(self.loss) if self.hidden is None else self.hidden
 
         def measure() -> tuple[float, float | None]:
             loss, kl = ranks.together(self.measure)
@@ -177,6 +188,7 @@ class Point:
             reached=flags[:n],
             used=flags[n : 2 * n],
             bend=ranks.average(bend) if flags[-1] else None,
+            hidden=ranks.average(hidden) if flags[-1] else None,
             outputs=0,
             product=RanksProduct(self.product, ranks),
             measure=measure,
@@ -194,6 +206,7 @@ class Point:
             graph=other.graph,
             product=other.product,
             bend=other.bend,
+            hidden=other.hidden,
         )
 
 
@@ -287,6 +300,7 @@ def linearize_closure(
         if there is None:
             return math.inf, None
         divergence = kl(there)
+        # The host waits once a trial point: whether it is taken depends on it.
         if divergence is None:
             return read(there.loss)[0], None
         loss, divergence = read(there.loss, divergence)
@@ -312,6 +326,7 @@ def linearize_closure(
         is_empty=graph.is_empty,
         writes_parameters=run.writes_parameters,
         bend=None if bend is None else parameters.flatten(bend),
+        hidden=metric.hidden if at_outputs else None,
     )
     # Each product of a list runs its closure again, so that one graph is in memory at a time.
     if not keep_graph:
@@ -360,6 +375,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         return fmean(losses), None if None in kls else fmean(kls)
 
     bends = [part.bend for part in parts if part.bend is not None]
+    hidden = [part.hidden for part in parts if part.hidden is not None]
     first, *others = (part.gradient for part in parts)
     for gradient in others:
         first += gradient
@@ -378,6 +394,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
         bend=torch.stack(bends).sum(0) / len(parts) if bends else None,
+        hidden=torch.stack(hidden).sum() / len(parts) if hidden else None,
     )
 
 
