@@ -134,6 +134,9 @@ class NaturalCG(Followed):
         ftol: also if the loss falls by at most ``ftol`` times the loss, or by no more than its
             rounding, and as promised (a reduction ratio above 1/4).
         gtol: also if ``‖g‖∞ ≤ gtol``, in the unit of the loss ÷ that of the parameters.
+        cuda_graphs: replay curvature products by CUDA graphs: one launch for each. They hold what a
+            product reads and computes from step to step. Where that cannot be, the log says why, and
+            products are as without. It has not been run on a GPU yet.
         generator: draws the random vectors from which preconditioners are estimated. None: one of
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
@@ -198,6 +201,7 @@ class NaturalCG(Followed):
         xtol: float = 1e-8,
         ftol: float = 1e-8,
         gtol: float = 0.0,
+        cuda_graphs: bool = False,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -408,6 +412,7 @@ class NaturalCG(Followed):
                 self._experiences,
                 ranks,
                 smoothing=last.smoothing,
+                captures=settings.cuda_graphs,
             )
             point = linearize(closures, None if others else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters))
