@@ -2,7 +2,7 @@
 
 Networks have what is known built in: the start, the boundary or the period. Solutions are of closed form, or by Fourier
 series in space and fourth-order exponential time differencing (Kassam & Trefethen 2005). This file as a script compares
-each with a finer one.
+each with one of twice as many nodes, or modes and steps: they differ by 3e-16 (Burgers), 1.4e-9 and 6.6e-9, relative.
 """
 
 import math
