@@ -108,9 +108,7 @@ class ClosureProduct:
                 recomputes=graph.run.recomputes
             ):  # the graph may be made anew
                 about = graph.describe()
-            return self._recordings.form(
-                graph.recorder, about, make, v, captures=self._captures
-            )
+            return self._recordings.form(graph.recorder, about, make, v, captures=self._captures)
 
         return form_product(self.ways, self._direct, v, self._ranks, form_recorded)
 

@@ -63,7 +63,9 @@ def by_graph(function: Any) -> Recording:
 
 def chain(v: Tensor) -> Tensor:
     a = (MATRIX @ v).view(2, 3)
-    return torch.cat([(a.t() * 2).add_(1).sub_(1).flatten()[:3], (a @ MATRIX[:3, :3]).flatten()[:3]])
+    return torch.cat(
+        [(a.t() * 2).add_(1).sub_(1).flatten()[:3], (a @ MATRIX[:3, :3]).flatten()[:3]]
+    )
 
 
 def test_a_graph_gives_what_the_function_gives(graphs: type[Graph]) -> None:
