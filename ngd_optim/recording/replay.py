@@ -15,8 +15,8 @@ from ngd_optim.recording.program import Meta, Operation, find_last_uses, run
 
 logger = logging.getLogger("ngd_optim")
 
-_HELD = 2**24
-"""So many bytes that a replay computes are held for the next one. More take long enough without that."""
+_HELD = 2**18
+"""Results of so many bytes on average are held for the next replay. Larger ones take long enough without that."""
 
 _aten = torch.ops.aten
 _QUICK: dict[Any, Any] = {
@@ -202,7 +202,7 @@ class Layout:
     def __init__(self, plan: Plan, values: list[Any]) -> None:
         self.results: list[int | None] = []
         self.buffers: list[tuple[Any, ...]] = []
-        self.is_possible = plan.bytes <= _HELD and bool(plan.program)
+        self.is_possible = plan.bytes <= _HELD * plan.length and bool(plan.program)
         if not self.is_possible:
             return
         memories, kinds = self._run(plan, values)
