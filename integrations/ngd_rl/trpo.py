@@ -1,7 +1,7 @@
 """TRPO with sb3-contrib's interface and NaturalCG's step."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -430,11 +430,14 @@ class NPG(TRPO):
 
 
 def _exchange(
-    optimizer: torch.optim.Optimizer, now: list[Tensor], new: set[Tensor], gone: set[Tensor]
+    optimizer: torch.optim.Optimizer,
+    now: Sequence[Tensor],
+    new: Set[Tensor],
+    gone: Set[Tensor],
 ) -> None:
     """Give an optimizer new parameters, in the order that they have in ``now``, and take those away that are gone."""
     for i, group in enumerate(optimizer.param_groups):
-        held = {*group["params"]} - gone | (new if i == 0 else set())
+        held = {*group["params"]} - gone | (new if i == 0 else frozenset())
         others = [p for p in group["params"] if p in held - {*now}]
         group["params"] = [p for p in now if p in held] + others
     for p in gone & optimizer.state.keys():

@@ -11,8 +11,8 @@ _GROW = 2.0
 _SHRINK = 1 / 2
 _LITTLE, _MUCH = 0.2, 0.4
 _STEEP = 1 / 3
-_SHARPEN_MOST, _SHARPEN, _SMOOTHEN = 0.5, 0.75, 1.1
-_WORTH = 0.1
+_SHARPEN_MOST, _SHARPEN, _SMOOTHEN = 0.25, 0.75, 1.1
+_WORTH = 0.05
 _SPAN = 1e7
 _FLOOR = 1e-2
 """Share of the curvature along a step that λ may always fall to: there it no longer holds the step back."""
@@ -174,7 +174,7 @@ def smoothing_factor(
 
     A wide rounding lets parameters and residuals pass through zero. A minimum of the rounded loss
     is no better for the loss than what the rounding hides of it. So the width may stay while the
-    model promises more than a tenth of that, and the closer the model is to its minimum, the
+    model promises more than a twentieth of that, and the closer the model is to its minimum, the
     faster the width falls: as in the smoothing methods of Chen (2012), with decreases in place of
     gradients. Where the loss does not fall as promised, it falls as well.
 

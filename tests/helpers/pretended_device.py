@@ -231,8 +231,6 @@ SCENARIOS = {
     "hessian": Scenario(mlp, scalar, {"max_cg_iters": 20}),
     "policy": Scenario(mlp, policy, {"trust_region": "damped", "cg_tol": 1e-3}),
     "gaussian": Scenario(mlp, gaussian, {"preconditioner": "kfac"}),
-    "function": Scenario(mlp, classify, {"preconditioner": lambda r: 2 * r}),
-    "momentum": Scenario(mlp, classify, {"momentum": 0.5, "warm_start": 0.0}),
     "boundary": Scenario(mlp, policy, {"trust_region": "boundary", "adapt_damping": False}),
     "stream": Scenario(mlp, classify, {"weight_decay": 1e-2}, KFAC),
     "stream of images": Scenario(cnn, classify, {"renew_every": 2}, KFAC),

@@ -47,10 +47,10 @@ SMOOTHING = [
     # promised, hidden, reduction ratio, accepted, factor
     (1.0, 1.0, 1.0, True, 1.1),
     (1.0, 0.0, 1.0, True, 1.1),  # all kinks are farther than the width
-    (0.1, 1.0, 5.0, True, 1.0),
-    (0.064, 1.0, 1.0, True, 0.8),
-    (0.001, 1.0, 1.0, True, 0.5),
-    (0.0, 1.0, math.nan, True, 0.5),
+    (0.05, 1.0, 5.0, True, 1.0),
+    (0.032, 1.0, 1.0, True, 0.8),
+    (0.001, 1.0, 1.0, True, 0.25),
+    (0.0, 1.0, math.nan, True, 0.25),
     (1.0, 1.0, 0.2, True, 1.1),
     (1.0, 1.0, 0.1999, True, 0.75),
     (1.0, 1.0, 1.0, False, 0.75),
