@@ -12,12 +12,11 @@ from torch import Tensor
 from ngd_optim.aten import facts, find_out_variant
 from ngd_optim.recording.passes import optimise
 from ngd_optim.recording.program import Meta, Operation, find_last_uses, run
-from ngd_optim.torch_internals import memory_of
 
 logger = logging.getLogger("ngd_optim")
 
-_HELD = 2**25
-"""So many bytes that a replay computes are held for the next one. More take long enough without that."""
+_HELD = 2**18
+"""Results of so many bytes on average are held for the next replay. Larger ones take long enough without that."""
 
 _aten = torch.ops.aten
 _QUICK: dict[Any, Any] = {
@@ -203,40 +202,67 @@ class Layout:
     def __init__(self, plan: Plan, values: list[Any]) -> None:
         self.results: list[int | None] = []
         self.buffers: list[tuple[Any, ...]] = []
-        self.is_possible = plan.bytes <= _HELD and bool(plan.program)
-        if self.is_possible:
-            run(plan.program, [()] * plan.length, values)
-        if not all(type(t) in (Tensor, torch.nn.Parameter) for t in values if t is not None):
-            self.is_possible = False  # what is no plain tensor need not say where it lies
+        self.is_possible = plan.bytes <= _HELD * plan.length and bool(plan.program)
         if not self.is_possible:
             return
-        last_read = {
-            memory_of(values[slot]): index
-            for index, operation in enumerate(plan.program)
-            for slot in [*operation.slots, *(slot for _, slot in operation.outputs)]
-        }
+        memories, kinds = self._run(plan, values)
+        if not self.is_possible:
+            return
+        last_read: dict[int, int] = {}
+        for index, operation in enumerate(plan.program):
+            for slot in [*operation.slots, *_outputs_of(operation)]:
+                last_read[memories[slot]] = index
         free: dict[Any, list[int]] = {}
-        held: dict[int, int] = {}  # the buffer that stands for what the run put at an address
+        held: dict[int, int] = {}  # the buffer that stands for what the run put into a memory
         for index, operation in enumerate(plan.program):
             fact, buffer = facts(operation.function), None
             if not (fact.shares_memory or fact.in_place or operation is plan.program[-1]):
                 if [i for i, _ in operation.outputs] != [None] or not _into(operation.function):
                     self.is_possible = False
                     return
-                result = values[operation.outputs[0][1]]
-                kind = result.shape, result.stride(), result.dtype, result.device
-                if free.get(kind):
-                    buffer = free[kind].pop()
+                (slot,) = _outputs_of(operation)
+                if free.get(kinds[slot]):
+                    buffer = free[kinds[slot]].pop()
                 else:
                     buffer = len(self.buffers)
-                    self.buffers.append(kind)
-                held[memory_of(result)] = buffer
+                    self.buffers.append(kinds[slot])
+                held[memories[slot]] = buffer
             self.results.append(buffer)
-            ends = {memory_of(values[s]) for s in [*operation.slots, *_outputs_of(operation)]}
-            for memory in ends:
+            for memory in {memories[s] for s in [*operation.slots, *_outputs_of(operation)]}:
                 if last_read[memory] == index and memory in held:
                     number = held.pop(memory)
                     free.setdefault(self.buffers[number], []).append(number)
+
+    def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[int, int], dict[int, Any]]:
+        """Of each slot, a number for the memory that it lies in, and how it lies there."""
+        memories: dict[int, int] = {}
+        kinds: dict[int, Any] = {}
+        count = 0
+
+        def look(slot: int) -> None:
+            nonlocal count
+            tensor = values[slot]
+            if type(tensor) not in (Tensor, torch.nn.Parameter):
+                self.is_possible = False  # it need not say where it lies
+                return
+            storage = tensor.untyped_storage()
+            mark, number = getattr(storage, "_layout", (None, 0))
+            if mark is not memories:
+                number = count = count + 1
+                setattr(storage, "_layout", (memories, number))  # noqa: B010
+            memories[slot] = number
+            kinds[slot] = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+        for slot, value in enumerate(values):
+            if value is not None:
+                look(slot)
+        for operation, last in zip(plan.program, plan.last_uses[1], strict=True):
+            run([operation], [()], values)
+            for slot in _outputs_of(operation):
+                look(slot)
+            for slot in last:
+                values[slot] = None
+        return memories, kinds
 
 
 def _outputs_of(operation: Operation) -> list[int]:

@@ -191,9 +191,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     form = KeptRecordings.form
 
-    def watched(self: KeptRecordings, *args: Any) -> Any:
+    def watched(self: KeptRecordings, *args: Any, **kwargs: Any) -> Any:
         before = [kept.plan for kept in self._kept]
-        image, recording = form(self, *args)
+        image, recording = form(self, *args, **kwargs)
         found.append(not any(recording.plan is plan for plan in before))
         return image, recording
 
