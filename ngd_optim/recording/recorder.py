@@ -199,7 +199,7 @@ class KeptRecordings:
         kept = None
         if trace is not None:
             kept = next((k for k in self._kept if k.signature == trace.signature), None)
-        if kept is not None and kept.is_right:
+        if trace is not None and kept is not None and kept.is_right:
             renewed = kept.renew(trace, captures=captures)
             if renewed is not None:
                 return renewed(v), renewed

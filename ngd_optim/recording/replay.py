@@ -212,11 +212,17 @@ class Layout:
         for index, operation in enumerate(plan.program):
             for slot in [*operation.slots, *_outputs_of(operation)]:
                 last_read[memories[slot]] = index
+        last = plan.program[-1]
+        fact = facts(last.function)
+        # It may give the function's result, which is made anew each time.
+        if not (fact.shares_memory or fact.in_place) and last.outputs != [(None, plan.output)]:
+            self.is_possible = False
+            return
         free: dict[Any, list[int]] = {}
         held: dict[int, int] = {}  # the buffer that stands for what the run put into a memory
         for index, operation in enumerate(plan.program):
             fact, buffer = facts(operation.function), None
-            if not (fact.shares_memory or fact.in_place or operation is plan.program[-1]):
+            if not (fact.shares_memory or fact.in_place or operation is last):
                 if [i for i, _ in operation.outputs] != [None] or not _into(operation.function):
                     self.is_possible = False
                     return
@@ -287,6 +293,7 @@ class FixedCalls:
     """
 
     def __init__(self, plan: Plan, layout: Layout, values: list[Any]) -> None:
+        assert plan.output is not None
         values = values.copy()
         buffers = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -294,8 +301,9 @@ class FixedCalls:
         ]
         self._calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
         for operation, buffer in zip(plan.program, layout.results, strict=True):
-            function, (args, kwargs) = operation.function, operation.filled(values)
-            fact = facts(function)
+            function: Any = operation.function
+            args, kwargs = operation.filled(values)
+            fact, result = facts(function), None
             if buffer is not None:
                 into = _into(function)
                 assert into is not None
@@ -306,17 +314,15 @@ class FixedCalls:
                 result = function(*args, **kwargs)
             elif fact.shares_memory:
                 result = function(*args, **kwargs)
-            else:
-                result = None  # the last one
             if fact.in_place or not fact.shares_memory:
                 self._calls.append((function, args, kwargs))
             for index, slot in operation.outputs:
-                values[slot] = result if index is None else result[index]
+                values[slot] = result if index is None or result is None else result[index]
         self._result: Tensor | None = values[plan.output]
 
     def __call__(self) -> Tensor:
         """The function's value, in memory of its own."""
-        result = None
+        result: Any = None
         for function, args, kwargs in self._calls:
             result = function(*args, **kwargs)
         return result if self._result is None else self._result.clone()
