@@ -3,6 +3,7 @@
 import sys
 
 from ngd_optim import linalg, preconditioners
+from ngd_optim.covariance import Covariance, estimate_covariance
 from ngd_optim.kfac import KFAC
 from ngd_optim.linalg import CGResult as CGResult  # LinearSolution's name in 0.1.0
 from ngd_optim.linalg import LinearSolution, LinearSolutions, conjugate_gradient
@@ -15,6 +16,7 @@ from ngd_optim.tracing import least_squares
 
 __all__ = [
     "KFAC",
+    "Covariance",
     "Diagonal",
     "KFACReport",
     "LinearSolution",
@@ -24,6 +26,7 @@ __all__ = [
     "Nystrom",
     "StepReport",
     "conjugate_gradient",
+    "estimate_covariance",
     "least_squares",
     "linearize",
     "plot_history",

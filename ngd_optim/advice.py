@@ -48,7 +48,7 @@ class Advice:
         """Where the damping, which has the loss's unit, makes steps too short to be judged."""
         # A step that is undone, as if its data had not been there, shows nothing.
         is_unjudged = math.isnan(report.reduction_ratio) and not outcome.trial.forgets
-        if self.has_told_of_damping or not is_unjudged:
+        if self.has_told_of_damping or report.converged or not is_unjudged:
             return self
         if not outcome.is_held_by_damping(point.rounding):
             return self

@@ -187,7 +187,11 @@ class Settings(GroupSettings):
     solver: Annotated[SolverName, _one_of(SolverName)]
     damping_scale: Annotated[DampingScale, _one_of(DampingScale)]
     geodesic: Annotated[bool, _FLAG]
+    cuda_graphs: Annotated[bool, _FLAG]
     momentum: Annotated[float, _BELOW_1]
+    xtol: Annotated[float, _FINITE]
+    ftol: Annotated[float, _FINITE]
+    gtol: Annotated[float, _FINITE]
 
 
 SETTINGS = tuple(Settings.allowed())

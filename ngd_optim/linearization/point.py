@@ -23,6 +23,7 @@ from ngd_optim.linearization.checks import (
     check_closure,
     refuse_unsupported,
     signature_of,
+    warn_of_constants,
 )
 from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
 from ngd_optim.names import BackendChoice, Curvature, Kind
@@ -221,6 +222,7 @@ def linearize_closure(
     *,
     smoothing: float | None = None,
     keep_graph: bool = True,
+    captures: bool = False,
 ) -> Point:
     """A closure at the current parameters.
 
@@ -236,6 +238,7 @@ def linearize_closure(
         observe: is shown the metric; None: nobody is.
         smoothing: how wide kinks are rounded; None: they are not.
         keep_graph: hold the graph; else each product runs the closure again.
+        captures: replay recorded products by CUDA graphs.
     """
     params = parameters.tensors
     graph = Graph(run, parameters, curvature, smoothing)
@@ -245,6 +248,7 @@ def linearize_closure(
         signature = signature_of(graph, parameters)
         if (curvature, backend, signature) not in learnt:
             refuse_unsupported(traced, metric)
+            warn_of_constants(traced)
         try:
             if run.gradient is not None:  # by the closure's own backward
                 return signature, find_reached([traced.loss], params), run.gradient
@@ -310,7 +314,14 @@ def linearize_closure(
         loss=traced.loss.detach(),
         gradient=gradient,
         product=ClosureProduct(
-            graph, parameters, checked, ranks, keep_ways, learn, keep_graph=keep_graph
+            graph,
+            parameters,
+            checked,
+            ranks,
+            keep_ways,
+            learn,
+            keep_graph=keep_graph,
+            captures=captures,
         ),
         reached=reached,
         used=reached if all(reached) else find_reached([traced.loss, *metric.outputs], params),
@@ -342,6 +353,7 @@ def linearize_mean(
     observe: Observer | None = None,
     *,
     smoothing: float | None = None,
+    captures: bool = False,
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
@@ -358,6 +370,7 @@ def linearize_mean(
             observe,
             smoothing=smoothing,
             keep_graph=len(runs) == 1,
+            captures=captures,
         )
         for run in runs
     ]

@@ -8,7 +8,8 @@ the gradient are kept, and the Hessian is a positive semidefinite one that stand
 - of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
 - of absolute values and hinges, which are straight but for their kink, that of the parabola above
   them (:func:`~ngd_optim.tracing.kinks.irls_parabola`). A step's model has these kinks rounded, as
-  it has those of losses by hand.
+  it has those of losses by hand;
+- of the robust losses of ``least_squares`` that of such a parabola, which nothing needs to round.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.kinks import irls_parabola
-from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing.least_squares import RobustLoss, least_squares, robust_weight, weights_of
 
 
 class Call(NamedTuple):
@@ -475,6 +476,24 @@ def _linear_cross_entropy(
     return Call(F.cross_entropy, (logits, target), {**given, **others})
 
 
+def _least_squares(
+    result: Tensor,
+    *,
+    residuals: Sequence[Tensor],
+    weights: Any,
+    loss: RobustLoss,
+    scale: float | Tensor,
+    **_: Any,
+) -> Tensor:
+    if loss == "linear":
+        return result
+    metric = [
+        (r, w * robust_weight(r, loss, scale) / r.numel(), 0.0)
+        for w, r in zip(weights_of(residuals, weights), residuals, strict=True)
+    ]
+    return _replace_hessian(result, residuals, metric)
+
+
 LOSSES: dict[Callable[..., Any], Loss] = {
     F.binary_cross_entropy: Loss("input"),
     F.binary_cross_entropy_with_logits: Loss("input"),
@@ -501,7 +520,7 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.soft_margin_loss: Loss("input"),
     F.triplet_margin_loss: Loss(rewrite=_triplet),
     F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
-    least_squares: Loss("residuals"),
+    least_squares: Loss("residuals", replace_hessian=_least_squares),
 }
 """The recognised loss functions."""
 
@@ -528,21 +547,16 @@ class LossCall:
     result: Tensor
     name: str
 
-    @property
-    def replaces_hessian(self) -> bool:
-        """Whether another Hessian than autograd's is the loss's."""
-        return self.loss.replace_hessian is not None and any(z.requires_grad for z in self.outputs)
-
     def with_own_hessian(self, smoothing: float | None) -> Tensor:
         """The result, with a graph from the outputs whose second derivative is the loss's own Hessian.
 
         Its kinks are rounded in value and slope as well if there is a ``smoothing``; see
         :func:`~ngd_optim.tracing.kinks.irls_parabola`.
         """
-        if self.loss.replace_hessian is None or not self.replaces_hessian:
+        replace_hessian = self.loss.replace_hessian
+        if replace_hessian is None or not any(z.requires_grad for z in self.outputs):
             return self.result
-        arguments = _arguments(self.arguments)
-        return self.loss.replace_hessian(self.result, **arguments, smoothing=smoothing)
+        return replace_hessian(self.result, **_arguments(self.arguments), smoothing=smoothing)
 
 
 def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
