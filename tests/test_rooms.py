@@ -11,6 +11,7 @@ ROOT = Path(ngd_optim.__file__).parent
 # From the ground up: a room may import what stands before it.
 ROOMS = [
     "linalg",
+    "operators",
     "recording",
     "tracing",
     "curvature",

@@ -24,7 +24,12 @@ from ngd_optim.linearization.checks import (
     refuse_unsupported,
     signature_of,
 )
-from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
+from ngd_optim.linearization.product import (
+    ClosureProduct,
+    MeanProduct,
+    RanksProduct,
+    average,
+)
 from ngd_optim.names import BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
@@ -327,10 +332,12 @@ def linearize_mean(
     observe: Observer | None = None,
     *,
     smoothing: float | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
-    Of several closures there is the graph of one at a time: each product runs each of them again.
+    ``weights`` are those of the closures in the mean, and add up to 1; None: equal ones. Of several
+    closures there is the graph of one at a time: each product runs each of them again.
     """
     parts = [
         linearize_closure(
@@ -348,25 +355,25 @@ def linearize_mean(
     ]
     if len(parts) > 1:
         ranks.together(lambda: _require_one_kind(parts))
-    return (parts[0] if len(parts) == 1 else _average_points(parts)).average(ranks)
+    return (parts[0] if len(parts) == 1 else _average_points(parts, weights)).average(ranks)
 
 
-def _average_points(parts: Sequence[Point]) -> Point:
+def _average_points(parts: Sequence[Point], weights: Sequence[float] | None) -> Point:
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
-        return fmean(losses), None if None in kls else fmean(kls)
+        return fmean(losses, weights), None if None in kls else fmean(kls, weights)
 
-    bends = [part.bend for part in parts if part.bend is not None]
-    first, *others = (part.gradient for part in parts)
-    for gradient in others:
-        first += gradient
+    losses = torch.stack([part.loss for part in parts])
+    shares = weights or [1 / len(parts)] * len(parts)
+    pairs = zip(parts, shares, strict=True)
+    bends = [share * part.bend for part, share in pairs if part.bend is not None]
     return replace(
         parts[0],
-        loss=torch.stack([part.loss for part in parts]).mean(),
-        gradient=first / len(parts),
+        loss=losses.mean() if weights is None else losses @ losses.new_tensor(weights),
+        gradient=average((part.gradient for part in parts), weights),
         product=MeanProduct(
-            [part.product for part in parts if isinstance(part.product, ClosureProduct)]
+            [part.product for part in parts if isinstance(part.product, ClosureProduct)], weights
         ),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
@@ -375,7 +382,7 @@ def _average_points(parts: Sequence[Point]) -> Point:
         measure=measure,
         is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
-        bend=torch.stack(bends).sum(0) / len(parts) if bends else None,
+        bend=torch.stack(bends).sum(0) if bends else None,
     )
 
 

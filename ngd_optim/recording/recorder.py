@@ -18,6 +18,7 @@ from ngd_optim.recording.program import (
     Meta,
     Operation,
     find_last_uses,
+    remove_dead_code,
     run,
 )
 from ngd_optim.torch_internals import DispatchMode, materialize
@@ -33,18 +34,24 @@ class Recording:
     Args:
         recorder: has seen the function.
         result: what the function gave.
+        optimises: make the program shorter; else :meth:`multiply` can replay it.
 
     Attributes:
         length: how many operations a replay takes.
         bytes: how much they compute.
     """
 
-    def __init__(self, recorder: "Recorder", result: Tensor) -> None:
+    def __init__(self, recorder: "Recorder", result: Tensor, *, optimises: bool) -> None:
         metas = recorder.metas
         self._output = recorder.slot_of(result)
         self._views, self._program, self._last_uses = [], [], ([], [])
         if self._output is not None:
-            self._views, self._program = optimise(recorder.program, metas, self._output)
+            if optimises:
+                self._views, self._program = optimise(recorder.program, metas, self._output)
+            else:
+                self._program = remove_dead_code(
+                    recorder.program, [self._output], lambda slot: metas[slot].memory
+                )
             last_uses = find_last_uses([*self._views, *self._program], [self._output])
             self._last_uses = last_uses[: len(self._views)], last_uses[len(self._views) :]
         self._values: list[Any] = [None] * len(metas)
@@ -72,14 +79,38 @@ class Recording:
         run(self._program, self._last_uses[1], values)
         return values[self._output]
 
+    @torch.no_grad()
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The values at several vectors, as rows, by one run of the program with a dimension more.
 
-def record(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Recording]:
+        The program must be as it was recorded: what is optimised writes where it knows the layout.
+
+        Raises:
+            RuntimeError: ``torch.vmap`` does not know an operation.
+        """
+        output = self._output
+        if output is None:
+            assert self._zero is not None
+            return self._zero.expand(len(rows), -1).clone()
+
+        def replay(v: Tensor) -> Tensor:
+            values: list[Any] = [v, *[None] * (len(self._values) - 1)]
+            run(self._program, self._last_uses[1], values)
+            return values[output]
+
+        return torch.vmap(replay)(rows)
+
+
+def record(
+    function: Callable[[Tensor], Tensor], v: Tensor, *, optimises: bool = True
+) -> tuple[Tensor, Recording]:
     """``function(v)``, and what replays the function on other vectors.
 
     Args:
         function: linear; everything that it uses beside the vector must stay as it is while the
             recording is used.
         v: the vector that it is recorded on.
+        optimises: as for :class:`Recording`.
 
     Raises:
         CannotReplayError: an operation on the vector is random, writes to other memory or reads the
@@ -89,7 +120,7 @@ def record(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Rec
     recorder = Recorder(v)
     with torch.no_grad(), recorder:
         result = function(v)
-    return result, Recording(recorder, result)
+    return result, Recording(recorder, result, optimises=optimises)
 
 
 class Recorder(DispatchMode):
