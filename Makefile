@@ -13,17 +13,19 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(READY): pyproject.toml $(CONSTRAINTS) $(SCHEMAS)/pyproject.toml
+	@echo "setting up .venv: torch and what the tests need (minutes, once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,vision]' ./$(SCHEMAS)
 	touch $(READY)
 
-demo: $(READY)  ## train on real data beside Adam and L-BFGS; writes examples/quickstart.png
+demo: $(READY)  ## train on real data beside Adam and L-BFGS; writes figures/quickstart.png
 	$(BIN)/python examples/quickstart.py
 
 test: lint test-quick  ## lint, types and tests
 
 test-quick: $(READY)  ## the tests alone
-	$(PYTEST)
+	@echo "tests: collecting, then running them (some three minutes on two quiet cores)"
+	@$(PYTEST)
 
 test-slow: $(READY)  ## the tests that take longer
 	$(PYTEST) -m slow
@@ -32,9 +34,11 @@ coverage: $(READY)  ## the tests, and which lines of each file they run
 	$(PYTEST) --cov --cov-report term-missing
 
 lint: $(READY)  ## lint and types only
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	@echo "lint: ruff"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@echo "types: pyright (about a minute)"
+	@$(BIN)/pyright
 
 bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,bench]'

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--figure", type=Path, default=Path("figures/curve_fitting.png"))
     args = parser.parse_args(arguments)
     x, y = numbers(LOG_DENSITY), numbers(MOBILITY)
     b = nn.Parameter(torch.tensor(START, dtype=torch.float64))
@@ -133,6 +133,7 @@ def draw(b: Tensor, covariance: Tensor, x: Tensor, y: Tensor, path: Path) -> Non
     figure.colorbar(image, ax=right)
     for axes in (left, middle):
         axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

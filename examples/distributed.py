@@ -124,6 +124,7 @@ def draw(processes: int, together: Run, alone: Run, distances: list[float], path
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -146,9 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--processes", type=int, default=2, help="how many, without torchrun (%(default)s)"
     )
     parser.add_argument("--steps", type=int, default=15, help="(%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
-    )
+    parser.add_argument("--figure", type=Path, default=Path("figures/distributed.png"))
     options = parser.parse_args(arguments)
     if options.processes < 1 or options.steps < 1:
         parser.error(
@@ -156,12 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group("gloo")
-        work(dist.get_rank(), dist.get_world_size(), options.steps, options.output)
+        work(dist.get_rank(), dist.get_world_size(), options.steps, options.figure)
         dist.barrier()
         dist.destroy_process_group()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            shared = (options.processes, f"{folder}/meeting", options.steps, options.output)
+            shared = (options.processes, f"{folder}/meeting", options.steps, options.figure)
             spawn(spawned, shared, nprocs=options.processes)
 
 

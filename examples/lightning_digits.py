@@ -156,6 +156,7 @@ def draw(curves: dict[str, Curve], floor: float, path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -177,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path("lightning_logs"),
         help="TensorBoard's folder (%(default)s)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture"
-    )
+    parser.add_argument("--figure", type=Path, default=Path("figures/lightning_digits.png"))
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
@@ -191,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps, seconds, loss = curves[name].train[-1]
         print(f"{name}: training loss {loss:.3f} after {steps} steps in {seconds:.0f} s")
     floor = F.binary_cross_entropy(train, train, reduction="sum").item() / len(train)
-    draw(curves, floor, options.output)
-    print(f"The curves are in {options.output}; the logs in {options.logs}")
+    draw(curves, floor, options.figure)
+    print(f"The curves are in {options.figure}; the logs in {options.logs}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def draw(u: nn.Module, viscosity: float, errors: list[tuple[float, float]], path
     right.grid(alpha=0.3)
     for axes in (middle, right):
         axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--viscosity", type=float, default=0.01 / math.pi)
     parser.add_argument("--points", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--figure", type=Path, default=Path("figures/pinn_burgers.png"))
     args = parser.parse_args(arguments)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

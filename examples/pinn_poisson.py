@@ -139,6 +139,7 @@ def draw(u: nn.Module, curves: dict[str, list[tuple[float, float]]], path: Path)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--hidden", type=int, nargs="+", default=[64], help="sizes of the hidden layers"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--figure", type=Path, default=Path("figures/pinn_poisson.png"))
     args = parser.parse_args(arguments)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

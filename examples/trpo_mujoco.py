@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--max-kl", type=float, default=0.01, help="δ, in nats per action")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--figure", type=Path, default=Path("figures/trpo_mujoco.png"))
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -217,6 +217,7 @@ def draw(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    args.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.figure, dpi=150)
 
 

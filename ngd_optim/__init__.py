@@ -5,7 +5,7 @@ import sys
 from ngd_optim import linalg, preconditioners
 from ngd_optim.kfac import KFAC
 from ngd_optim.linalg import CGResult as CGResult  # LinearSolution's name in 0.1.0
-from ngd_optim.linalg import LinearSolution, conjugate_gradient
+from ngd_optim.linalg import LinearSolution, LinearSolutions, conjugate_gradient
 from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
 from ngd_optim.plotting import plot_history
@@ -18,6 +18,7 @@ __all__ = [
     "Diagonal",
     "KFACReport",
     "LinearSolution",
+    "LinearSolutions",
     "Linearization",
     "NaturalCG",
     "Nystrom",

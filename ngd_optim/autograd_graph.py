@@ -36,8 +36,15 @@ def parents_first(
 
 
 def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
-    """Every node of the graph that leads to some tensors, the tensors' own first."""
-    return (node for node, _ in reversed(parents_first(roots)))
+    """Every node of the graph that leads to some tensors, in any order."""
+    seen: set[Any] = {None}
+    pending: list[Any] = [root.grad_fn for root in roots]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend([parent for parent, _ in node.next_functions])
 
 
 def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:

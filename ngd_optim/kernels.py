@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ngd_optim.lstm import lstm
 from ngd_optim.torch_internals import attend_by_products
 
 AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
@@ -56,7 +57,6 @@ def _disabled(library: Any) -> Iterator[None]:
         library.enabled = before
 
 
-_WITHOUT_MKLDNN = WhileNeeded(lambda: _disabled(torch.backends.mkldnn))
 _WITHOUT_CUDNN = WhileNeeded(lambda: _disabled(torch.backends.cudnn))
 _UNCOMPILED = WhileNeeded(lambda: torch.compiler.set_stance("force_eager"))
 
@@ -166,16 +166,24 @@ def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-def _on(kinds: set[str], switch: WhileNeeded, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a tensor, with a switch turned where that is on some kind of device."""
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a tensor, without cudnn while it runs: torch has no other way to say this of one call."""
 
-    def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if input.device.type not in kinds:
-            return function(input, *args, **kwargs)
-        with switch:
-            return function(input, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        input, *_ = *args, *kwargs.values()
+        with _WITHOUT_CUDNN if input.device.type == "cuda" else nullcontext():
+            return function(*args, **kwargs)
 
     return call
+
+
+def _lstm(*args: Any, **kwargs: Any) -> Any:
+    input, *_ = *args, *kwargs.values()
+    on_host = input.device.type == "cpu"
+    return lstm(*args, **kwargs) if on_host else _NATIVE_LSTM(*args, **kwargs)
+
+
+_NATIVE_LSTM = _without_cudnn(torch.lstm)
 
 
 def _rebuild(function: Any, **names: Any) -> Callable[..., Any]:
@@ -197,9 +205,8 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _rebuild(
         F.multi_head_attention_forward, scaled_dot_product_attention=_attend
     ),
-    # Torch has no other way to say this of one thread; it holds while the one function runs.
-    torch.lstm: _on({"cpu"}, _WITHOUT_MKLDNN, _on({"cuda"}, _WITHOUT_CUDNN, torch.lstm)),
-    **{f: _on({"cuda"}, _WITHOUT_CUDNN, f) for f in (torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    torch.lstm: _lstm,
+    **{f: _without_cudnn(f) for f in (torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 
 _NEVER: dict[str, Any] = dict.fromkeys(

@@ -24,6 +24,7 @@ from ngd_optim.shown import show
 from ngd_optim.state import keep_precision
 from ngd_optim.stream import StreamState, check_stream_state, differentiate
 from ngd_optim.tracing import wrap_closures
+from ngd_optim.transaction import all_or_nothing
 from ngd_optim.watch import FactorWatch, WatchedModule
 
 logger = logging.getLogger("ngd_optim")
@@ -155,6 +156,7 @@ class KFAC(CopiedInFull):
             self._drawing: torch.Generator | None = None
             self._has_told_of_age = False
         self._inverse: tuple[Any, KroneckerInverse] | None = None
+        self._transaction: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr`` and ``weight_decay``."""
@@ -230,6 +232,11 @@ class KFAC(CopiedInFull):
         with self._ranks.noticing_ddp(module), watching:
             yield
 
+    @all_or_nothing(
+        attributes=("_inverse", "_has_told_of_age"),
+        setting="radius",
+        at_end=lambda optimizer: optimizer._forget_batch(),
+    )
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
@@ -245,22 +252,26 @@ class KFAC(CopiedInFull):
         Raises:
             RuntimeError: no factors could be had, and the message says what to write.
             TypeError, ValueError: the closure returned something that is no loss.
-            Exception: whatever the closure raises. No parameter has moved then.
+            Exception: whatever the closure raises. Parameters, state and report are then as before, and
+                what was watched for this step is forgotten; what the closure itself has changed, such
+                as the numbers in ``.grad``, buffers and torch's random numbers, stays, as with torch's optimizers.
         """
         if self.__dict__.pop("grad_scale", None) is not None:
             raise RuntimeError(
                 "KFAC takes no GradScaler, whose float16 has too little range for the curvature; use "
                 "torch.autocast(..., dtype=torch.bfloat16), and call optimizer.step() yourself"
             )
-        try:
-            return self._step(closure)
-        finally:  # also of a step that failed nothing is left
-            self._watch.take()
-            self._ranks = self._drawing = None
+        return self._step(closure)
+
+    def _forget_batch(self) -> None:
+        """Nothing is left of what was watched, also of a step that failed."""
+        self._watch.take()
+        self._ranks = self._drawing = None
 
     def _step(self, closure: Any) -> Tensor | None:
         settings = self._settings()
         parameters = FlatParameters(self.param_groups)
+        self._transaction.cover(parameters)
         state = StreamState(parameters, self.state)
         is_due = state.is_due(settings.renew_every, _AT_START)
 

@@ -17,7 +17,7 @@ from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.linearization import Learnt, Point, linearize_mean
+from ngd_optim.linearization import Learnt, Linearization, Point, linearize_mean
 from ngd_optim.names import (
     BackendChoice,
     Curvature,
@@ -302,7 +302,28 @@ class NaturalCG(CopiedInFull):
         """
         return self._gradient_hooks.register(hook)
 
-    @all_or_nothing
+    def linearize(self, closure: Callable[[], Any]) -> Linearization:
+        """A closure at the present parameters, as :func:`~ngd_optim.linearize` finds it, for steps of your own.
+
+        It has this optimizer's ``curvature`` and ``backend``, and checks the closure's derivatives
+        only the first time, as ``step`` does. It knows this process alone.
+
+        Raises:
+            Exception: as for :func:`~ngd_optim.linearize`.
+        """
+        settings = Settings.of(self.param_groups)
+        return Linearization.of(
+            closure,
+            FlatParameters(self.param_groups),
+            settings.curvature,
+            settings.backend,
+            self._experiences,
+        )
+
+    @all_or_nothing(
+        attributes=("process_group", "_has_met", "_advice"),
+        setting="damping",
+    )
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None

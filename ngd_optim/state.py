@@ -102,11 +102,17 @@ def complete_state(
         parameters: of a step.
         settings: of that step.
     """
+    known: dict[Any, tuple[dict[str, float], list[tuple[str, Any, torch.dtype]]]] = {}
     for p in parameters.tensors:
-        entry = state[p]
-        for name, number in _numbers(settings, is_first=p is parameters.tensors[0]):
-            entry.setdefault(name, number)
-        for name, shape, dtype in _tensors(settings, parameters, p):
+        entry, is_first = state[p], p is parameters.tensors[0]
+        key = p.shape, p.dtype, is_first
+        if key not in known:  # the same for parameters that are alike, of which there may be many
+            numbers = dict(_numbers(settings, is_first=is_first))
+            known[key] = numbers, list(_tensors(settings, parameters, p))
+        numbers, tensors = known[key]
+        for name in numbers.keys() - entry.keys():
+            entry[name] = numbers[name]
+        for name, shape, dtype in tensors:
             if name not in entry:
                 entry[name] = _empty(shape, dtype, p.device)
 

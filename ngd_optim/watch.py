@@ -55,8 +55,8 @@ class FactorWatch:
 
         losses = LossWatch(see)
         self._losses.append(losses)  # the graph knows it by a weak reference
-        self._is_open = True
         try:
+            self._is_open = True
             with losses:
                 yield
         finally:

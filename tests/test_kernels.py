@@ -77,22 +77,48 @@ def test_attention_inside_another_function(trains, needs_weights):
     assert not any("ScaledDotProduct" in node.name() for node in nodes(found[:1]))
 
 
+SHAPES = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "no_bias": {"bias": False},
+    "projected": {"proj_size": 2},
+    "float64": {"dtype": torch.float64},
+}
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("both", [False, True])
-def test_recurrent_layers_are_the_native_ones(kind, packed, layers, both):
-    layer = kind(3, 4, layers, bidirectional=both, dropout=0.3 * (layers > 1))
-    x = pack_sequence([torch.randn(n, 3) for n in (4, 4, 2)]) if packed else torch.randn(3, 4, 3)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_recurrent_layers_are_the_native_ones(kind, packed, layers, both, shape):
+    if shape == "projected" and kind is not nn.LSTM:
+        pytest.skip("LSTM alone has projections")
+    options = SHAPES[shape]
+    layer = kind(3, 4, layers, bidirectional=both, dropout=0.3 * (layers > 1), **options)
+    dtype = options.get("dtype")
+    sequences = [torch.randn(n, 3, dtype=dtype) for n in (5, 4, 4, 2)]
+    x = pack_sequence(sequences) if packed else torch.randn(3, 4, 3, dtype=dtype)
 
     def run():
         out, last = layer(x)
         return out if isinstance(out, torch.Tensor) else out.data, *last
 
-    native = torch.backends.mkldnn.flags(enabled=False)
-    found = drawn_alike(run, DifferentiableKernels())
-    assert all(map(torch.equal, found, drawn_alike(run, native)))
+    for autocast in (False, dtype is None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            native = torch.backends.mkldnn.flags(enabled=False)
+            found = drawn_alike(run, DifferentiableKernels())
+            assert all(map(torch.equal, found, drawn_alike(run, native)))
     assert torch.backends.mkldnn.enabled
+
+
+def test_lstm_takes_arguments_by_name():
+    layer, x, zeros = nn.LSTM(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    names = ("has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+    options = dict(zip(names, (True, 1, 0.0, True, False, False), strict=True))
+    with DifferentiableKernels():
+        found = torch.lstm(input=x, hx=(zeros, zeros), params=list(layer.parameters()), **options)
+    torch.testing.assert_close(found[0], layer(x)[0])
 
 
 class TestWhileNeeded:
@@ -157,7 +183,7 @@ def test_threads_leave_the_switches_of_the_process_alone():
 
     def look() -> None:
         while not stop.wait(0.0005):
-            seen.append({**switches(), "mkldnn": True})  # off while an LSTM runs
+            seen.append(switches())
 
     watcher = threading.Thread(target=look)
     watcher.start()

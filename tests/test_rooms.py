@@ -30,6 +30,7 @@ BASE = [
     "autograd_graph",
     "distributed",
     "kernels",
+    "lstm",
     "names",
     "parameters",
     "reading",

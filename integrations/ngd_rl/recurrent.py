@@ -128,12 +128,12 @@ class RecurrentTRPO(TRPO):
         columns = (data.actions.float(), data.old_log_prob, data.advantages)
         return Samples(inputs, *(column[steps][mask] for column in columns))
 
-    def _value_losses(self) -> Iterator[Tensor]:
+    def _value_losses(self, critic: Any, buffer: Any) -> Iterator[Tensor]:
         for _ in range(self.n_critic_updates):
-            for data in self.rollout_buffer.get(self.batch_size):
+            for data in buffer.get(self.batch_size):
                 states = _starting_states(data, data.lstm_states.vf)
                 starts = torch.zeros_like(data.episode_starts)
-                values = self.policy.predict_values(data.observations, states, starts).flatten()
+                values = critic.predict_values(data.observations, states, starts).flatten()
                 mask = data.mask > 0
                 yield torch.nn.functional.mse_loss(values[mask], data.returns[mask])
 

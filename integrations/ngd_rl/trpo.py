@@ -1,6 +1,7 @@
 """TRPO with sb3-contrib's interface and NaturalCG's step."""
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
-from ngd_optim import NaturalCG, StepReport
+from ngd_optim import NaturalCG
 
 Closure = Callable[[], tuple[Tensor, Any]]
 
@@ -92,6 +93,7 @@ class TRPO(sb3_contrib.TRPO):
         self.backend = backend
         self.warm_start = warm_start
         self.curvature_fraction = curvature_fraction
+        self._left_out: set[str] = set()
         self._is_being_loaded = not kwargs.get("_init_setup_model", True)  # so says load()
         super().__init__(*args, **kwargs)
 
@@ -131,23 +133,22 @@ class TRPO(sb3_contrib.TRPO):
                 raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
     def _setup_policy_optimizer(self) -> None:
-        self._trainable = self._find_trainable()
+        self._followed = list(self.policy.parameters())
         self.policy_optimizer = NaturalCG(
             self._actor_parameters(), **{"damping": self.cg_damping, **self._settings()}
         )
 
-    def _find_trainable(self) -> list[int]:
-        return [id(p) for p in self.policy.parameters() if p.requires_grad]
-
     def _follow_policy(self) -> None:
-        """Step the parameters that the policy has now: a part of it may have been replaced, such as its head."""
-        if self._trainable == self._find_trainable():
+        """Have the optimizers step what the policy has now: a part of it, or all of it, may have been replaced."""
+        now, before = list(self.policy.parameters()), self._followed
+        if len(now) == len(before) and all(map(operator.is_, now, before)):
             return
-        self._trainable = self._find_trainable()
-        parameters = self._actor_parameters()
-        self.policy_optimizer.param_groups[0]["params"] = parameters
-        for gone in self.policy_optimizer.state.keys() - set(parameters):
-            del self.policy_optimizer.state[gone]
+        new, gone = {*now} - {*before}, {*before} - {*now}
+        actor = {*self._actor_parameters()}
+        _exchange(self.policy_optimizer, now, new & actor, gone | {*now} - actor)
+        # A policy that came as a whole has brought its own optimizer.
+        _exchange(self.policy.optimizer, now, new, gone)
+        self._followed = now
 
     def _settings(self) -> dict[str, Any]:
         """What NaturalCG calls the settings, which may change while training."""
@@ -167,20 +168,28 @@ class TRPO(sb3_contrib.TRPO):
         return settings if self.adapt_damping else {**settings, "damping": self.cg_damping}
 
     def _actor_parameters(self) -> list[Tensor]:
-        """The parameters that the action distribution depends on."""
+        """The parameters that the action distribution depends on, frozen ones as well, which may be thawed."""
         self.policy.set_training_mode(False)
-        distribution = self._distribution(*self._example_inputs())
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        log_prob = distribution.log_prob(distribution.mode()).sum()
-        if not log_prob.requires_grad:
-            raise ValueError(
-                "the actions depend on no trainable parameter of the policy; thaw some by "
-                "requires_grad_(True)"
-            )
-        gradients = torch.autograd.grad(log_prob, parameters, allow_unused=True)
+        parameters = [p for p in self.policy.parameters() if p.is_floating_point()]
+        frozen = [p for p in parameters if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            distribution = self._distribution(*self._example_inputs())
+            log_prob = distribution.log_prob(distribution.mode()).sum()
+            if not log_prob.requires_grad:
+                raise ValueError("the actions depend on no parameter of the policy")
+            gradients = torch.autograd.grad(log_prob, parameters, allow_unused=True)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
         return [
             p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None
         ]
+
+    @property
+    def _actor(self) -> list[Tensor]:
+        return self.policy_optimizer.param_groups[0]["params"]
 
     def _example_inputs(self) -> tuple[Any, ...]:
         observation, _ = self.policy.obs_to_tensor(deepcopy(self.observation_space).sample())
@@ -229,6 +238,11 @@ class TRPO(sb3_contrib.TRPO):
         """
         self._check_settings()
         self._follow_policy()
+        if not any(p.requires_grad for p in self._actor):
+            raise ValueError(
+                "the actions depend on no trainable parameter of the policy; thaw some by "
+                "requires_grad_(True)"
+            )
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         report = self._update_policy()
@@ -244,19 +258,23 @@ class TRPO(sb3_contrib.TRPO):
             self._distribution(*self._example_inputs())
         self.policy.set_training_mode(True)
 
-    def _update_policy(self) -> StepReport:
+    def _update_policy(self) -> Any:
         data = next(self.rollout_buffer.get(batch_size=None))
         samples = self._samples(data, every=self.sub_sampling_factor)
-        part = None
-        if self.curvature_fraction < 1:
-            part = self._closure(
-                self._samples(data, every=self.sub_sampling_factor / self.curvature_fraction)
-            )
         self.policy_optimizer.param_groups[0].update(self._settings())
-        self.policy_optimizer.step(self._closure(samples), curvature_closure=part)
+        self.policy_optimizer.step(
+            self._closure(samples), curvature_closure=self._curvature_closure(data)
+        )
         report = self.policy_optimizer.last_step
         assert report is not None
         return report
+
+    def _curvature_closure(self, data: Any) -> Closure | None:
+        """What the products are formed on, if that is a part of the samples."""
+        if self.curvature_fraction == 1:
+            return None
+        every = self.sub_sampling_factor / self.curvature_fraction
+        return self._closure(self._samples(data, every))
 
     def _samples(self, data: Any, every: float) -> Samples:
         """A part of the rollout, whose rows the buffer has shuffled."""
@@ -268,42 +286,49 @@ class TRPO(sb3_contrib.TRPO):
 
     def _closure(self, samples: Samples) -> Closure:
         """The surrogate objective, negated, with the distribution of the actions."""
-        inputs, actions, old_log_prob, advantages = samples
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.long().flatten()
+        advantages = samples.advantages
         if self.normalize_advantage:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        return self._surrogate(samples, -advantages)
+
+    def _surrogate(self, samples: Samples, weights: Tensor) -> Closure:
+        """The mean of the weights times new ÷ old probability, with the distribution of the actions."""
+        inputs, actions, old_log_prob, _ = samples
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
 
         def surrogate() -> tuple[Tensor, Any]:
             distribution = self._distribution(*inputs)
             ratio = torch.exp(distribution.log_prob(actions) - old_log_prob)
-            return -(advantages * ratio).mean(), _joint(distribution)
+            return (weights * ratio).mean(), _joint(distribution)
 
         return surrogate
 
     def _update_critic(self) -> list[float]:
+        return self._fit_values(self.policy, self.rollout_buffer)
+
+    def _fit_values(self, critic: Any, buffer: RolloutBuffer) -> list[float]:
+        """Have a policy's values follow the returns in a buffer; the losses."""
         value_losses = []
-        actor_parameters = self.policy_optimizer.param_groups[0]["params"]
-        for value_loss in self._value_losses():
+        for value_loss in self._value_losses(critic, buffer):
             value_losses.append(value_loss.item())
             if not value_loss.isfinite():  # rewards whose squares overflow
                 continue
-            self.policy.optimizer.zero_grad()
+            critic.optimizer.zero_grad()
             value_loss.backward()
-            for p in (
-                actor_parameters
-            ):  # a shared features extractor is the policy step's: else the KL has no bound
+            # A shared features extractor is the policy step's: else the KL has no bound.
+            for p in self._actor:
                 p.grad = None
-            self.policy.optimizer.step()
+            critic.optimizer.step()
         return value_losses
 
-    def _value_losses(self) -> Iterator[Tensor]:
+    def _value_losses(self, critic: Any, buffer: RolloutBuffer) -> Iterator[Tensor]:
         for _ in range(self.n_critic_updates):
-            for data in self.rollout_buffer.get(self.batch_size):
-                values = self.policy.predict_values(data.observations).flatten()
+            for data in buffer.get(self.batch_size):
+                values = critic.predict_values(data.observations).flatten()
                 yield torch.nn.functional.mse_loss(values, data.returns)
 
-    def _record(self, report: StepReport, value_losses: list[float]) -> None:
+    def _record(self, report: Any, value_losses: list[float]) -> None:
         buffer = self.rollout_buffer
         values = {
             **report.as_dict(),
@@ -327,7 +352,27 @@ class TRPO(sb3_contrib.TRPO):
         return [*state_dicts, "policy_optimizer"], variables
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_being_loaded"]
+        return [*super()._excluded_save_params(), "_is_being_loaded", "_followed", "_left_out"]
+
+    def save(
+        self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """As in the base class.
+
+        ``exclude=["policy_optimizer"]`` writes a file that ``sb3_contrib.TRPO.load`` takes too.
+        """
+        self._left_out = {*(exclude or ())}
+        try:
+            super().save(path, self._left_out, include)
+        finally:
+            self._left_out = set()
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """As in the base class."""
+        self._follow_policy()
+        found = super().get_parameters()
+        left_out = self._left_out
+        return {k: v for k, v in found.items() if not {k, k.split(".")[0]} & left_out}
 
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto"
@@ -343,14 +388,17 @@ class TRPO(sb3_contrib.TRPO):
         if not isinstance(params, dict):
             _, params, _ = load_from_zip_file(params, device=device, load_data=False)
         assert params is not None
-        if "policy_optimizer" not in params:
-            if self._is_being_loaded:
-                params = {**params, "policy_optimizer": self.policy_optimizer.state_dict()}
-            elif exact_match:
-                raise ValueError(
-                    "the parameters have no policy_optimizer, as those of sb3-contrib's TRPO; "
-                    "pass exact_match=False to keep the optimizer as it is, or use load()"
-                )
+        self._follow_policy()
+        own = super().get_parameters()
+        # What sb3-contrib's TRPO does not have.
+        missing = own.keys() - params.keys() - {"policy", "policy.optimizer"}
+        if missing and self._is_being_loaded:
+            params = {**params, **{name: own[name] for name in missing}}
+        elif missing and exact_match:
+            raise ValueError(
+                f"the parameters have no {', '.join(sorted(missing))}, as those of sb3-contrib's "
+                "TRPO; pass exact_match=False to keep what is there, or use load()"
+            )
         self._is_being_loaded = False
         super().set_parameters(params, exact_match, device)
 
@@ -370,6 +418,18 @@ class NPG(TRPO):
 
     def __init__(self, *args: Any, line_search_max_iter: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, line_search_max_iter=line_search_max_iter, **kwargs)
+
+
+def _exchange(
+    optimizer: torch.optim.Optimizer, now: list[Tensor], new: set[Tensor], gone: set[Tensor]
+) -> None:
+    """Give an optimizer new parameters, in the order that they have in ``now``, and take those away that are gone."""
+    for i, group in enumerate(optimizer.param_groups):
+        held = {*group["params"]} - gone | (new if i == 0 else set())
+        others = [p for p in group["params"] if p in held - {*now}]
+        group["params"] = [p for p in now if p in held] + others
+    for p in gone & optimizer.state.keys():
+        del optimizer.state[p]
 
 
 def evenly_spaced(count: int, every: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer
-from ngd_optim.linalg import order_of, pack, unpack
+from ngd_optim.linalg import pack, unpack
 from ngd_optim.reading import read
 
 Values = Mapping[tuple[int, str], Tensor]
@@ -121,11 +121,9 @@ def _mix(value: Tensor, older: Tensor | None, share: float) -> Tensor:
 
 
 def _shape(name: str, value: Tensor) -> tuple[int, ...]:
-    return (
-        tuple(value.shape)
-        if name == "diagonal" or value.ndim == 2
-        else (len(value), order_of(value))
-    )
+    if name == "diagonal" or value.ndim == 2:
+        return tuple(value.shape)
+    return len(value), unpack(value[:0]).shape[-1]
 
 
 def pack_factor(factor: Tensor) -> Tensor:

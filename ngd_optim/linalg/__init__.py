@@ -6,13 +6,14 @@ from ngd_optim.linalg.cg import (
     LinearSolution,
     conjugate_gradient,
 )
-from ngd_optim.linalg.packed import order_of, pack, unpack
+from ngd_optim.linalg.packed import pack, unpack
+from ngd_optim.linalg.several import LinearSolutions
 
 __all__ = [
     "IndefinitePreconditionerError",
     "LinearSolution",
+    "LinearSolutions",
     "conjugate_gradient",
-    "order_of",
     "pack",
     "unpack",
 ]

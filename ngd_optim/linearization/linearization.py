@@ -1,5 +1,6 @@
 """A closure at one point, for users: loss, gradient, curvature products."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from ngd_optim.distributed import ALONE
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.linearization.point import Point, linearize_mean
+from ngd_optim.linalg import LinearSolutions
+from ngd_optim.linearization.point import Learnt, Point, linearize_mean
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
 from ngd_optim.operators import CurvatureOperator
 from ngd_optim.parameters import FlatParameters
@@ -41,8 +43,9 @@ class Linearization:
         (tensor(9.), tensor([ 3., 12.]))
     """
 
-    def __init__(self, point: Point) -> None:
+    def __init__(self, point: Point, runs: Sequence[TracedClosure]) -> None:
         self._point = point
+        self._runs = runs
         self.loss = point.loss
         self.gradient = point.gradient
         self.kind: Kind = point.kind
@@ -75,6 +78,82 @@ class Linearization:
             return torch.zeros_like(columns)
         with twice_differentiable():
             return self._point.product.multiply(columns.T.contiguous()).T  # pyright: ignore[reportAttributeAccessIssue]
+
+    def solve(
+        self,
+        right_sides: Tensor,
+        *,
+        damping: float = 0.0,
+        max_iters: int = 250,
+        tol: float = 1e-6,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
+    ) -> LinearSolutions:
+        """``(F + λI)⁻¹ b`` for several right-hand sides, and the scalars ``bᵢᵀ(F + λI)⁻¹ bⱼ``.
+
+        It is what constrained steps need: of a gradient ``g`` and that of a constraint, ``b``, the
+        solutions ``F⁻¹g`` and ``F⁻¹b`` with ``gᵀF⁻¹g``, ``gᵀF⁻¹b`` and ``bᵀF⁻¹b``.
+
+        Args:
+            right_sides: ``bᵢ``, shape ``(k, n)``, in the order of the parameters.
+            damping: ``λ``.
+            max_iters: most iterations of each solve.
+            tol: each stops at this relative residual.
+            preconditioner: as for :func:`~ngd_optim.conjugate_gradient`.
+
+        Raises:
+            ValueError: ``right_sides`` has another shape, a setting is out of range, or the
+                preconditioner is not positive definite.
+        """
+        n = len(self.gradient)
+        if right_sides.ndim != 2 or right_sides.shape[1] != n or not len(right_sides):
+            raise ValueError(
+                f"right_sides must have shape (k, {n}), one vector a row, got "
+                f"{tuple(right_sides.shape)}; use torch.stack([b1, b2])"
+            )
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"damping must be a finite number, at least 0, got {damping}")
+        with twice_differentiable(), torch.no_grad():
+            return LinearSolutions.find(
+                lambda v: self._point.product(v).add_(v, alpha=damping),
+                right_sides.detach().to(self.gradient),
+                max_iters=max_iters,
+                tol=tol,
+                preconditioner=preconditioner,
+            )
+
+    @torch.no_grad()
+    def measure(self) -> tuple[float, float | None]:
+        """The loss, and the KL from the prediction here, at the parameters as they are now: a trial point.
+
+        What was recorded of the closure is replayed, or it runs again. The loss is infinite where
+        the closure is not defined. The KL is in nats per sample; None where the closure returned
+        none.
+        """
+        with twice_differentiable():
+            found = self._point.measure()
+        for run in self._runs:
+            run.settle()
+        return found
+
+    @classmethod
+    def of(
+        cls,
+        closure: Any,
+        parameters: FlatParameters,
+        curvature: Curvature,
+        backend: BackendChoice,
+        learnt: Learnt,
+    ) -> "Linearization":
+        """Of a closure, or the mean of several, with what was learnt of closures before."""
+        functions, weights = _with_weights(closure)
+        runs = [TracedClosure(function, parameters) for function in functions]
+        with twice_differentiable():
+            point = linearize_mean(
+                parameters, curvature, backend, learnt, ALONE, runs, weights=weights
+            )
+            point.product.record_for_several(point.gradient)  # pyright: ignore[reportAttributeAccessIssue]
+            point.product.form(point.gradient)
+        return cls(point, runs)
 
 
 def linearize(
@@ -126,13 +205,7 @@ def linearize(
         if not isinstance(value, str) or value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
     parameters = FlatParameters([{"params": list(params)}])
-    functions, weights = _with_weights(closure)
-    runs = [TracedClosure(function, parameters) for function in functions]
-    with twice_differentiable():
-        point = linearize_mean(parameters, curvature, backend, {}, ALONE, runs, weights=weights)
-        point.product.record_for_several(point.gradient)  # pyright: ignore[reportAttributeAccessIssue]
-        point.product.form(point.gradient)
-    return Linearization(point)
+    return Linearization.of(closure, parameters, curvature, backend, {})
 
 
 def _with_weights(closure: Any) -> tuple[Sequence[Callable[[], Any]], Sequence[float] | None]:

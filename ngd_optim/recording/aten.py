@@ -101,7 +101,7 @@ def find_written(fact: Facts, args: Any, kwargs: Any) -> list[Tensor]:
     written: list[Tensor] = []
     for index, name in fact.written:
         value = args[index] if index < len(args) else kwargs.get(name)
-        tensors = value if isinstance(value, list | tuple) else (value,)
+        tensors = value if isinstance(value, (list, tuple)) else (value,)
         written += [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     return written
 
@@ -110,6 +110,6 @@ def tensors_of(result: Any) -> list[tuple[int | None, Tensor]]:
     """The tensors that an operation gave, each with its index in the result, or None where that is one tensor."""
     if isinstance(result, Tensor):
         return [(None, result)]
-    if isinstance(result, list | tuple):
+    if isinstance(result, (list, tuple)):
         return [(index, value) for index, value in enumerate(result) if isinstance(value, Tensor)]
     return []

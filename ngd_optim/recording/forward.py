@@ -28,6 +28,8 @@ from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
 _aten = torch.ops.aten
 _RECORDERS = count(1)
+_NO_KWARGS: dict[str, Any] = {}
+"""Of all operations without any: one object, and nobody writes to it."""
 
 WRITES_PARAMETERS = "the closure writes to its parameters"
 """Why there is no program of what does."""
@@ -74,7 +76,7 @@ class ForwardProgram:
     def __init__(
         self,
         program: list[Operation],
-        last_uses: list[list[int]],
+        last_uses: list[Sequence[int]],
         values: list[Any],
         outputs: list[int | Tensor],
         *,
@@ -297,12 +299,12 @@ class ForwardRecorder(DispatchMode):
 
         inputs: list[tuple[Any, Any, int]] = []
         own_args = take_slots_out(list(args), inputs, slot_of)
-        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else kwargs
+        own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else _NO_KWARGS
         if not found:
             return None
         cuts = {cut for _, cut in found}
         is_followed = torch.is_grad_enabled() and "" in cuts
-        held: list[tuple[Any, Any, int]] = []
+        held: Sequence[tuple[Any, Any, int]] = ()
         if is_followed and len(cuts) > 1:
             inputs, held = _put_back(inputs, found, written)
             self.held |= cuts - {""}
@@ -485,4 +487,4 @@ def _fix_mask(dropout: Operation, result: Any) -> None:
     keep = 1 - dropout.args[1]
     dropout.function = _aten.mul.Tensor
     dropout.args = [None, result[1] * (1 / keep if keep else 0.0)]
-    dropout.read([(dropout.args, 0, slot)])
+    dropout.inputs = [(dropout.args, 0, slot)]

@@ -58,9 +58,9 @@ def _split_off_views(program: list[Operation]) -> tuple[list[Operation], list[Op
 def _rename(operation: Operation, same: dict[int, int]) -> None:
     """Let an operation read other slots in place of some."""
     if not same.keys().isdisjoint(operation.slots):
-        operation.read(
-            [(place, key, same.get(slot, slot)) for place, key, slot in operation.inputs]
-        )
+        operation.inputs = [
+            (place, key, same.get(slot, slot)) for place, key, slot in operation.inputs
+        ]
 
 
 def _remove_added_zeros(
@@ -113,7 +113,7 @@ def _remove_added_zeros(
             elif result not in particular:
                 shape = metas[result].shape
                 operation.function, operation.args = _aten.expand.default, [None, list(shape)]
-                operation.read([(operation.args, 0, slot)])
+                operation.inputs = [(operation.args, 0, slot)]
                 sharing.join(metas[result].memory, meta.memory)
                 expanded = torch.empty_strided(meta.shape, meta.stride, device="meta").expand(shape)
                 metas[result] = metas[result]._replace(stride=expanded.stride())
@@ -199,7 +199,9 @@ def _fuse_products(program: list[Operation], metas: list[Meta], output: int) -> 
             operation.function = _MATMUL_AND_ADD[product.function]
             operation.args = [added, *product.args]
             inputs = [(operation.args, 0, s) for s in added_slots]
-            operation.read(inputs + [(operation.args, key + 1, s) for _, key, s in product.inputs])
+            operation.inputs = inputs + [
+                (operation.args, key + 1, s) for _, key, s in product.inputs
+            ]
             break
     return program
 
@@ -247,7 +249,7 @@ def _reuse_memory(
                 continue
             operation.function, name = variant
             operation.kwargs = {name: None}
-            operation.read([*operation.inputs, (operation.kwargs, name, slot)])
+            operation.inputs = [*operation.inputs, (operation.kwargs, name, slot)]
             last[over] = last[memory(result)]
             sharing.join(memory(result), over)
             break

@@ -1,7 +1,7 @@
 """A straight-line program of aten operations, what it needs, and how it runs."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,6 @@ class Operation:
         held: as ``inputs``, for slots that it does not read, because autograd takes what was in them
             as constants; these stand in the arguments.
         expected: what it must give, for an operation that gives True or False; else None.
-        slots: those that it reads, in the order of ``inputs``.
     """
 
     function: Any
@@ -60,16 +59,14 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: list[tuple[Any, Any, int]]
     outputs: list[tuple[int | None, int]]
-    held: list[tuple[Any, Any, int]] = field(default_factory=list)
+    held: Sequence[tuple[Any, Any, int]] = ()
     expected: bool | None = None
-    slots: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.read(self.inputs)
-
-    def read(self, inputs: list[tuple[Any, Any, int]]) -> None:
-        """Let it have other inputs."""
-        self.inputs, self.slots = inputs, [slot for _, _, slot in inputs]
+    @property
+    def slots(self) -> list[int]:
+        """Those that it reads, in the order of ``inputs``."""
+        # Not kept: a list more for each operation of a run, for the garbage collector to look at.
+        return [slot for _, _, slot in self.inputs]
 
     def following_all(self) -> "Operation":
         """The same, reading what it holds fixed as well; its arguments are copies."""
@@ -84,7 +81,8 @@ class Operation:
             return places[id(place)]
 
         args, kwargs = copy(self.args), copy(self.kwargs)
-        inputs = [(places[id(place)], key, slot) for place, key, slot in self.inputs + self.held]
+        read = [*self.inputs, *self.held]
+        inputs = [(places[id(place)], key, slot) for place, key, slot in read]
         return Operation(self.function, args, kwargs, inputs, self.outputs, expected=self.expected)
 
     @property
@@ -150,18 +148,25 @@ def remove_dead_code(
     return kept[::-1]
 
 
-def find_last_uses(program: list[Operation], outputs: Iterable[int]) -> list[list[int]]:
+def find_last_uses(program: list[Operation], outputs: Iterable[int]) -> list[Sequence[int]]:
     """For each operation, the slots that nothing needs after it."""
-    needed, last_uses = set(outputs), []
+    needed = set(outputs)
+    last_uses: list[Sequence[int]] = []
     for operation in reversed(program):
-        used = {slot for _, slot in operation.outputs}
-        used.update(operation.slots)
-        last_uses.append(list(used - needed))
-        needed |= used
+        last = []
+        for _, _, slot in operation.inputs:
+            if slot not in needed:
+                needed.add(slot)
+                last.append(slot)
+        for _, slot in operation.outputs:
+            if slot not in needed:
+                last.append(slot)
+        last_uses.append(tuple(last))
+        needed.update([slot for _, slot in operation.outputs])
     return last_uses[::-1]
 
 
-def run(program: list[Operation], last_uses: list[list[int]], values: list[Any]) -> None:
+def run(program: list[Operation], last_uses: Sequence[Sequence[int]], values: list[Any]) -> None:
     """Compute the slots of a program, in place; each is emptied after its last use.
 
     Raises:

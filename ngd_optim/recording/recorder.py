@@ -221,6 +221,6 @@ def take_slots_out(
             if slot is not None:
                 inputs.append((place, key, slot))
                 place[key] = None
-        elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+        elif isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
             place[key] = take_slots_out(list(value), inputs, slot_of)
     return place

@@ -207,7 +207,7 @@ class TracedClosure:
             metric,
             tuple(mode.losses),
             kinks,
-            is_all and any(not kink.is_smooth for kink in kinks),
+            bool(kinks) and is_all,
             mode.differentiates,
             bool(mode.hooks),
         )
@@ -393,7 +393,8 @@ def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
         if metric.numel() != 1:
             raise ValueError(
                 "a tensor returned as the metric must be a scalar KL, got shape "
-                f"{tuple(metric.shape)}"
+                f"{tuple(metric.shape)}; of logits return the distribution, "
+                "torch.distributions.Categorical(logits=...)"
             )
         metric = metric.reshape(())
     if roots and isinstance(loss, Tensor | Number):
@@ -403,7 +404,9 @@ def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             "the closure must return the loss first, then the distribution: (loss, distribution)"
         )
     if not isinstance(loss, Tensor):
-        raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}")
+        raise TypeError(
+            f"the closure must return the loss as a tensor, got {type(loss).__name__}{_what_to_return(loss)}"
+        )
     if loss.is_complex():
         raise TypeError(f"the closure must return a real loss, got one of dtype {loss.dtype}")
     if loss.numel() != 1:
@@ -412,3 +415,19 @@ def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             "mean()"
         )
     return loss.reshape(()), metric
+
+
+def _what_to_return(returned: Any) -> str:
+    """What was probably meant, as the end of a sentence."""
+    if returned is None:
+        return "; add `return loss` at its end"
+    if isinstance(returned, Number):
+        return "; return the tensor itself, not its item()"
+    if isinstance(returned, list):
+        return "; of a list of residuals return ngd_optim.least_squares(*residuals)"
+    # As the outputs of models of transformers, which are dicts with attributes.
+    if isinstance(getattr(returned, "loss", None), Tensor):
+        return "; return its loss, outputs.loss"
+    if isinstance(returned, dict) and "loss" in returned:
+        return "; return its loss, outputs['loss']"
+    return ""

@@ -70,7 +70,7 @@ def irls_weight(
     return slope / torch.maximum(size, floor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kink:
     """A call of a function with a kink.
 
@@ -124,13 +124,15 @@ def call_with_kink(func: Any, args: Any, kwargs: Any) -> tuple[Any, Kink | None]
     if reading.takes_memory:
         if any(t.numel() * t.element_size() > _LARGEST for t in inputs):
             return func(*args, **kwargs), None
-    else:  # aliases leave out other uses of the inputs
+    elif not reading.is_smooth:
+        # Aliases leave out other uses of the inputs. A square counts only where the loss is a linear
+        # function of kinks and squares, and there are no others.
         aliases = {id(t): t.view_as(t) for t in inputs}
         inputs = list(aliases.values())
         args = [aliases.get(id(a), a) for a in args]
-        kwargs = {name: aliases.get(id(a), a) for name, a in kwargs.items()}
+        kwargs = {name: aliases.get(id(a), a) for name, a in kwargs.items()} if kwargs else kwargs
     result = func(*args, **kwargs)
-    curved = tuple(t for t in inputs if t.requires_grad)
+    curved = tuple([t for t in inputs if t.requires_grad])
     form = partial(reading.form, *inputs)
     return result, Kink(result.grad_fn, curved, form, reading.takes_memory, reading.is_smooth)
 
@@ -212,17 +214,18 @@ def _relu(x: Tensor, inplace: bool = False) -> Reading | None:
 
 
 def _power(x: Tensor, exponent: Any = 2) -> Reading | None:
-    if not isinstance(exponent, int | float) or not 1 <= exponent <= 2:
+    if not isinstance(exponent, (int, float)) or not 1 <= exponent <= 2:
         return None
+    # Of squares there may be thousands: no function is made for each.
+    return Reading([x], partial(_form_of_power, exponent), is_smooth=exponent == 2)
 
-    def form(x: Tensor) -> tuple[Tensor, Weigh]:
-        # φ = |z|ᵉ has φ′/z = e |z|ᵉ⁻².
-        def weigh(c: Tensor, smoothing: float | None) -> Tensor:
-            return exponent * c.clamp(min=0) * irls_weight(x, 1.0, smoothing) ** (2 - exponent)
 
-        return x, weigh
+def _form_of_power(exponent: float, x: Tensor) -> tuple[Tensor, Weigh]:
+    # φ = |z|ᵉ has φ′/z = e |z|ᵉ⁻².
+    def weigh(c: Tensor, smoothing: float | None) -> Tensor:
+        return exponent * c.clamp(min=0) * irls_weight(x, 1.0, smoothing) ** (2 - exponent)
 
-    return Reading([x], form, is_smooth=exponent == 2)
+    return x, weigh
 
 
 KINKS: dict[Any, Callable[..., Reading | None]] = {
@@ -265,14 +268,18 @@ def find_last_kinks(
 ) -> tuple[tuple[Kink, ...], bool]:
     """The kinks that the loss ends in, with their coordinates, and whether it ends in nothing else that is curved.
 
+    None if these are squares alone.
+
     Args:
         loss: 0-dim, with its graph, if it has one.
         kinks: all that were met.
         others: nodes of the results of recognised loss functions.
     """
     by_node = {kink.node: kink for kink in kinks}
-    if not by_node or loss.grad_fn is None:
+    if loss.grad_fn is None or all(kink.is_smooth for kink in by_node.values()):
         return (), False
     ends = find_linear_ends(loss, {*by_node, *others})
-    last = tuple(by_node[node] for node in ends if node in by_node)
+    last = [by_node[node] for node in ends if node in by_node]
+    if all(kink.is_smooth for kink in last):
+        return (), False
     return tuple(kink.formed() for kink in last), all(node in by_node for node in ends)

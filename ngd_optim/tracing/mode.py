@@ -4,7 +4,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,24 @@ _IN_PLACE_OPERATORS = {
 
 
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+@lru_cache(maxsize=4096)
+def _is_plain(func: Any) -> bool:
+    """Whether a torch function does nothing but give a tensor, unless ``out`` or ``generator`` is given.
+
+    Asked at each call: closures of many small tensors call little else.
+    """
+    name = getattr(func, "__name__", "__get__")
+    return not (
+        _writes_to_first(name)
+        or name in _READINGS
+        or name in ("__get__", "backward", "grad", "register_hook", "retain_grad")
+        or func in _NORMS_BY_BATCH
+        or func in LOSSES
+        or func in KINKS
+        or differentiable(func) is not func
+    )
 
 
 class LossWatch(TorchFunctionMode):
@@ -179,6 +197,10 @@ class Tracing(TorchFunctionMode):
         if not self.recomputes and saves_by_hooks():
             self.recomputes = True
             recompute_alike()  # in derivatives that the closure itself takes, too
+        if _is_plain(func) and "out" not in kwargs and "generator" not in kwargs:
+            result = func(*args, **kwargs)
+            self._note_made_here(args, kwargs, result)
+            return result
         if func is torch.Tensor.backward:
             return self._note_backward(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -236,6 +258,8 @@ class Tracing(TorchFunctionMode):
 
     def _note_made_here(self, args: Any, kwargs: Any, result: Any) -> None:
         """Remember new tensors, which need no putting back; not what shares memory with older ones."""
+        if isinstance(result, Tensor) and result.requires_grad:  # nearly all: no list of one
+            return
         results = [t for t in _tensors(result) if not t.requires_grad]
         if results:
             older = {memory_of(t) for t in _tensors((args, kwargs)) if not self._is_new(t)}
@@ -291,24 +315,25 @@ class Tracing(TorchFunctionMode):
 
 
 def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    name = getattr(func, "__name__", "")
     if func in _NORMS_BY_BATCH:
         flag, default = _NORMS_BY_BATCH[func]
         if args[5] if len(args) > 5 else kwargs.get(flag, default):
             yield from _tensors([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
-    if (
-        (name.endswith("_") and not name.endswith("__"))
-        or name == "__setitem__"
-        or name in _IN_PLACE_OPERATORS
-    ):
+    if _writes_to_first(getattr(func, "__name__", "")):
         yield from _tensors(args[:1])
     yield from _tensors(kwargs.get("out"))
+
+
+def _writes_to_first(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    is_method = name.endswith("_") and not name.endswith("__")
+    return is_method or name == "__setitem__" or name in _IN_PLACE_OPERATORS
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _tensors(part)
     elif isinstance(value, dict):

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from helpers.states import assert_same_state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ngd_optim import NaturalCG, least_squares
+from ngd_optim import KFAC, NaturalCG, least_squares
 from ngd_optim.parameters import FlatParameters
 
 
 class Run:
     """A model with buffers and dropout, its optimizer and closure."""
+
+    setting = "damping"
 
     def __init__(self, kind: str = "cross_entropy", steps: int = 0) -> None:
         torch.manual_seed(0)
@@ -53,15 +56,57 @@ class Run:
             "grad": [p.grad if p.grad is None else p.grad.clone() for p in self.model.parameters()],
             "random": [torch.get_rng_state(), self.generator.get_state()],
             "state": state,
-            "damping": [group["damping"] for group in own.param_groups],
+            "adapted": [group[self.setting] for group in own.param_groups],
             "report": report,
             "group": own.process_group,
             "modes": [
                 torch.is_grad_enabled(),
+                torch.is_autocast_enabled("cpu"),
                 torch._C._len_torch_dispatch_stack(),
                 torch._C._len_torch_function_stack(),
             ],
         }
+
+
+class StreamRun(Run):
+    """The same by KFAC: ``step(closure)``, or a loop that has a block or a module watched."""
+
+    setting = "radius"
+
+    def __init__(self, kind: str = "closure", steps: int = 0) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.x, self.y = torch.randn(32, 5), torch.randint(0, 3, (32,))
+        self.generator = torch.Generator().manual_seed(3)
+        self.optimizer = KFAC(self.model.parameters(), generator=self.generator, weight_decay=0.01)
+        self.criterion = nn.CrossEntropyLoss()
+        self.kind = kind
+        if kind == "module":
+            self.handle = self.optimizer.watch(self.criterion)
+        for _ in range(steps):
+            self.prepare()
+            self.step()
+
+    def prepare(self) -> None:
+        """What the loop does before the step."""
+        if self.kind == "closure":
+            return
+        self.optimizer.zero_grad()
+        with self.optimizer.watch() if self.kind == "block" else nullcontext():
+            loss = self.loss()
+        loss.backward()
+
+    def loss(self) -> torch.Tensor:
+        return self.criterion(self.model(self.x), self.y)
+
+    def step(self) -> None:
+        def closure() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            loss = self.loss()
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure if self.kind == "closure" else None)
 
 
 class AtOperation(TorchDispatchMode):
@@ -126,6 +171,58 @@ def test_an_interrupt_anywhere_loses_nothing(kind, steps, bomb):
                 run.step()
                 assert_same_state(run.everything(), truth)
     assert interrupted > 5
+
+
+@pytest.mark.parametrize("kind", ["closure", "block", "module"])
+@pytest.mark.parametrize("steps", [0, 5])  # at the sixth no factors are due
+@pytest.mark.parametrize("bomb", [AtOperation, AtLine])
+def test_an_interrupt_anywhere_in_a_step_of_kfac(kind, steps, bomb):
+    StreamRun(kind, 2)
+    run, counter = StreamRun(kind, steps), bomb(10**9)
+    run.prepare()
+    with counter:
+        run.step()
+    length, truth = 10**9 - counter.left, run.everything()
+    interrupted, spread = 0, range(8, length, length // 8)  # the first lines are the test's
+    for place in sorted({*spread, *range(max(8, length - 60), length - 8, 5)}):
+        run = StreamRun(kind, steps)
+        start = run.generator.get_state()
+        run.prepare()
+        before = run.everything()
+        try:
+            with bomb(place):
+                run.step()
+        except KeyboardInterrupt:
+            interrupted += 1
+            assert_same_state(run.everything(), before)
+            assert run.optimizer._watch.take() is None
+            # The loop has the batch once more.
+            run.generator.set_state(start)
+            run.prepare()
+            run.step()
+            assert_same_state(run.everything(), truth)
+    assert interrupted > 5
+
+
+@pytest.mark.parametrize("bomb", [AtOperation, AtLine])
+def test_an_interrupt_while_a_loss_is_watched(bomb):
+    truth, counter = StreamRun("block", 1), bomb(10**9)
+    with counter:
+        truth.prepare()
+    length = 10**9 - counter.left
+    truth.step()
+    for place in range(1, length, length // 12):
+        run = StreamRun("block", 1)
+        before, start = run.everything(), run.generator.get_state()
+        try:
+            with bomb(place):
+                run.prepare()
+        except KeyboardInterrupt:
+            assert run.everything()["modes"] == before["modes"]
+            assert_same_state(run.everything()["state"], before["state"])
+            run.generator.set_state(start)
+            run.optimizer.step() if place % 2 and run.model[0].bias.grad is not None else None
+            assert not run.optimizer._watch._is_open
 
 
 def test_a_second_interrupt_while_the_first_is_undone(monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,9 +123,20 @@ def no_grad_loss(model, x):
 
 NO_LOSS = {
     # name: (closure body, error, message)
-    "none": (lambda m, x: None, TypeError, "must return the loss as a tensor, got NoneType"),
-    "number": (lambda m, x: 1.5, TypeError, "must return the loss as a tensor, got float"),
-    "list": (lambda m, x: [m(x).sum()], TypeError, "must return the loss as a tensor, got list"),
+    "none": (lambda m, x: None, TypeError, "as a tensor, got NoneType; add `return loss`"),
+    "number": (lambda m, x: 1.5, TypeError, "as a tensor, got float; return the tensor itself"),
+    "list": (lambda m, x: [m(x).sum()], TypeError, r"got list; .*least_squares"),
+    "outputs of a model": (
+        lambda m, x: SimpleNamespace(loss=m(x).sum(), logits=m(x)),
+        TypeError,
+        "got SimpleNamespace; return its loss, outputs.loss",
+    ),
+    "a dict": (lambda m, x: {"loss": m(x).sum()}, TypeError, r"return its loss, outputs\['loss'\]"),
+    "logits as a metric": (
+        lambda m, x: (m(x).sum(), m(x)),
+        ValueError,
+        r"a scalar KL, got shape .*Categorical\(logits=",
+    ),
     "triple": (
         lambda m, x: (m(x).sum(), None, None),
         TypeError,

@@ -622,7 +622,7 @@ def test_the_example_runs(
 ) -> None:
     picture = tmp_path / "curves.png"
     printed = run_python(
-        *launcher, EXAMPLES / "distributed.py", *options, "--steps", "3", "--output", picture
+        *launcher, EXAMPLES / "distributed.py", *options, "--steps", "3", "--figure", picture
     )
     assert "bit-identical on all processes: True" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -31,7 +31,7 @@ def test_compares_all_methods_on_both_tasks(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "curves.png"
-    quickstart.main(["--seconds", "0.2", "--output", str(picture)])
+    quickstart.main(["--seconds", "0.2", "--figure", str(picture)])
     printed = capsys.readouterr().out
     assert str(picture) in printed
     for method in ("Adam, lr", "L-BFGS", "NaturalCG"):
@@ -69,7 +69,7 @@ def test_mnist_is_read_from_torchvisions_files(
     torch.testing.assert_close(X, torch.tensor(images.reshape(50, 784) / 255, dtype=torch.float32))
     assert y.tolist() == labels.tolist()
 
-    quickstart.main(["--data", "mnist", "--seconds", "0.05", "--output", "curves.png"])
+    quickstart.main(["--data", "mnist", "--seconds", "0.05", "--figure", "curves.png"])
     printed = capsys.readouterr().out
     for method in ("Adam, lr", "L-BFGS", "NaturalCG"):
         assert [math.isfinite(float(loss)) for _, loss, *_ in rows(printed, method)] == [True, True]
@@ -138,10 +138,10 @@ def test_solved_runs_end_early(quickstart: ModuleType) -> None:
         (["--seed", "1.5"], "--seed: invalid int value: '1.5'"),
         (["--data", "cifar"], "--data: invalid choice: 'cifar'"),
         (
-            ["--output", "nowhere/curves.png"],
-            "--output must be a .png file in a folder that exists",
+            ["--figure", "curves.svg"],
+            "--figure must be a .png file",
         ),
-        (["--output", "curves.pdf"], "--output must be a .png file in a folder that exists"),
+        (["--figure", "curves.pdf"], "--figure must be a .png file"),
     ],
 )
 def test_bad_values_are_refused(

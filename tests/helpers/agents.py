@@ -15,7 +15,7 @@ BOX = spaces.Box(-1.0, 1.0, (3,))
 
 
 class Toy(gym.Env):
-    """Random observations; a reward for actions near a fixed one; an end after every eighth step or so."""
+    """Random observations; a reward for actions near a fixed one, whose size costs; eight steps in the mean."""
 
     def __init__(self, observation_space=VECTOR, action_space=BOX, reward=1.0, observation=None):
         self.observation_space = copy.deepcopy(observation_space)
@@ -38,7 +38,7 @@ class Toy(gym.Env):
             self._reward * (1.0 - distance),
             bool(self.np_random.random() < 1 / 8),
             False,
-            {},
+            {"cost": float(np.square(np.asarray(action, dtype=float)).mean())},
         )
 
 

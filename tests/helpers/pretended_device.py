@@ -260,10 +260,15 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
     }
 
 
+def register() -> None:
+    """Have torch know the device."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+
+
 def main() -> None:
     """Print what came out of every scenario."""
     torch.set_num_threads(1)
-    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    register()
     found: dict[str, Any] = {}
     with Factories():
         for name, scenario in SCENARIOS.items():

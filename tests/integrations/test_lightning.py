@@ -636,7 +636,7 @@ def test_the_example_runs(
         write_mnist(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     load_script(EXAMPLES / "lightning_digits.py").main(
-        ["--data", data, "--seconds", "0.3", "--output", "curves.png", "--logs", "logs"]
+        ["--data", data, "--seconds", "0.3", "--figure", "curves.png", "--logs", "logs"]
     )
     assert "NaturalCG: training loss" in capsys.readouterr().out
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")

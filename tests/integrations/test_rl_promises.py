@@ -119,6 +119,25 @@ def test_sb3_contrib_takes_the_policy_as_the_readme_says():
     theirs.learn(128)
 
 
+@pytest.mark.parametrize("algorithm", [TRPO, NPG])
+def test_sb3_contrib_loads_a_file_without_the_optimizer(algorithm, tmp_path):
+    model = build(algorithm).learn(128)
+    model.save(tmp_path / "for both", exclude=iter(["policy_optimizer"]))
+    theirs = sb3_contrib.TRPO.load(tmp_path / "for both", env=toy())
+    assert same(values_of(model), values_of(theirs))
+    assert theirs.target_kl == model.target_kl
+    theirs.learn(128)
+    ours = algorithm.load(tmp_path / "for both", env=toy())
+    assert same(values_of(model), values_of(ours))
+    ours.learn(128)
+    theirs.save(tmp_path / "back")
+    back = algorithm.load(tmp_path / "back", env=toy())
+    assert same(values_of(back), values_of(theirs))
+    model.save(tmp_path / "whole")  # excluding is for one file
+    with pytest.raises(ValueError, match="policy_optimizer is an invalid object name"):
+        sb3_contrib.TRPO.load(tmp_path / "whole")
+
+
 def test_settings_change_when_a_model_is_loaded(tmp_path):
     build().learn(128).save(tmp_path / "model", exclude=["target_kl"], include=["learning_rate"])
     loaded = TRPO.load(tmp_path / "model", env=toy(), target_kl=0.5, n_critic_updates=1)

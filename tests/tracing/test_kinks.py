@@ -16,6 +16,7 @@ from ngd_optim.tracing import wrap_closures
 from ngd_optim.tracing.kinks import irls_weight
 
 N, C = 6, 3
+torch.manual_seed(1)
 TARGET = real(N, C)
 SIGNS = real(N, C).sign()
 
