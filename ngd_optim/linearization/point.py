@@ -81,6 +81,8 @@ class Point:
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         is_least_squares: whether all that the metric comes from is
             :func:`~ngd_optim.least_squares`.
+        is_estimated: whether the gradient is that of a mean over samples, which are drawn anew for
+            each step: an energy.
         outputs: how many elements the model's outputs have; 0 where the curvature is not made at
             the outputs of one closure alone: a Hessian, a scalar KL, a penalty beside them, several
             closures or processes.
@@ -112,6 +114,7 @@ class Point:
     measure: Callable[[], tuple[float, float | None]]
     is_empty: Callable[[], bool]
     writes_parameters: bool = False
+    is_estimated: bool = False
     bend: Tensor | None = None
 
     @property
@@ -314,6 +317,7 @@ def linearize_closure(
         measure=measure,
         is_empty=graph.is_empty,
         writes_parameters=run.writes_parameters,
+        is_estimated=traced.is_estimated,
         bend=None if bend is None else parameters.flatten(bend),
     )
     # Each product of a list runs its closure again, so that one graph is in memory at a time.

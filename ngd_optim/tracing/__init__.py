@@ -5,13 +5,14 @@ from ngd_optim.tracing.closure import (
     TracedClosure,
     wrap_closures,
 )
-from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.mode import LossWatch
+from ngd_optim.tracing.own_losses import least_squares, variational_energy
 
 __all__ = [
     "Evaluation",
     "LossWatch",
     "TracedClosure",
     "least_squares",
+    "variational_energy",
     "wrap_closures",
 ]

@@ -22,9 +22,9 @@ from ngd_optim.recording import WRITES_PARAMETERS, ForwardRecorder
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
-from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.losses import LOSSES, LossCall
 from ngd_optim.tracing.mode import Hook, Tracing
+from ngd_optim.tracing.own_losses import least_squares
 from ngd_optim.tracing.side_effects import SideEffects
 
 logger = logging.getLogger("ngd_optim")
@@ -62,6 +62,11 @@ class Evaluation:
     def outputs(self) -> list[Tensor]:
         """The model's outputs, as the recognised loss functions saw them, in call order."""
         return [z for call in self.losses for z in call.outputs]
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a loss has its gradient only in the mean over samples."""
+        return any(call.loss.is_estimate for call in self.losses)
 
     @property
     def is_least_squares(self) -> bool:

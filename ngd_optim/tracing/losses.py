@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.kinks import irls_weight
-from ngd_optim.tracing.least_squares import least_squares
+from ngd_optim.tracing.own_losses import least_squares, sample_shares, variational_energy
 
 
 class Call(NamedTuple):
@@ -42,6 +42,8 @@ class Loss:
             losses.
         rewrite: ``(*args, **kwargs) ↦`` the call of another recognised loss that is the same, with
             the outputs that this one computes from its arguments.
+        is_estimate: whether its gradient is that of its mean over samples, and trial points need
+            the closure's recording, which knows where the samples were drawn.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class Loss:
         *outputs: str,
         replace_hessian: Callable[..., Tensor] | None = None,
         rewrite: Callable[..., Call] | None = None,
+        is_estimate: bool = False,
     ) -> None:
         self.outputs = outputs
+        self.is_estimate = is_estimate
         self.replace_hessian = replace_hessian
         self.rewrite = rewrite
 
@@ -76,7 +80,9 @@ def _replace_hessian(
     # last sum.
     result = loss.detach()
     for z, g in zip(variables, gradients, strict=True):
-        result = result + _sum_to(g * _change(z), loss, sample_dims)
+        # A complex output is two real ones: ∂L/∂Re z · Re Δz + ∂L/∂Im z · Im Δz.
+        term = (g.conj() * _change(z)).real if z.is_complex() else g * _change(z)
+        result = result + _sum_to(term, loss, sample_dims)
     return _add_hessian(result, metric, sample_dims)
 
 
@@ -352,6 +358,16 @@ def _sum_of_hinges(
     return _reduce(per_sample, reduction)
 
 
+def _energy(
+    loss: Tensor, *, log_psi: Tensor, local_energy: Tensor, weights: Tensor | None
+) -> Tensor:
+    # 2 Re cov(∂log ψ): of log ψ less its mean, in both its parts.
+    share = sample_shares(log_psi, weights)
+    u = log_psi - (share * log_psi).sum()
+    parts = [u.real, u.imag] if u.is_complex() else [u]
+    return _replace_hessian(loss, [log_psi], [(part, 2 * share) for part in parts])
+
+
 def _reduce(per_sample: Tensor, reduction: str) -> Tensor:
     reduced = {"mean": per_sample.mean, "sum": per_sample.sum, "batchmean": per_sample.sum}.get(
         reduction
@@ -452,6 +468,7 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.triplet_margin_loss: Loss(rewrite=_triplet),
     F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
     least_squares: Loss("residuals"),
+    variational_energy: Loss("log_psi", replace_hessian=_energy, is_estimate=True),
 }
 """The recognised loss functions."""
 
@@ -502,6 +519,9 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
         if isinstance(z, tuple):
             call.arguments[name] = tuple(_alias(part) for part in z)
             outputs += call.arguments[name]
+        elif isinstance(z, Tensor) and z.is_complex():  # its real and imaginary parts
+            outputs.append(torch.view_as_real(z.resolve_conj()))
+            call.arguments[name] = torch.view_as_complex(outputs[-1])
         elif isinstance(z, Tensor):
             call.arguments[name] = _alias(z)
             outputs.append(call.arguments[name])

@@ -18,6 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 PACKAGES = (
     "ngd_optim",
     "ngd_optim.factors",
+    "ngd_optim.losses",
     "ngd_optim.operators",
     "ngd_optim.testing",
     "ngd_lightning",
