@@ -16,7 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 DOUBLE_BACKWARD = "double-backward KL"
 AT_MOST = {"policy MLP": 0.8, "MLP 784": 1.15, "CNN": 1.15, "transformer": 1.4}
 WHY = {
-    "policy MLP": "within the spread; three quarters of a product are matrix products",
+    "policy MLP": "three quarters of a product are matrix products, as of a gradient",
+    "CNN": "convolutions with a stride cost a product more than a gradient, now that page faults no longer hide it",
+    "curvlinops": "large convolutions take as long in all ways",
     "small": "the smaller the operations, the more of the time is Python's, for all ways alike",
     "MLP 784": "at the floor: by its operations a product of this network takes 1.22 times the multiplications",
     "recording LSTM": "some 900 small operations, and double-backward has a graph to build first",
@@ -60,7 +62,7 @@ def product_goals(results: dict[str, Any]) -> Iterator[Goal]:
         measured = (
             f"{found[least]:.2f} ({least.split()[0].strip(',')}) to {max(found.values()):.2f}"
         )
-        why = WHY["small"]
+        why = WHY.get(peer, WHY["small"])
         yield Goal(
             f"times as fast a product as {peer}", f"≥ {times}", measured, found[least] >= times, why
         )

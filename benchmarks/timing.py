@@ -1,6 +1,8 @@
 """Ratios that can be trusted: interleaved repeats in one process on one thread, medians and quartiles."""
 
+import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
 from time import process_time
@@ -37,9 +39,24 @@ def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str,
     return result
 
 
+_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
+def keep_memory() -> None:
+    """Start the script again where glibc keeps the memory that is given back to it.
+
+    Else it returns large blocks to the system, and takes them again page by page at each call: as
+    long as that takes, all ways look alike. glibc reads the thresholds when a process starts.
+    """
+    wanted = dict.fromkeys(_THRESHOLDS, str(2**30))
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     return {
+        **{name: os.environ[name] for name in _THRESHOLDS if name in os.environ},
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "processor": platform.machine(),

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 
 class CopiedInFull(Optimizer):
-    """An optimizer whose copies keep ``generator`` and ``last_step``, and in this process ``process_group``."""
+    """An optimizer whose copies keep its generator and reports, and in this process ``process_group``."""
 
     generator: Any
     last_step: Any
@@ -15,7 +15,8 @@ class CopiedInFull(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What can be pickled: all but hooks, as torch's optimizers have it, and the process group."""
-        mine = {"generator": self.generator, "last_step": self.last_step}
+        kept = ("generator", "last_step", "history")
+        mine = {name: self.__dict__[name] for name in kept if name in self.__dict__}
         return {**super().__getstate__(), **mine}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

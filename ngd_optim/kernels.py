@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ngd_optim.lstm import lstm
-from ngd_optim.torch_internals import attend_by_products
+from ngd_optim.torch_internals import FunctionMode, attend_by_products
 
 AUTOCAST_KINDS = ("cpu", "cuda", "xpu", "mps")
 
@@ -61,7 +60,7 @@ _WITHOUT_CUDNN = WhileNeeded(lambda: _disabled(torch.backends.cudnn))
 _UNCOMPILED = WhileNeeded(lambda: torch.compiler.set_stance("force_eager"))
 
 
-class DifferentiableKernels(TorchFunctionMode):
+class DifferentiableKernels(FunctionMode):
     """Has :func:`differentiable` functions called, also by what calls them in a function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,6 +86,16 @@ def uncompiled() -> AbstractContextManager[Any]:
     return _UNCOMPILED if "torch._dynamo" in sys.modules else nullcontext()
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Have no autocast in the block, of any kind of device: it would round a solve."""
+    with ExitStack() as stack:
+        for kind in AUTOCAST_KINDS:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 class _Open(local):
     """The innermost block of :func:`twice_differentiable` in this thread, and whether it recomputes."""
 
@@ -108,9 +117,7 @@ def twice_differentiable(*, recomputes: bool = False) -> Iterator[None]:
     """
     before = _OPEN.stack, _OPEN.recomputes
     with ExitStack() as stack:
-        for kind in AUTOCAST_KINDS:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(without_autocast())
         stack.enter_context(uncompiled())
         try:
             _OPEN.stack = stack

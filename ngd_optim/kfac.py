@@ -10,8 +10,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks, is_one_of_several
+from ngd_optim.history import Followed
+from ngd_optim.kernels import without_autocast
 from ngd_optim.kronecker import (
     KroneckerFactors,
     KroneckerInverse,
@@ -39,7 +40,7 @@ _RATE, _UPHILL = 0.2, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
 
 
-class KFAC(CopiedInFull):
+class KFAC(Followed):
     """Momentum, preconditioned by Kronecker factors, in steps of a length that the factors measure.
 
     For endless streams of small batches: a step costs little more than a gradient. Every few steps
@@ -150,6 +151,7 @@ class KFAC(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         if "_watch" not in self.__dict__:
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None
@@ -295,7 +297,7 @@ class KFAC(CopiedInFull):
         if self.process_group is not None:
             gradient = ranks.average(gradient)
 
-        with torch.autocast(parameters.device.type, enabled=False):
+        with without_autocast():
             # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
             factors = self._renew(state, ranks, settings, len(runs)) if is_due else None
             solve = self._invert(factors, state, settings.damping)
@@ -308,12 +310,14 @@ class KFAC(CopiedInFull):
             if not all(reached):  # the others stay where they are
                 x *= parameters.repeat([float(one) for one in reached])
             step = parameters.spread(settings.lr) * x
-            slope, slope_of_step, slope_now, size, grad_norm = read(
+            # The host waits once: the length of the step depends on these.
+            slope, slope_of_step, slope_now, size, grad_norm, value = read(
                 mean @ x,
                 mean @ step,
                 gradient @ state.flat("last_step"),
                 step.norm(),
                 gradient.norm(),
+                gradient.new_full((), torch.nan) if loss is None else loss.to(gradient.device),
             )
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
@@ -334,7 +338,7 @@ class KFAC(CopiedInFull):
             for group in self.param_groups:
                 group["radius"] = radius
         self.last_step = KFACReport(
-            loss=math.nan if loss is None else loss.item(),
+            loss=value,
             grad_norm=grad_norm,
             step_norm=scale * size if accepted else 0.0,
             kl=radius if accepted else 0.0,

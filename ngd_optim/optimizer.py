@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
-from ngd_optim.copies import CopiedInFull
 from ngd_optim.distributed import Ranks
 from ngd_optim.gradient_hooks import GradientHooks
+from ngd_optim.history import Followed
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Learnt, Linearization, Point, linearize_mean
 from ngd_optim.names import (
@@ -59,7 +59,7 @@ _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
 
 
-class NaturalCG(CopiedInFull):
+class NaturalCG(Followed):
     """Natural-gradient, Gauss-Newton and trust-region steps by truncated conjugate gradients.
 
     Each step solves ``(F + λI) x = −g``, by products with ``F`` unless it is a small least-squares
@@ -81,7 +81,8 @@ class NaturalCG(CopiedInFull):
         adapt_damping: let ``λ`` follow the reduction ratio (Levenberg-Marquardt); the group's value
             is updated.
         min_damping: least adapted damping. ``"auto"``: 1e-8 for conjugate gradients, 1e-30 for
-            direct solvers, or 1e-7 times ``damping`` if that is less.
+            direct solvers; less if 1e-7 times ``damping``, or a hundredth of the curvature along the
+            step, ``dᵀF d / ‖d‖²``, is less.
         max_damping: largest adapted damping. ``"auto"``: 1e6 for conjugate gradients, 1e16 for
             direct solvers, or 1e7 times ``damping`` if that is more.
         max_cg_iters: most CG iterations per step.
@@ -260,6 +261,7 @@ class NaturalCG(CopiedInFull):
         keep_precision(self.state, entries)
 
     def _complete(self) -> None:
+        self.begin_history()
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
         self.defaults.pop("momentum", None)
         # No attributes of the class: wrappers of Lightning and Fabric are subclasses, which look for
@@ -368,8 +370,9 @@ class NaturalCG(CopiedInFull):
         settings = Settings.of(self.param_groups)
         parameters = FlatParameters(self.param_groups)
         last = LastStep(parameters, self.state)
-        closures = wrap_closures(closure, parameters)
-        others = [] if curvature_closure is None else wrap_closures(curvature_closure, parameters)
+        has_others = curvature_closure is not None
+        closures = wrap_closures(closure, parameters, are_all=not has_others)
+        others = wrap_closures(curvature_closure, parameters, are_all=False) if has_others else []
         runs = [*closures, *others]
         theta = self._transaction.cover(parameters, runs)
         with twice_differentiable():
@@ -490,12 +493,18 @@ class NaturalCG(CopiedInFull):
         self._advice = self._advice.after(report, outcome, point)
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
+        damping.lower_floor(outcome.curvature(report.step_norm))
         damping.adapt(
             report.reduction_ratio, accepted=report.accepted, overshot=outcome.trial.overshot
         )
         last.keep(outcome, report.new_loss, settings.lr)
         if point.bend is not None:
-            last.adapt_smoothing(report.reduction_ratio, accepted=report.accepted)
+            last.adapt_smoothing(
+                outcome.step.predicted_decrease(1.0),
+                point.hidden_by_rounding,
+                report.reduction_ratio,
+                accepted=report.accepted,
+            )
         preconditioning.keep(report.cg_iters)
         complete_state(self.state, parameters, settings)
         self._has_met = True

@@ -5,11 +5,24 @@ from dataclasses import asdict, dataclass
 
 from ngd_optim.linearization import Point
 from ngd_optim.reading import read
+from ngd_optim.shown import html_table
 from ngd_optim.step import Outcome
 
 
+class Report:
+    """What the reports of both optimizers share."""
+
+    def as_dict(self) -> dict[str, float | int | str | bool]:
+        """All fields by name, ready for a logger."""
+        return asdict(self)  # pyright: ignore[reportArgumentType]
+
+    def _repr_html_(self) -> str:
+        """Notebooks show this."""
+        return html_table(str(self), self.as_dict())
+
+
 @dataclass(frozen=True)
-class StepReport:
+class StepReport(Report):
     """One step of :class:`~ngd_optim.NaturalCG`: what happened and why. Everything is a plain Python value.
 
     Attributes:
@@ -87,13 +100,16 @@ class StepReport:
     n_forward: int
     n_product: int
 
-    def as_dict(self) -> dict[str, float | int | str | bool]:
-        """All fields by name, ready for a logger."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """One line, for a log."""
+        return (
+            f"loss {self.loss:.6g} → {self.new_loss:.6g}, KL {self.kl:.3g}, λ {self.damping:.3g}, "
+            f"{self.n_product} products: {self.reason}"
+        )
 
 
 @dataclass(frozen=True)
-class KFACReport:
+class KFACReport(Report):
     """One step of :class:`~ngd_optim.KFAC`: what happened and why. Everything is a plain Python value.
 
     Attributes:
@@ -130,9 +146,9 @@ class KFACReport:
     accepted: bool
     reason: str
 
-    def as_dict(self) -> dict[str, float | int | str | bool]:
-        """All fields by name, ready for a logger."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """One line, for a log."""
+        return f"loss {self.loss:.6g}, ‖d‖ {self.step_norm:.3g}, δ {self.radius:.3g}: {self.reason}"
 
 
 def build_report(
@@ -151,6 +167,7 @@ def build_report(
     moved = trial.fraction if trial.accepted else 0.0
     loss = point.value
     gradient = model.gradient if point.bend is None else model.gradient - point.bend
+    # The host waits once a step, for the report alone: the step is over.
     grad_norm, step_norm = read(gradient.norm(), step.direction.norm())
     predicted = step.predicted_decrease(trial.fraction)
     # A ratio of two roundings says nothing.

@@ -239,6 +239,7 @@ def _has_called_backward(params: Sequence[Tensor], before: Sequence[tuple[Any, A
         if p.grad is not None and not (p.grad is old and version_of(p.grad) == version)
     ]
     older = {id(old) for old, _ in before}
+    # The host waits, for closures that only clear their gradients in place.
     return any(id(g) not in older or bool(g.any()) for g in changed)
 
 

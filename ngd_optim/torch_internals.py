@@ -4,6 +4,8 @@ What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says 
 """
 
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -12,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import Node
 from torch.distributions import kl
 from torch.nn import _reduction
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 
@@ -40,6 +44,18 @@ class DispatchMode(TorchDispatchMode):
         # Closures run without the compiler; the guard against it would import it, and cost time at
         # each call.
         return False
+
+
+class FunctionMode(TorchFunctionMode):
+    """Sees every torch call of its thread.
+
+    Torch takes a mode from its stack while that runs. A signal whose handler raises may come before
+    it is back there; to leave the mode would then take another one's place, or raise.
+    """
+
+    def __exit__(self, *_: object) -> None:
+        if any(_get_function_stack_at(i) is self for i in range(_len_torch_function_stack())):
+            super().__exit__(None, None, None)
 
 
 class RealZeros(DispatchMode):
@@ -184,6 +200,23 @@ def attend_by_products(
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+def is_in_compiled_call() -> bool:
+    """Whether something that ``torch.compile`` made is running, eagerly: its wrapper is on the stack of this thread.
+
+    In ``torch._dynamo.eval_frame`` that is ``compile_wrapper``, in older versions ``_fn``.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in ("compile_wrapper", "_fn") and code.co_filename.endswith(_WRAPPERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_WRAPPERS = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
 def saves_by_hooks() -> bool:

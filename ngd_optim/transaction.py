@@ -35,6 +35,7 @@ class Transaction:
             p: (entry, dict(entry)) if isinstance(entry, dict) else (entry, None)
             for p, entry in optimizer.state.items()
         }
+        self._newest = optimizer.history[-1] if optimizer.history else None
         generator = optimizer.generator
         self._random = None if generator is None else generator.get_state()
         self._is_grad_enabled = torch.is_grad_enabled()
@@ -71,6 +72,9 @@ class Transaction:
         if self._undo_covered is not None:
             self._undo_covered()
         vars(self._optimizer).update(self._attributes)
+        history = self._optimizer.history
+        while history and history[-1] is not self._newest:
+            history.pop()
         for group, adapted in self._adapted:
             group.update(adapted)
         state = self._optimizer.state
@@ -132,6 +136,7 @@ def _wrap(
             loss = run(self, *args, **kwargs)
             at_end(self)
             self._transaction = outer  # of a step whose closure takes one
+            self.remember()
             return loss
         except BaseException:
             _finish(undo)

@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers.scripts import run_python
@@ -181,3 +182,37 @@ def test_watched_zeros_have_memory():
     with internals.RealZeros():
         assert internals.is_watched()
         assert not torch._efficientzerotensor((2,))._is_zerotensor()
+
+
+def test_a_function_mode_that_is_gone_takes_no_other_from_the_stack():
+    # As an interrupt leaves it that comes while torch has taken the mode from its stack.
+    depth = internals._len_torch_function_stack()
+    with internals.FunctionMode():
+        with internals.FunctionMode():
+            torch._C._pop_torch_function_stack()
+        assert internals._len_torch_function_stack() == depth + 1
+    assert internals._len_torch_function_stack() == depth
+
+
+@pytest.mark.parametrize("way", ["function", "module", "method"])
+def test_compiled_calls_are_seen_on_the_stack(way):
+    seen = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            seen.append(internals.is_in_compiled_call())
+            return x + 1
+
+    module, x = Look(), torch.ones(2)
+    assert not internals.is_in_compiled_call()
+    with torch.compiler.set_stance("force_eager"):
+        match way:
+            case "function":
+                torch.compile(module.forward, backend="eager")(x)
+            case "module":
+                torch.compile(module, backend="eager")(x)
+            case "method":
+                module.compile(backend="eager")
+                module(x)
+    assert seen == [True]
+    assert not internals.is_in_compiled_call()

@@ -81,7 +81,7 @@ class Graph:
                     if self._curvature in ("auto", "fisher"):
                         refuse_moving_transforms(self._returned, self._recorder.has_seen)
                 else:
-                    traced = self.run.run_again(graph=True)
+                    traced = self.run.run_again(graph=True, replaces_first=True)
                 self._kept = traced, metric_of(traced, self._curvature, self._smoothing)
         return self._kept
 

@@ -48,8 +48,10 @@ class OutputMetric:
             parameters around the outputs counts as well.
         check: at the first step with a closure, whether what serves as a KL is one.
         inputs: what the loss takes of the outputs: it depends on parameters around these.
-        bends: what the slope of the model that rounds kinks has more than the loss's, at as many of
-            the last outputs; empty: no kink is rounded.
+        bends: outputs at which the slope of the model that rounds kinks is another than the loss's,
+            and what it has more there; empty: no kink is rounded.
+        hidden: how much higher the rounded kinks are than the loss's, in all; None: no kink is
+            rounded.
     """
 
     outputs: Tensors
@@ -58,13 +60,15 @@ class OutputMetric:
     kind: Kind
     check: Check = check_nothing
     inputs: Tensors = ()
-    bends: Tensors = ()
+    bends: Sequence[tuple[Tensor, Tensor]] = ()
+    hidden: Tensor | None = None
 
     def bend(self, params: Tensors) -> Tensors | None:
         """What the model's gradient has more than the loss's, one tensor per parameter; None: nothing."""
         if not self.bends:
             return None
-        return pull_back(self.outputs[-len(self.bends) :], params)(self.bends)
+        outputs, slopes = zip(*self.bends, strict=True)
+        return pull_back(outputs, params)(slopes)
 
     def powers(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]] | None:
         """See :func:`powers_of_hessian`."""
@@ -239,7 +243,9 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
     if not used and not evaluation.ends_in_kinks:
         return None
     if any(call.replaces_hessian for call, _ in used):
-        loss = add_scalars((weight * call.with_own_hessian()).sum() for call, weight in used)
+        loss = add_scalars(
+            (weight * call.with_own_hessian(smoothing)).sum() for call, weight in used
+        )
     else:
         loss = evaluation.loss
     indices = [
@@ -253,12 +259,19 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
     parabolas = [
         weigh(slope, smoothing).detach() for (_, weigh), slope in zip(forms, slopes, strict=True)
     ]
-    # Without the width, h z would be the loss's own slope.
-    bends = [
-        z.detach() * (h - weigh(slope, 0.0)).detach()
-        for (z, weigh), slope, h in zip(forms, slopes, parabolas, strict=True)
-        if smoothing is not None
-    ]
+    bends, hidden = [], []
+    if smoothing is not None:
+        # Without the width, h z would be the loss's own slope.
+        slopes_more = [
+            z.detach() * (h - weigh(slope, 0.0)).detach()
+            for (z, weigh), slope, h in zip(forms, slopes, parabolas, strict=True)
+        ]
+        bends += [(z, b) for (z, _), b in zip(forms, slopes_more, strict=True)]
+        hidden += [_gap(b, h) for b, h in zip(slopes_more, parabolas, strict=True)]
+        if any(call.loss.has_kinks for call, _ in used):
+            true = add_scalars((weight * call.result).sum() for call, weight in used)
+            bends += _bends_of_losses(loss, true, used)
+            hidden.append((loss - true).detach())
     at_outputs = hessian(loss, outputs) if outputs else None
 
     def apply_hessian(u: Tensors) -> Tensors:
@@ -283,7 +296,29 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
         "ggn",
         inputs=[*outputs, *(t for kink in kinks for t in kink.inputs)],
         bends=bends,
+        hidden=add_scalars(hidden) if hidden else None,
     )
+
+
+def _gap(bend: Tensor, h: Tensor) -> Tensor:
+    """How much higher than ``Σ c |z|`` the parabolas are that touch it at the width ``w``.
+
+    Nearer to the kink, where ``h = c / w``, one is higher by ``½ h (w − |z|)²``, and its slope is
+    less steep by ``b = h (w − |z|)``: that is ``½ b² / h``.
+    """
+    return 0.5 * torch.where(h > 0, bend.square() / h, 0.0).sum()
+
+
+def _bends_of_losses(
+    rounded: Tensor, true: Tensor, used: Sequence[tuple[Any, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """:attr:`OutputMetric.bends` at the outputs of recognised losses that have kinks."""
+    kinked = [call for call, _ in used if call.loss.has_kinks]
+    outputs = [z for call in kinked for z in call.outputs if z.requires_grad]
+    if not outputs:
+        return []
+    slopes = [torch.autograd.grad(loss, outputs, retain_graph=True) for loss in (rounded, true)]
+    return [(z, a - b) for z, a, b in zip(outputs, *slopes, strict=True)]
 
 
 def _slopes(loss: Tensor, variables: Sequence[Any]) -> Sequence[Tensor | None]:

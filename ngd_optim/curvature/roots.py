@@ -53,6 +53,7 @@ def _blocks(
             blocks = _block_columns(product, sizes, shape, probe)
             parts = zip(blocks, probe.split(sizes), strict=True)
             found = torch.cat([(b @ part.view(len(b), -1, 1)).reshape(-1) for b, part in parts])
+            # The host waits once a point for each form: other forms take more products.
             if (found - truth).norm() <= eps**0.75 * truth.norm():
                 return blocks
     everything = torch.stack(
@@ -88,7 +89,8 @@ def _powers_of_blocks(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
         values, vectors = (t.to(blocks.dtype) for t in torch.linalg.eigh((wide + wide.mT) / 2))
     largest = values.abs().amax(-1, keepdim=True)
     floor = torch.finfo(values.dtype).eps * values.shape[-1] * largest
-    # A saturated block is rounding of the others' size; beside them it is no negative curvature.
+    # A saturated block is rounding of the others' size; beside them it is no negative curvature. The host
+    # waits once a point: an indefinite F has no square root.
     if (values < -1e3 * floor.amax()).any():
         return None
     roots = values.clamp(min=0).sqrt()

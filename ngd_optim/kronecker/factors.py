@@ -37,6 +37,7 @@ class KroneckerFactors:
     @property
     def is_finite(self) -> bool:
         """Whether all numbers are."""
+        # The host waits once for all: such factors are not mixed with the older ones.
         return all(read(*(value.isfinite().all() for value in self.values.values())))
 
     def fits(self, params: Sequence[Tensor]) -> bool:

@@ -78,4 +78,5 @@ def _draw_normal(z: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    # The host waits, where factors are renewed: which draw is right depends on it.
     return bool((a - b).norm() <= _AGREES * b.norm())

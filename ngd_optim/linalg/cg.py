@@ -155,10 +155,11 @@ def conjugate_gradient(
     x = r = None
     model, start_products = 0.0, 0
     if x0 is None or on.is_seen_to_vanish(x0):
-        (norm,) = read(_norm(b))
+        (norm,) = read(_norm(b))  # the host waits before the first iteration: b may be zero
     else:
         a_x0 = matvec(x0)
         start_products = 1
+        # The host waits before the first iteration: the start may be no better than zero.
         norm, slope, x0_dot_ax0 = read(_norm(b), torch.dot(b, x0), torch.dot(x0, a_x0))
         if slope > 0 and math.isfinite(norm) and math.isfinite(x0_dot_ax0):
             # The lowest point of φ between zero and x0.
@@ -225,6 +226,7 @@ def conjugate_gradient(
             length = 1.0
         x.add_(p, alpha=length)
         r.sub_(a_p, alpha=length)
+    # And after the last, for the step's length; between, every `look_every`-th iteration.
     residual, x_dot_b, x_dot_r = read(_norm(r), torch.dot(x, b), torch.dot(x, r))
     return LinearSolution(
         solution=x,
@@ -249,6 +251,7 @@ def _not_finite(value: Scalar) -> Scalar:
 def _length_to_boundary(
     x: Tensor, b: Tensor, r: Tensor, p: Tensor, a_p: Tensor, boundary: float | None
 ) -> float:
+    # The host waits, where CG has met negative curvature: it ends there.
     if boundary == math.inf:
         curvature = abs(torch.dot(p, a_p).item())
         # τ = pᵀr ÷ |pᵀA p| (Dauphin et al. 2014).

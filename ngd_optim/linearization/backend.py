@@ -53,6 +53,7 @@ class Formed(NamedTuple):
             return None
         first, version = self.first
         is_unchanged = version_of(first) == version
+        # The host waits, once a solve: it saves a product.
         return self.image if is_unchanged and (v is first or torch.equal(first, v)) else None
 
     def without_image(self) -> "Formed":

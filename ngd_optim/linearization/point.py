@@ -98,6 +98,8 @@ class Point:
             them back into bounds.
         bend: what the gradient of the model, whose kinks are rounded, has more than the loss's;
             None: nothing.
+        hidden: how much higher the loss with rounded kinks is than the loss, 0-dim; None: they are
+            not rounded.
     """
 
     loss: Tensor
@@ -116,6 +118,7 @@ class Point:
     writes_parameters: bool = False
     is_estimated: bool = False
     bend: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def model_gradient(self) -> Tensor:
@@ -151,9 +154,16 @@ class Point:
         """Whether the whole gradient is."""
         return bool(self._read[1])
 
+    @property
+    def hidden_by_rounding(self) -> float:
+        """How much the loss can fall, where kinks are, that its model does not see."""
+        return self._read[2]
+
     @cached_property
     def _read(self) -> list[Any]:
-        return read(self.loss, self.gradient.isfinite().all())
+        hidden = torch.zeros_like(self.loss) if self.hidden is None else self.hidden
+        # The host waits once a step: nothing is solved where they are not finite.
+        return read(self.loss, self.gradient.isfinite().all(), hidden)
 
     @property
     def rounding(self) -> float:
@@ -168,6 +178,7 @@ class Point:
         n = len(self.used)
         flags = ranks.any([*self.reached, *self.used, self.bend is not None])
         bend = torch.zeros_like(self.gradient) if self.bend is None else self.bend
+        hidden = torch.zeros_like(self.loss) if self.hidden is None else self.hidden
 
         def measure() -> tuple[float, float | None]:
             loss, kl = ranks.together(self.measure)
@@ -184,6 +195,7 @@ class Point:
             reached=flags[:n],
             used=flags[n : 2 * n],
             bend=ranks.average(bend) if flags[-1] else None,
+            hidden=ranks.average(hidden) if flags[-1] else None,
             outputs=0,
             product=RanksProduct(self.product, ranks),
             measure=measure,
@@ -201,6 +213,7 @@ class Point:
             graph=other.graph,
             product=other.product,
             bend=other.bend,
+            hidden=other.hidden,
         )
 
 
@@ -293,6 +306,7 @@ def linearize_closure(
         if there is None:
             return math.inf, None
         divergence = kl(there)
+        # The host waits once a trial point: whether it is taken depends on it.
         if divergence is None:
             return read(there.loss)[0], None
         loss, divergence = read(there.loss, divergence)
@@ -319,6 +333,7 @@ def linearize_closure(
         writes_parameters=run.writes_parameters,
         is_estimated=traced.is_estimated,
         bend=None if bend is None else parameters.flatten(bend),
+        hidden=metric.hidden if at_outputs else None,
     )
     # Each product of a list runs its closure again, so that one graph is in memory at a time.
     if not keep_graph:
@@ -370,8 +385,9 @@ def _average_points(parts: Sequence[Point], weights: Sequence[float] | None) -> 
 
     losses = torch.stack([part.loss for part in parts])
     shares = weights or [1 / len(parts)] * len(parts)
-    pairs = zip(parts, shares, strict=True)
+    pairs = list(zip(parts, shares, strict=True))
     bends = [share * part.bend for part, share in pairs if part.bend is not None]
+    hidden = [share * part.hidden for part, share in pairs if part.hidden is not None]
     return replace(
         parts[0],
         loss=losses.mean() if weights is None else losses @ losses.new_tensor(weights),
@@ -387,6 +403,7 @@ def _average_points(parts: Sequence[Point], weights: Sequence[float] | None) -> 
         is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
         bend=torch.stack(bends).sum(0) if bends else None,
+        hidden=torch.stack(hidden).sum() if hidden else None,
     )
 
 

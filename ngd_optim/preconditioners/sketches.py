@@ -172,6 +172,7 @@ class Nystrom:
             more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
             images = torch.cat([images, torch.stack([product(column) for column in more.T], 1)], 1)
             basis = torch.cat([basis, more], 1)
+            # The host waits, where a sketch is drawn: how wide it becomes depends on these.
             if not images.isfinite().all():
                 return Sketch(
                     basis, images.new_full((1,), torch.nan), 0
@@ -271,6 +272,7 @@ class Sketched(Preconditioning):
             )
             self._draws += 1
         self._sketch = old._replace(age=old.age + 1)
+        # The host waits once a step: what is not finite would be kept for ever.
         if not all(read(old.basis.isfinite().all(), old.values.isfinite().all())):
             self._sketch = None
             return None  # the step will be refused

@@ -252,7 +252,7 @@ class ForwardRecorder(DispatchMode):
         call = self._find_inputs(func, args, kwargs, written)
         if call is None:
             for tensor in written:
-                self._keep_constants(tensor)
+                self.keep_constants(tensor)
             return func(*args, **kwargs)
         if written and self._own_all(written):
             call = self._find_inputs(func, args, kwargs, written) or call
@@ -397,7 +397,7 @@ class ForwardRecorder(DispatchMode):
             return False
         foreign = [tensor for tensor in written if self._find(tensor) is None]
         for tensor in foreign:
-            self._keep_constants(tensor)
+            self.keep_constants(tensor)
             with self.paused():
                 length = tensor.untyped_storage().nbytes() // tensor.element_size()
                 flat = tensor.detach().as_strided((length,), (1,), 0).clone()
@@ -439,8 +439,8 @@ class ForwardRecorder(DispatchMode):
     def _mark(self, tensor: Tensor, slot: int, cut: str) -> None:
         tensor._ngd_mark = _TensorMark((self._number, slot, cut))  # pyright: ignore
 
-    def _keep_constants(self, tensor: Tensor) -> None:
-        """Before memory is written to: the program keeps what its constants hold now."""
+    def keep_constants(self, tensor: Tensor) -> None:
+        """Before memory is written to: the program keeps what its constants hold there now."""
         for operation in self._operations[self._searched :]:
             self._note_constants(operation.args)
             self._note_constants(operation.kwargs)

@@ -89,7 +89,7 @@ class SampleSpace(RootSolver):
         L, info = torch.linalg.cholesky_ex(
             self._gram + size * torch.eye(len(s), dtype=s.dtype, device=s.device)
         )
-        if info:
+        if info:  # the host waits: another damping is tried then
             return _indefinite_solution(model)
         self._factor = L
         x = self.pull_back(s if pulled is None else s - A @ pulled)
@@ -120,7 +120,7 @@ class Matrix(Solver):
     def solve(self, model: QuadraticModel) -> LinearSolution:
         """By its Cholesky factor; where it has none, more damping must come to the rescue."""
         L, info = torch.linalg.cholesky_ex(self._matrix + model.shift.diag())
-        if info:
+        if info:  # the host waits: another damping is tried then
             return _indefinite_solution(model)
         x = torch.cholesky_solve(model.right_side.unsqueeze(1), L).squeeze(1)
         image = self._matrix @ x + model.shift * x
@@ -151,6 +151,7 @@ def _find_remainder(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:
         * root.rows.norm()
         * root.slope.norm()
     )
+    # The host waits once a point: without a rest each solution takes half as long.
     return rest if rest.norm() > 10 * noise else None
 
 
@@ -164,6 +165,7 @@ def _solution_of(
     x: Tensor, model: QuadraticModel, image: Tensor, quadratic: Tensor
 ) -> LinearSolution:
     b = model.right_side
+    # The host waits once a solution, for what the trust region needs.
     x_dot_ax, x_dot_b, residual, norm = read(
         quadratic, torch.dot(x, b), (b - image).norm(), b.norm()
     )

@@ -41,7 +41,8 @@ class ConjugateGradients(Solver):
         b = model.right_side
         # It may need the graph, which recorded products let go.
         preconditioner = self.precondition(model)
-        # CG multiplies x0 first or, without a preconditioner, b.
+        # CG multiplies x0 first or, without a preconditioner, b. The host waits: to know with which vector
+        # products are formed, and not to form any where the step will be refused.
         is_finite, starts = read(b.isfinite().all(), self.x0.any())
         if is_finite:
             self.form(self.x0 if starts else b)

@@ -11,9 +11,11 @@ _GROW = 2.0
 _SHRINK = 1 / 2
 _LITTLE, _MUCH = 0.2, 0.4
 _STEEP = 1 / 3
-_TOO_MUCH = 2.0
-_SHARPEN, _SMOOTHEN = 0.75, 1.1
+_SHARPEN_MOST, _SHARPEN, _SMOOTHEN = 0.25, 0.75, 1.1
+_WORTH = 0.05
 _SPAN = 1e7
+_FLOOR = 1e-2
+"""Share of the curvature along a step that λ may always fall to: there it no longer holds the step back."""
 
 
 def damping_range(
@@ -73,6 +75,7 @@ class Damping:
             lowest, highest, exact=exact, at_start=at_start, now=self.values
         )
         self._exact = exact
+        self._is_floor_open = lowest == "auto"
         self._falls = True
 
     def adapt_to_new_data(self, slope: float) -> None:
@@ -80,6 +83,16 @@ class Damping:
         if self._adapts and not math.isnan(slope):
             self._falls = False
             self._multiply(new_data_factor(slope))
+
+    def lower_floor(self, curvature: float) -> None:
+        """Let it fall to a share of the curvature along a step: its least value ``"auto"`` has no unit of the loss's.
+
+        Args:
+            curvature: ``dᵀF d / ‖d‖²``.
+        """
+        if self._is_floor_open and 0 < curvature < math.inf:
+            lowest, highest = self._limits
+            self._limits = min(lowest, _FLOOR * curvature), highest
 
     def retry(self, attempt: int) -> bool:
         """After the first, second, … solution that did not lower the loss; False where there is no more to give."""
@@ -154,21 +167,27 @@ def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) ->
     return _SHRINK if reduction_ratio > _MUCH else 1.0
 
 
-def smoothing_factor(reduction_ratio: float, *, accepted: bool) -> float:
+def smoothing_factor(
+    promised: float, hidden: float, reduction_ratio: float, *, accepted: bool
+) -> float:
     """Factor for how wide kinks are rounded, after a step.
 
-    The step is judged by the loss, its model has the kinks rounded. A wide rounding lets parameters
-    and residuals pass through zero. Near the rounded loss's minimum the loss falls much less than
-    the model says, or much more: less rounding then brings the minimum nearer to the loss's own
-    (Daubechies, DeVore, Fornasier & Güntürk 2010, section 5).
+    A wide rounding lets parameters and residuals pass through zero. A minimum of the rounded loss
+    is no better for the loss than what the rounding hides of it. So the width may stay while the
+    model promises more than a twentieth of that, and the closer the model is to its minimum, the
+    faster the width falls: as in the smoothing methods of Chen (2012), with decreases in place of
+    gradients. Where the loss does not fall as promised, it falls as well.
 
     Args:
+        promised: decrease that the model promised for the whole step.
+        hidden: how much higher the rounded loss is than the loss, at the step's start.
         reduction_ratio: as for :func:`damping_factor`.
         accepted: likewise.
     """
-    if not (accepted and _LITTLE <= reduction_ratio <= _TOO_MUCH):
+    if not accepted or reduction_ratio < _LITTLE:
         return _SHARPEN
-    return _SMOOTHEN if reduction_ratio > _MUCH else 1.0
+    reached = promised / (_WORTH * hidden) if hidden > 0 else math.inf
+    return min(max(reached, _SHARPEN_MOST**2) ** 0.5, _SMOOTHEN)
 
 
 def new_data_factor(slope: float) -> float:

@@ -12,6 +12,7 @@ from ngd_optim.linalg import LinearSolution
 from ngd_optim.linearization import Point
 from ngd_optim.names import TrustRegion
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 from ngd_optim.solvers import QuadraticModel, RootSolver, Solver
 from ngd_optim.step.damping import Damping
 from ngd_optim.step.geodesic import apply_geodesic_correction
@@ -32,12 +33,17 @@ class Outcome:
     step: Step
     trial: Trial
 
+    def curvature(self, step_norm: float) -> float:
+        """``dᵀF d / ‖d‖²`` of the step that was taken, of this norm; 0 if none was."""
+        return self.step.metric * (self.trial.fraction / step_norm) ** 2 if step_norm else 0.0
+
     def is_held_by_damping(self, rounding: float) -> bool:
         """Whether the damping alone makes a step so short that the loss cannot tell it from rounding.
 
         Without damping the model falls by more than ``rounding`` along the same solution.
         """
         x, gradient = self.solution.solution, self.model.gradient
+        # The host waits, where the loss tells nothing of a step.
         slope = torch.dot(gradient, x).item()
         if not slope:  # it has underflowed, or there is nothing to go down
             return bool(gradient.any())
@@ -129,6 +135,7 @@ class Descent:
         What the model promises for that is what the decrease is compared with.
         """
         d = self.parameters.read() - self.theta
+        # The host waits, for closures that write to their parameters alone.
         metric = torch.dot(d, model.curvature(d)).item()
         return replace(
             step,
@@ -163,12 +170,13 @@ class Descent:
 
     def _is_far(self, step: Step, model: QuadraticModel) -> bool:
         """Whether it is many times as long as the parameters, in the norm of the damping's scale (Moré 1978)."""
-        if model.scale is None or not self.theta.any():
+        if model.scale is None:
             return False
-        length, reach = (
-            torch.dot(v, model.scale * v).sqrt().item() for v in (step.direction, self.theta)
+        # The host waits, at a first step alone.
+        length, reach = read(
+            *(torch.dot(v, model.scale * v).sqrt() for v in (step.direction, self.theta))
         )
-        return length > _FIRST * reach
+        return 0 < _FIRST * reach < length
 
     def _search(self, step: Step, solution: LinearSolution, *, max_backtracks: int) -> Trial:
         """Move the parameters along the step as far as the objective and the KL allow, or not at all."""

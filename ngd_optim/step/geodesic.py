@@ -51,10 +51,12 @@ def apply_geodesic_correction(
     second = 2 / _PROBE * (change / _PROBE - square_root.rows @ d)
     # a = −½ (F + λ)⁻¹ Jᵀ r″.
     a = solver.pull_back(second).mul_(-0.5)
-    # Beyond that the expansion is not to be trusted, and the step is too long (the same paper).
+    # Beyond that the expansion is not to be trusted, and the step is too long (the same paper). The host
+    # waits: the system is solved again then.
     length_a, length_d = read(*(torch.dot(v, model.shift * v).sqrt() for v in (a, d)))
     if not 2 * length_a <= _LARGEST_CORRECTION * length_d:
         return None
     direction = d + a
+    # And for what the line search compares with.
     slope, quadratic = read(*(torch.dot(model.decay * v, direction) for v in (theta, direction)))
     return replace(step, direction=direction, decay_slope=slope, decay_quadratic=quadratic)

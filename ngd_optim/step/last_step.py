@@ -51,9 +51,13 @@ class LastStep:
         """How wide kinks are rounded, as a share of their mean size."""
         return self._first.get("smoothing", 1.0)
 
-    def adapt_smoothing(self, reduction_ratio: float, *, accepted: bool) -> None:
+    def adapt_smoothing(
+        self, promised: float, hidden: float, reduction_ratio: float, *, accepted: bool
+    ) -> None:
         """After a step of a loss with kinks; see :func:`~ngd_optim.step.damping.smoothing_factor`."""
-        value = self.smoothing * smoothing_factor(reduction_ratio, accepted=accepted)
+        value = self.smoothing * smoothing_factor(
+            promised, hidden, reduction_ratio, accepted=accepted
+        )
         self._state[self._parameters.tensors[0]]["smoothing"] = min(max(value, 1e-6), 1.0)
 
     def momentum(self, used: Sequence[bool], factor: float) -> Tensor | None:
@@ -131,6 +135,7 @@ class LastStep:
         return self._state.get(p, {})  # the state is made where it is written to
 
     def _along(self, solution: Tensor, gradient: Tensor, lr: Sequence[float]) -> float:
+        # The host waits, on new data: the damping of this step depends on it.
         return torch.dot(self._parameters.repeat(lr) * solution, gradient).item()
 
     def _write(self, name: str, flat: Tensor) -> None:

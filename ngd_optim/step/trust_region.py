@@ -114,6 +114,7 @@ def scale_step(
     def along(v: Tensor) -> list[Tensor]:
         return [torch.dot(w, v) for w in (model.gradient, model.decay * theta, model.decay * v)]
 
+    # The host waits once a solution: the length of the step depends on these.
     damping_part, *of_x = read(torch.dot(x, (model.decay + model.damping) * x), *along(x))
     # xᵀF x = xᵀA x − xᵀ(W + λ)x.
     metric = solution.x_dot_ax - damping_part

@@ -80,6 +80,7 @@ class TracedClosure:
     Args:
         function: the user's closure, without arguments.
         parameters: what it is a function of.
+        is_alone: whether no other closure of the step can write to the same memory.
 
     Attributes:
         function: that closure.
@@ -92,9 +93,12 @@ class TracedClosure:
         gradient: what that run's calls of ``backward`` gave, flat; None if there were none.
     """
 
-    def __init__(self, function: Closure, parameters: FlatParameters) -> None:
+    def __init__(
+        self, function: Closure, parameters: FlatParameters, *, is_alone: bool = True
+    ) -> None:
         self.function = function
         self._parameters = parameters
+        self._is_alone = is_alone
         self._autocast = _find_autocast()
         self._effects = SideEffects([parameters.device], parameters.tensors)
         self._differentiates = self._needs_backward = False
@@ -130,6 +134,10 @@ class TracedClosure:
         places = self._places()
         with recorder:
             traced = self._run(mode, accumulation, graph=True, broadcast=True)
+        if not self._is_alone:
+            self._effects.end()
+            for tensor in self._effects.tensors:
+                recorder.keep_constants(tensor)
         self.recomputes = mode.recomputes
         self.writes_parameters = self._places() != places
         if self.writes_parameters:
@@ -160,12 +168,13 @@ class TracedClosure:
         """Where the parameters' values are, and how often they were written."""
         return [(p.data_ptr(), version_of(p)) for p in self._parameters.tensors]
 
-    def run_again(self, *, graph: bool) -> Evaluation:
+    def run_again(self, *, graph: bool, replaces_first: bool = False) -> Evaluation:
         """Run the closure once more, at the parameters as they are now, with the side effects of the first run.
 
         Args:
             graph: build the graph that leads to the loss. Without it, only a closure that itself
                 uses derivatives builds what it needs.
+            replaces_first: the first run's graph was let go.
         """
         accumulation = GradientAccumulation(self._parameters)
         gradients = [(t, t.grad) for t in [*self._parameters.tensors, *self._others]]
@@ -179,8 +188,10 @@ class TracedClosure:
                 accumulation.add if self._needs_backward else None,
                 hooks_before=self._hooks,
             )
-            # What it writes is put back, so that the first run's graph stays as it is.
-            with keep_versions(self._effects.tensors):
+            # What it writes is put back, so that the first run's graph stays as it is; the one that takes its
+            # place has seen these writes.
+            written = () if replaces_first else self._effects.tensors
+            with keep_versions(written):
                 return self._run(
                     mode, accumulation, graph=graph or self._differentiates, broadcast=False
                 )
@@ -353,8 +364,15 @@ def _version(gradient: Tensor | None) -> int:
     return 0 if gradient is None else version_of(gradient)
 
 
-def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosure]:
+def wrap_closures(
+    closure: Any, parameters: FlatParameters, *, are_all: bool = True
+) -> list[TracedClosure]:
     """A closure, or each of a list of them.
+
+    Args:
+        closure: the user's.
+        parameters: what they are functions of.
+        are_all: whether the step has no others.
 
     Raises:
         TypeError: there is something that is no function.
@@ -369,7 +387,8 @@ def wrap_closures(closure: Any, parameters: FlatParameters) -> list[TracedClosur
                 "step() needs a closure that computes the loss, or a list of them, such as "
                 f"optimizer.step(lambda: F.mse_loss(model(x), y)), got {show(function)}"
             )
-    return [TracedClosure(function, parameters) for function in closures]
+    is_alone = are_all and len(closures) == 1
+    return [TracedClosure(function, parameters, is_alone=is_alone) for function in closures]
 
 
 def _find_autocast() -> list[Callable[[], torch.autocast]]:

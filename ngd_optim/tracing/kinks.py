@@ -55,7 +55,38 @@ def irls_weight(
     Returns:
         The weights ``h``, finite and at least 0, without a graph.
     """
-    size = residual.detach().abs()
+    return slope / _floored(residual.detach().abs(), smoothing)
+
+
+def irls_parabola(
+    residual: Tensor, slope: Tensor | float, smoothing: float | None, bound: float = 0.0
+) -> tuple[Tensor, Tensor | float]:
+    """``(h, s)``: near the residual ``r₀``, ``c |r|`` rounded is that at ``r₀`` and ``½ h (r − r₀ + s)²`` added.
+
+    Rounded by a width ``w`` it is the parabola that touches ``c |r|`` at ``±w``, in value, slope
+    and curvature ``h = c / w``, where it is nearer to zero than that: ``s = −sign(r₀) (w − |r₀|)``.
+    Without a smoothing no kink is rounded, and ``s`` is 0.
+
+    Args:
+        residual: as for :func:`irls_weight`, as are the slope and the smoothing.
+        slope: the same.
+        smoothing: the same; None: there is no width.
+        bound: ``δ``, where Huber's function begins to be straight: that has the slope
+            ``c min(|r|, δ) / δ``, and no weight above ``c / δ``.
+    """
+    r = residual.detach()
+    size = r.abs()
+    # Huber's function has a curvature of its own; and no width is needed where there is no kink.
+    least = size if bound and smoothing is None else _floored(size, smoothing)
+    least = least.clamp(min=bound)
+    if smoothing is None:
+        return slope / least, 0.0
+    share = (size / bound).clamp(max=1.0) if bound else 1.0
+    return slope / least, r - r.sign() * share * least
+
+
+def _floored(size: Tensor, smoothing: float | None) -> Tensor:
+    """``max(|r|, floor)``."""
     if not size.numel():
         return size
     mean = size.mean()
@@ -67,7 +98,7 @@ def irls_weight(
         floor = share * size.sum() / (size > 0).sum().clamp(min=1)
     # Without a residual there is no gradient either, and any weight will do.
     floor = torch.where(mean > 0, floor, 1.0)
-    return slope / torch.maximum(size, floor)
+    return torch.maximum(size, floor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ the gradient are kept, and the Hessian is a positive semidefinite one that stand
   information, which is the Gauss-Newton matrix of an exponential family (Martens 2020, section 9);
 - of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
 - of absolute values and hinges, which are straight but for their kink, that of the parabola above
-  them (:func:`~ngd_optim.tracing.kinks.irls_weight`).
+  them (:func:`~ngd_optim.tracing.kinks.irls_parabola`). A step's model has these kinks rounded, as
+  it has those of losses by hand.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngd_optim.torch_internals import reduction_of
-from ngd_optim.tracing.kinks import irls_weight
+from ngd_optim.tracing.kinks import irls_parabola
 from ngd_optim.tracing.own_losses import least_squares, sample_shares, variational_energy
 
 
@@ -38,8 +39,9 @@ class Loss:
 
     Attributes:
         outputs: names of the arguments that are outputs of the model, or tuples of them.
-        replace_hessian: ``(result, **arguments) ↦ result`` with another Hessian; None for convex
-            losses.
+        replace_hessian: ``(result, **arguments, smoothing=…) ↦ result`` with another Hessian, and
+            rounded where it has kinks; None for convex losses.
+        has_kinks: whether it has.
         rewrite: ``(*args, **kwargs) ↦`` the call of another recognised loss that is the same, with
             the outputs that this one computes from its arguments.
         is_estimate: whether its gradient is that of its mean over samples, and trial points need
@@ -50,23 +52,25 @@ class Loss:
         self,
         *outputs: str,
         replace_hessian: Callable[..., Tensor] | None = None,
+        has_kinks: bool = False,
         rewrite: Callable[..., Call] | None = None,
         is_estimate: bool = False,
     ) -> None:
         self.outputs = outputs
         self.is_estimate = is_estimate
         self.replace_hessian = replace_hessian
+        self.has_kinks = has_kinks
         self.rewrite = rewrite
 
 
-Metric = Sequence[tuple[Tensor, Tensor]]
-"""Pairs of coordinates ``u``, computed from the outputs, and weights ``h``: the Hessian of ``½ Σ h (u − u₀)²``."""
+Metric = Sequence[tuple[Tensor, Tensor, Tensor | float]]
+"""Coordinates ``u``, computed from the outputs, weights ``h`` and shifts ``s``: what ``½ Σ h (u − u₀ + s)²`` adds."""
 
 
 def _replace_hessian(
     loss: Tensor, variables: Sequence[Tensor], metric: Metric, sample_dims: tuple[int, ...] = ()
 ) -> Tensor:
-    """A tensor with the value and the gradient of ``loss``, and the Hessian of ``metric``.
+    """A tensor with the value and the gradient of ``loss``, and the Hessian of ``metric``, which adds its shifts.
 
     Args:
         loss: scalar, or one value per sample.
@@ -76,8 +80,8 @@ def _replace_hessian(
     """
     variables = [z for z in variables if z.requires_grad]
     gradients = torch.autograd.grad(loss.sum(), variables, retain_graph=True)
-    # loss₀ + Σ gᵀ(z − z₀) + ½ Σ h (u − u₀)²: at z₀ its value, its gradient, and the Hessian of the
-    # last sum.
+    # loss₀ + Σ gᵀ(z − z₀) + ½ Σ h (u − u₀ + s)²: at z₀ and s = 0 its value, its gradient, and the
+    # Hessian of the last sum.
     result = loss.detach()
     for z, g in zip(variables, gradients, strict=True):
         # A complex output is two real ones: ∂L/∂Re z · Re Δz + ∂L/∂Im z · Im Δz.
@@ -87,9 +91,9 @@ def _replace_hessian(
 
 
 def _add_hessian(loss: Tensor, metric: Metric, sample_dims: tuple[int, ...] = ()) -> Tensor:
-    """``loss + ½ Σ h (u − u₀)²``, summed over each sample: no other value, no other gradient."""
-    for u, h in metric:
-        loss = loss + _sum_to(0.5 * h.detach() * _change(u).square(), loss, sample_dims)
+    """``loss + ½ Σ h (u − u₀ + s)²``, summed over each sample: without shifts no other value and gradient."""
+    for u, h, s in metric:
+        loss = loss + _sum_to(0.5 * h.detach() * (_change(u) + s).square(), loss, sample_dims)
     return loss
 
 
@@ -132,7 +136,7 @@ def _nll(
         -torch.ones_like(input), target, weight, ignore_index=ignore_index, reduction="none"
     )
     h = _shares(per_sample, reduction).unsqueeze(class_dim) * input.detach().softmax(class_dim)
-    return _replace_hessian(loss, [input], [(input, h)], (class_dim,))
+    return _replace_hessian(loss, [input], [(input, h, 0.0)], (class_dim,))
 
 
 def _kl_div(
@@ -146,7 +150,7 @@ def _kl_div(
     # That of a categorical, m · diag p, where m is the target mass of its row.
     mass, p = _rows(input.detach(), target.detach().exp() if log_target else target.detach())
     share = 1 / input.numel() if reduction == "mean" else 1 / batch
-    return _replace_hessian(loss, [input, target], [(input, share * mass * p)])
+    return _replace_hessian(loss, [input, target], [(input, share * mass * p, 0.0)])
 
 
 def _rows(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +176,7 @@ def _ctc(
     blank: int,
     reduction: str,
     zero_infinity: bool,
+    **_: Any,
 ) -> Tensor:
     frames = log_probs.shape[0]
     lengths, target_sizes = (
@@ -189,7 +194,7 @@ def _ctc(
     weights = (counts * share).reshape(*log_probs.shape[:-1], 1)
     # The Fisher information of each frame's categorical.
     h = weights * log_probs.detach().softmax(-1)
-    return _replace_hessian(loss, [log_probs], [(log_probs, h)], (0, log_probs.ndim - 1))
+    return _replace_hessian(loss, [log_probs], [(log_probs, h, 0.0)], (0, log_probs.ndim - 1))
 
 
 def _gaussian_nll(
@@ -201,6 +206,7 @@ def _gaussian_nll(
     full: bool,
     eps: float,
     reduction: str,
+    **_: Any,
 ) -> Tensor:
     if not isinstance(var, Tensor):
         return loss
@@ -211,7 +217,10 @@ def _gaussian_nll(
     share = _shares(torch.ones_like(mean), reduction)
     # Of a normal distribution in mean and variance: 1/σ² and 1/(2σ⁴).
     clamped = variance.detach().clamp(min=eps)
-    metric = [(mean, share / clamped), (variance, share / (2 * clamped.square()))]
+    metric = [
+        (mean, share / clamped, 0.0),
+        (variance, share / (2 * clamped.square()), 0.0),
+    ]
     return _replace_hessian(loss, [mean, target, variance], metric)
 
 
@@ -223,6 +232,7 @@ def _cosine_embedding(
     target: Tensor,
     margin: float,
     reduction: str,
+    smoothing: float | None,
     **_: Any,
 ) -> Tensor:
     input1, input2 = torch.broadcast_tensors(input1, input2)
@@ -232,10 +242,11 @@ def _cosine_embedding(
     a, b = _unit(input1), _unit(input2)
     # A match is least squares: 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖². A mismatch is a hinge of cos(a, b).
     cosine = (a * b).sum(-1, keepdim=True)
-    hinge = irls_weight(torch.where(matches, 0.0, cosine - margin), 0.5)
+    u = torch.where(matches, 0.0, cosine - margin)
+    hinge, shift = irls_parabola(u, 0.5, smoothing)
     metric = [
-        (a - b, torch.where(matches, share, 0.0)),
-        (cosine, torch.where(matches, 0.0, share * hinge)),
+        (a - b, torch.where(matches, share, 0.0), 0.0),
+        (cosine, torch.where(matches, 0.0, share * hinge), shift),
     ]
     return _replace_hessian(_reduce(per_sample, reduction), [input1, input2], metric, (-1,))
 
@@ -251,12 +262,13 @@ def _l1(
     input: Tensor,
     target: Tensor,
     reduction: str,
+    smoothing: float | None,
     weight: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     r = input - target
     share = _shares(torch.ones_like(r) if weight is None else weight, reduction)
-    return _add_hessian(loss, [(r, share * irls_weight(r))])
+    return _add_hessian(loss, [_kink(r, share, smoothing)])
 
 
 def _huber(
@@ -266,25 +278,39 @@ def _huber(
     target: Tensor,
     reduction: str,
     delta: float,
+    smoothing: float | None,
     weight: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
     r = input - target
     share = _shares(torch.ones_like(r), reduction) * (1 if weight is None else weight)
-    return _add_hessian(loss, [(r, share * _far(r, delta))])
+    weights = {} if weight is None else {"weight": weight}
+    loss = F.huber_loss(r, torch.zeros_like(r), reduction=reduction, delta=delta, **weights)
+    return _replace_hessian(loss, [r], [_kink(r, share * delta, smoothing, delta)])
 
 
 def _smooth_l1(
-    loss: Tensor, *, input: Tensor, target: Tensor, reduction: str, beta: float, **_: Any
+    loss: Tensor,
+    *,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    beta: float,
+    smoothing: float | None,
+    **_: Any,
 ) -> Tensor:
     r = input - target
     share = _shares(torch.ones_like(r), reduction)
-    return _add_hessian(loss, [(r, share * (_far(r, beta) / beta if beta else irls_weight(r)))])
+    loss = F.smooth_l1_loss(r, torch.zeros_like(r), reduction=reduction, beta=beta)
+    return _replace_hessian(loss, [r], [_kink(r, share, smoothing, beta)])
 
 
-def _far(r: Tensor, delta: float) -> Tensor:
-    """``φ′(r) / r = δ / |r|`` where Huber's ``φ`` is straight, and 0 within, where it has its own Hessian."""
-    size = r.detach().abs()
-    return torch.where(size > delta, delta / size, 0.0)
+def _kink(
+    u: Tensor, slope: Tensor, smoothing: float | None, bound: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """That of ``slope · |u|``; where the slope is 0 the element does not count."""
+    counted = torch.where(slope != 0, u, 0.0)
+    return u, *irls_parabola(counted, slope, smoothing, bound)
 
 
 def _margin_ranking(
@@ -295,22 +321,30 @@ def _margin_ranking(
     target: Tensor,
     margin: float,
     reduction: str,
+    smoothing: float | None,
     **_: Any,
 ) -> Tensor:
     u = margin - target * (input1 - input2)
     share = _shares(torch.ones_like(u), reduction)
-    return _add_hessian(loss, [(u, share * irls_weight(u, 0.5))])
+    return _add_hessian(loss, [_kink(u, 0.5 * share, smoothing)])
 
 
 def _hinge_embedding(
-    loss: Tensor, *, input: Tensor, target: Tensor, margin: float, reduction: str, **_: Any
+    loss: Tensor,
+    *,
+    input: Tensor,
+    target: Tensor,
+    margin: float,
+    reduction: str,
+    smoothing: float | None,
+    **_: Any,
 ) -> Tensor:
-    # A match costs the distance itself, which is its own absolute value.
     x, target = torch.broadcast_tensors(input, target)
-    distance = irls_weight(torch.where(target != -1, x, 0.0))
-    hinge = irls_weight(torch.where(target != 1, margin - x, 0.0), 0.5)
-    h = torch.where(target != -1, distance, 0.0) + torch.where(target != 1, hinge, 0.0)
-    return _add_hessian(loss, [(x, _shares(torch.ones_like(x), reduction) * h)])
+    share = _shares(torch.ones_like(x), reduction)
+    # A match costs the distance itself, which is its own absolute value.
+    near = _kink(x, torch.where(target != -1, share, 0.0), smoothing)
+    far = _kink(margin - x, torch.where(target != 1, 0.5 * share, 0.0), smoothing)
+    return _add_hessian(loss, [near, far])
 
 
 def _multi_margin(
@@ -322,6 +356,7 @@ def _multi_margin(
     margin: float,
     weight: Tensor | None,
     reduction: str,
+    smoothing: float | None,
     **_: Any,
 ) -> Tensor:
     # Torch's kernel has no second derivative: the same loss in plain operations.
@@ -331,11 +366,17 @@ def _multi_margin(
     counts = torch.ones_like(input).scatter(-1, target, 0.0) / input.shape[-1]
     if weight is not None:
         counts = counts * weight[target]
-    return _sum_of_hinges(u, counts, p, reduction, (-1,))
+    return _sum_of_hinges(u, counts, p, reduction, (-1,), smoothing)
 
 
 def _multilabel_margin(
-    loss: Tensor, *, input: Tensor, target: Tensor, reduction: str, **_: Any
+    loss: Tensor,
+    *,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    smoothing: float | None,
+    **_: Any,
 ) -> Tensor:
     # Σ_{j label} Σ_{i no label} max(0, 1 − z_j + z_i) / C. The first −1 ends the list of labels.
     listed = (target >= 0).cumprod(-1)
@@ -344,28 +385,31 @@ def _multilabel_margin(
     is_label = torch.zeros_like(input).scatter_add(-1, labels, listed.to(input.dtype)) > 0
     u = 1 - input.gather(-1, labels).unsqueeze(-1) + input.unsqueeze(-2)
     counts = (listed.unsqueeze(-1) * ~is_label.unsqueeze(-2)).to(input.dtype) / input.shape[-1]
-    return _sum_of_hinges(u, counts, 1, reduction, (-2, -1))
+    return _sum_of_hinges(u, counts, 1, reduction, (-2, -1), smoothing)
 
 
 def _sum_of_hinges(
-    u: Tensor, weights: Tensor, p: int, reduction: str, sample_dims: tuple[int, ...]
+    u: Tensor,
+    weights: Tensor,
+    p: int,
+    reduction: str,
+    sample_dims: tuple[int, ...],
+    smoothing: float | None,
 ) -> Tensor:
     """``Σ w max(0, u)ᵖ`` of each sample, reduced; squares have their own Hessian."""
     per_sample = (weights * u.relu() ** p).sum(sample_dims)
     if p == 1:
-        h = weights * irls_weight(torch.where(weights != 0, u, 0.0), 0.5)
-        per_sample = _add_hessian(per_sample, [(u, h)], sample_dims)
+        kink = _kink(u, 0.5 * weights, smoothing)
+        per_sample = _add_hessian(per_sample, [kink], sample_dims)
     return _reduce(per_sample, reduction)
 
 
-def _energy(
-    loss: Tensor, *, log_psi: Tensor, local_energy: Tensor, weights: Tensor | None
-) -> Tensor:
+def _energy(loss: Tensor, *, log_psi: Tensor, weights: Tensor | None, **_: Any) -> Tensor:
     # 2 Re cov(∂log ψ): of log ψ less its mean, in both its parts.
     share = sample_shares(log_psi, weights)
     u = log_psi - (share * log_psi).sum()
     parts = [u.real, u.imag] if u.is_complex() else [u]
-    return _replace_hessian(loss, [log_psi], [(part, 2 * share) for part in parts])
+    return _replace_hessian(loss, [log_psi], [(part, 2 * share, 0.0) for part in parts])
 
 
 def _reduce(per_sample: Tensor, reduction: str) -> Tensor:
@@ -448,22 +492,26 @@ def _linear_cross_entropy(
 LOSSES: dict[Callable[..., Any], Loss] = {
     F.binary_cross_entropy: Loss("input"),
     F.binary_cross_entropy_with_logits: Loss("input"),
-    F.cosine_embedding_loss: Loss("input1", "input2", replace_hessian=_cosine_embedding),
+    F.cosine_embedding_loss: Loss(
+        "input1", "input2", replace_hessian=_cosine_embedding, has_kinks=True
+    ),
     F.cross_entropy: Loss("input"),
     F.ctc_loss: Loss("log_probs", replace_hessian=_ctc),
     F.gaussian_nll_loss: Loss("input", "var", replace_hessian=_gaussian_nll),
-    F.hinge_embedding_loss: Loss("input", replace_hessian=_hinge_embedding),
-    F.huber_loss: Loss("input", "target", replace_hessian=_huber),
+    F.hinge_embedding_loss: Loss("input", replace_hessian=_hinge_embedding, has_kinks=True),
+    F.huber_loss: Loss("input", "target", replace_hessian=_huber, has_kinks=True),
     F.kl_div: Loss("input", replace_hessian=_kl_div),
-    F.l1_loss: Loss("input", "target", replace_hessian=_l1),
-    F.margin_ranking_loss: Loss("input1", "input2", replace_hessian=_margin_ranking),
+    F.l1_loss: Loss("input", "target", replace_hessian=_l1, has_kinks=True),
+    F.margin_ranking_loss: Loss(
+        "input1", "input2", replace_hessian=_margin_ranking, has_kinks=True
+    ),
     F.mse_loss: Loss("input", "target"),
-    F.multi_margin_loss: Loss("input", replace_hessian=_multi_margin),
-    F.multilabel_margin_loss: Loss("input", replace_hessian=_multilabel_margin),
+    F.multi_margin_loss: Loss("input", replace_hessian=_multi_margin, has_kinks=True),
+    F.multilabel_margin_loss: Loss("input", replace_hessian=_multilabel_margin, has_kinks=True),
     F.multilabel_soft_margin_loss: Loss("input"),
     F.nll_loss: Loss("input", replace_hessian=_nll),
     F.poisson_nll_loss: Loss("input"),
-    F.smooth_l1_loss: Loss("input", "target", replace_hessian=_smooth_l1),
+    F.smooth_l1_loss: Loss("input", "target", replace_hessian=_smooth_l1, has_kinks=True),
     F.soft_margin_loss: Loss("input"),
     F.triplet_margin_loss: Loss(rewrite=_triplet),
     F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
@@ -500,11 +548,16 @@ class LossCall:
         """Whether another Hessian than autograd's is the loss's."""
         return self.loss.replace_hessian is not None and any(z.requires_grad for z in self.outputs)
 
-    def with_own_hessian(self) -> Tensor:
-        """The result, with a graph from the outputs whose second derivative is the loss's own Hessian."""
+    def with_own_hessian(self, smoothing: float | None) -> Tensor:
+        """The result, with a graph from the outputs whose second derivative is the loss's own Hessian.
+
+        Its kinks are rounded in value and slope as well if there is a ``smoothing``; see
+        :func:`~ngd_optim.tracing.kinks.irls_parabola`.
+        """
         if self.loss.replace_hessian is None or not self.replaces_hessian:
             return self.result
-        return self.loss.replace_hessian(self.result, **_arguments(self.arguments))
+        arguments = _arguments(self.arguments)
+        return self.loss.replace_hessian(self.result, **arguments, smoothing=smoothing)
 
 
 def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:

@@ -1,5 +1,7 @@
 """See, and change, every torch function that a closure calls."""
 
+import logging
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +12,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ngd_optim.kernels import differentiable, recompute_alike, uncompiled
 from ngd_optim.recording import ForwardRecorder
-from ngd_optim.torch_internals import base_of, is_transformed, memory_of, saves_by_hooks
+from ngd_optim.torch_internals import (
+    FunctionMode,
+    base_of,
+    is_in_compiled_call,
+    is_transformed,
+    memory_of,
+    saves_by_hooks,
+)
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
 from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
+
+logger = logging.getLogger("ngd_optim")
 
 # With running statistics as second and third argument, and whether they change as sixth.
 _NORMS_BY_BATCH: dict[Callable[..., Any], tuple[str, bool]] = {
@@ -58,7 +68,7 @@ def _is_plain(func: Any) -> bool:
     )
 
 
-class LossWatch(TorchFunctionMode):
+class LossWatch(FunctionMode):
     """Shows the recognised losses on their way back, while the graph that leads to them is whole.
 
     It changes nothing, and does not look at what is not differentiated. Nodes of the graph know it
@@ -136,7 +146,7 @@ class Hook:
         return result
 
 
-class Tracing(TorchFunctionMode):
+class Tracing(FunctionMode):
     """Notes losses, outputs of the model and side effects, and what ``backward`` is called on.
 
     Args:
@@ -170,6 +180,7 @@ class Tracing(TorchFunctionMode):
         self._backward = backward
         self._recorder = recorder
         self._made_here: dict[int, weakref.ref[Tensor]] = {}
+        self._count = 0
         self._kinks: list[Kink] = []
         self._held: deque[Kink] = deque(maxlen=_HELD)
         self.losses: list[LossCall] = []
@@ -194,6 +205,11 @@ class Tracing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._count += 1
+        # The stack is looked at for the first calls, then for one in two, in four: most are the model's.
+        is_looked_at = self._count < 16 or self._count & (self._count - 1) == 0
+        if is_looked_at and "torch._dynamo" in sys.modules:
+            _tell_of_compiled()
         if not self.recomputes and saves_by_hooks():
             self.recomputes = True
             recompute_alike()  # in derivatives that the closure itself takes, too
@@ -312,6 +328,20 @@ class Tracing(TorchFunctionMode):
         )
         for root, gradient in zip(tensors, gradients, strict=True):
             self._note_backward(root, gradient, create_graph=create_graph, inputs=inputs)
+
+
+_TOLD: set[str] = set()
+"""What is said once a process."""
+
+
+def _tell_of_compiled() -> None:
+    """Say once that a compiled model runs eagerly, if it does."""
+    if "compiled" not in _TOLD and is_in_compiled_call():
+        _TOLD.add("compiled")
+        logger.warning(
+            "the closure runs a model of torch.compile, and within step() that runs eagerly: a compiled graph "
+            "hides its operations; nothing is wrong, and elsewhere it stays compiled"
+        )
 
 
 def _find_changed(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -37,10 +37,19 @@ class SideEffects:
             get, put = module.get_rng_state, module.set_rng_state
             self._global.append((device, partial(get, device), partial(put, device=device)))
         self._before: list[Tensor] = []
+        self._left: dict[int, Tensor] = {}
 
     def begin(self) -> None:
         """Before the first run: note where the global generators are; tensors are noted before they change."""
         self._before = [read() for _, read, _ in self._global]
+
+    def end(self) -> None:
+        """After the first run: note where it has left tensors, before others write to them."""
+        self._left = {
+            key: read()
+            for key, (thing, read, _) in self._tracked.items()
+            if isinstance(thing, Tensor)
+        }
 
     def track_generator(self, generator: torch.Generator | None) -> None:
         """The closure is about to draw from a generator; None: from a global one."""
@@ -85,7 +94,11 @@ class SideEffects:
     def rewind(self) -> None:
         """Put everything back to where the first run found it."""
         if self._after is None:
-            self._after = {key: read() for key, (_, read, _) in self._tracked.items()}
+            # Generators are read where the closure runs again, or not at all: other threads draw from them.
+            self._after = {
+                key: self._left[key] if key in self._left else read()
+                for key, (_, read, _) in self._tracked.items()
+            }
         self._write(self._start)
 
     def settle(self) -> None:

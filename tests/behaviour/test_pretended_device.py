@@ -10,6 +10,8 @@ from helpers.scripts import run_python
 
 MOST_READS = 12
 MORE_WHERE_FACTORS_ARE_RENEWED = 2
+MOST_READS_ON_STREAMS = 1
+MORE_WHERE_FACTORS_OF_STREAMS_ARE_RENEWED = 4
 ROUNDING = {"convolutions": 1e-5}
 """Where other kernels run: the device has no memory layout of its own."""
 
@@ -28,7 +30,19 @@ def test_the_steps_are_those_of_the_cpu(found: dict[str, Any], name: str) -> Non
     assert found[name]["difference"] <= ROUNDING.get(name, 0.0)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+STREAMS = [name for name in SCENARIOS if name.startswith("stream")]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_host_waits_once_on_streams(found: dict[str, Any], name: str) -> None:
+    steps = list(zip(found[name]["reads"], found[name]["renewed"], strict=True))
+    assert {renewed for _, renewed in steps} == {True, False}
+    for reads, renewed in steps:
+        most = MOST_READS_ON_STREAMS + MORE_WHERE_FACTORS_OF_STREAMS_ARE_RENEWED * renewed
+        assert 0 < sum(reads.values()) <= most
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in STREAMS])
 def test_the_host_waits_rarely(found: dict[str, Any], name: str) -> None:
     # The first step also checks the closure.
     columns = (found[name][column] for column in ("reads", "iterations", "solved_again"))

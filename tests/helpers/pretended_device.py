@@ -25,7 +25,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares
+from ngd_optim import KFAC, Diagonal, NaturalCG, Nystrom, least_squares
 
 aten = torch.ops.aten
 HOST, NAME = torch.device("cpu"), "gpu"
@@ -176,11 +176,12 @@ Closure = Callable[[nn.Module, Tensor, Tensor], Any]
 
 
 class Scenario(NamedTuple):
-    """A model, its closure and settings of NaturalCG."""
+    """A model, its closure and settings of an optimizer."""
 
     make: Callable[[], nn.Module]
     closure: Closure
     settings: dict[str, Any]
+    kind: type[NaturalCG] | type[KFAC] = NaturalCG
 
 
 def classify(model: nn.Module, x: Tensor, y: Tensor) -> Any:
@@ -230,6 +231,10 @@ SCENARIOS = {
     "hessian": Scenario(mlp, scalar, {"max_cg_iters": 20}),
     "policy": Scenario(mlp, policy, {"trust_region": "damped", "cg_tol": 1e-3}),
     "gaussian": Scenario(mlp, gaussian, {"preconditioner": "kfac"}),
+    "boundary": Scenario(mlp, policy, {"trust_region": "boundary", "adapt_damping": False}),
+    "stream": Scenario(mlp, classify, {"weight_decay": 1e-2}, KFAC),
+    "stream of images": Scenario(cnn, classify, {"renew_every": 2}, KFAC),
+    "stream of residuals": Scenario(mlp, fit, {"adapt_radius": False}, KFAC),
 }
 
 
@@ -239,8 +244,10 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
     model = scenario.make()
     x, y = torch.randn(20, 6), torch.randint(0, 3, (20,))
     there, x_there, y_there = to_device(model), OnDevice(x.clone()), OnDevice(y.clone())
-    own = NaturalCG(model.parameters(), **scenario.settings)
-    other = NaturalCG(there.parameters(), **scenario.settings)
+    own = scenario.kind(model.parameters(), **scenario.settings)
+    other = scenario.kind(there.parameters(), **scenario.settings)
+    if isinstance(own, KFAC) or isinstance(other, KFAC):
+        return compare_streams(scenario, (model, x, y, own), (there, x_there, y_there, other))
     reads, iterations, solved_again = [], [], []
     for _ in range(steps):
         own.step(lambda: scenario.closure(model, x, y))
@@ -263,6 +270,31 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
 def register() -> None:
     """Have torch know the device."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+
+
+def compare_streams(scenario: Scenario, here: Any, there: Any, steps: int = 12) -> dict[str, Any]:
+    """Steps of KFAC, by a closure and by a watched block in turn."""
+    reads, renewed = [], []
+    for step in range(steps):
+        for model, x, y, optimizer in (here, there):
+            optimizer.zero_grad()
+            READS.clear()
+            if step % 2:
+                optimizer.step(lambda: scenario.closure(model, x, y))  # noqa: B023
+            else:
+                with optimizer.watch():
+                    loss = scenario.closure(model, x, y)
+                loss.backward()
+                optimizer.step()
+        reads.append(dict(READS))
+        renewed.append(there[-1].last_step.renewed)
+    pairs = zip(here[0].parameters(), there[0].parameters(), strict=True)
+    return {
+        "difference": max((p - q.held).abs().max().item() for p, q in pairs),
+        "moved": here[-1].last_step.accepted,
+        "renewed": renewed,
+        "reads": reads,
+    }
 
 
 def main() -> None:

@@ -110,3 +110,53 @@ def test_gradients_are_the_mean():
     optimizer.step([closure(slice(0, 6)), closure(slice(6, 12))])
     for p, g in zip(model.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, g, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("writes", ["one buffer for all", "its batch", "a mean", "into its output"])
+@pytest.mark.parametrize("curvature", ["list", "curvature closure"])
+def test_closures_that_write_in_place(writes, curvature):
+    """Each runs again after the others have written, and is the function that it was."""
+
+    def forms(model, x, y, *, in_place):
+        buffer, mean = torch.empty(6, 3), torch.zeros(3)
+
+        def closure(i):
+            batch, target = x[i].clone(), y[i]
+
+            def run():
+                match writes if in_place else "":
+                    case "one buffer for all":
+                        return F.cross_entropy(model(buffer.copy_(batch)), target)
+                    case "its batch":
+                        return F.cross_entropy(model(batch.sub_(batch.mean())), target)
+                    case "a mean":
+                        mean.copy_(batch.mean(0))
+                        return F.cross_entropy(model(batch - mean), target)
+                    case "into its output":
+                        return F.cross_entropy(model(batch).mul_(2), target)
+                shifted = {
+                    "one buffer for all": batch,
+                    "its batch": batch - batch.mean(),
+                    "a mean": batch - batch.mean(0),
+                }
+                z = model(shifted.get(writes, batch))
+                return F.cross_entropy(2 * z if writes == "into its output" else z, target)
+
+            return run
+
+        return [closure(i) for i in range(3)]
+
+    x, y = torch.randn(3, 6, 3), torch.randint(0, 2, (3, 6))
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [NaturalCG(model.parameters()) for model in models]
+    for _ in range(3):
+        for in_place, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            own = forms(model, x, y, in_place=bool(in_place))
+            if curvature == "list":
+                optimizer.step(own)
+            else:
+                optimizer.step(own[0], curvature_closure=own[1:])
+            assert optimizer.last_step.accepted
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)

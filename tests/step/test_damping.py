@@ -44,21 +44,27 @@ def test_rule(ratio, accepted, overshot, factor):
 
 
 SMOOTHING = [
-    # reduction ratio, accepted, factor
-    (1.0, True, 1.1),
-    (2.0, True, 1.1),
-    (2.001, True, 0.75),
-    (0.4, True, 1.0),
-    (0.2, True, 1.0),
-    (0.1999, True, 0.75),
-    (1.0, False, 0.75),
-    (math.nan, True, 0.75),
+    # promised, hidden, reduction ratio, accepted, factor
+    (1.0, 1.0, 1.0, True, 1.1),
+    (1.0, 0.0, 1.0, True, 1.1),  # all kinks are farther than the width
+    (0.05, 1.0, 5.0, True, 1.0),
+    (0.032, 1.0, 1.0, True, 0.8),
+    (0.001, 1.0, 1.0, True, 0.25),
+    (0.0, 1.0, math.nan, True, 0.25),
+    (1.0, 1.0, 0.2, True, 1.1),
+    (1.0, 1.0, 0.1999, True, 0.75),
+    (1.0, 1.0, 1.0, False, 0.75),
 ]
 
 
-@pytest.mark.parametrize(("ratio", "accepted", "factor"), SMOOTHING)
-def test_rule_for_kinks(ratio, accepted, factor):
-    assert smoothing_factor(ratio, accepted=accepted) == factor
+@pytest.mark.parametrize(("promised", "hidden", "ratio", "accepted", "factor"), SMOOTHING)
+def test_rule_for_kinks(promised, hidden, ratio, accepted, factor):
+    found = smoothing_factor(promised, hidden, ratio, accepted=accepted)
+    assert found == pytest.approx(factor)
+    # The loss's unit does not matter.
+    assert smoothing_factor(1e-9 * promised, 1e-9 * hidden, ratio, accepted=accepted) == (
+        pytest.approx(factor)
+    )
 
 
 @pytest.mark.parametrize(
@@ -448,3 +454,32 @@ def test_a_size_that_all_have_lost_is_forgotten_at_once():
     found = scales(lambda w: w.square(), [1e3, 1e3], steps=25)
     torch.testing.assert_close(found[-1][0], found[-1][1])
     assert found[-1][0].max() < 1e-6 * found[0][0].max()
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-12])
+def test_the_least_damping_has_the_unit_of_the_loss(unit):
+    """From λ far above the curvature, which it hides, down to where it no longer matters."""
+    X = torch.randn(50, 4, dtype=torch.float64) * torch.logspace(0, -1, 4, dtype=torch.float64)
+    y = torch.randint(0, 2, (50,)).double()
+    found = []
+    for scale, steps in ((1.0, 40), (unit, 120)):
+        model = nn.Linear(4, 1, dtype=torch.float64)
+        nn.init.ones_(model.weight)
+        optimizer = NaturalCG(model.parameters())
+        for _ in range(steps):
+            optimizer.step(
+                lambda model=model, scale=scale: (
+                    scale * F.binary_cross_entropy_with_logits(model(X)[:, 0], y)
+                )
+            )
+        found.append(optimizer.last_step.loss / scale)
+        assert optimizer.param_groups[0]["damping"] < 1e-3 * scale
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+def test_a_least_damping_that_was_asked_for_is_kept():
+    w = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    optimizer = NaturalCG([w], min_damping=1e-8, damping=1e-7)
+    for _ in range(6):
+        optimizer.step(lambda: 1e-12 * (w.cosh() - 1).sum())
+    assert optimizer.param_groups[0]["damping"] == 1e-8

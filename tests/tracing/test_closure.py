@@ -11,6 +11,7 @@ from helpers.problems import assert_near, real
 from torch import nn
 
 from ngd_optim import NaturalCG, linearize
+from ngd_optim.tracing import mode
 
 
 class Task:
@@ -475,3 +476,20 @@ def test_backward_of_several_tensors_refuses_what_backward_refuses(arguments):
 
     with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad"):
         task.optimizer.step(closure)
+
+
+def test_a_compiled_model_is_told_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(mode, "_TOLD", set())
+    x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    plain, whole, within = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+    NaturalCG(plain.parameters()).step(lambda: F.cross_entropy(plain(x), y))
+    compiled = torch.compile(whole, backend="eager")
+    compiled(x)
+    NaturalCG(plain.parameters()).step(lambda: F.cross_entropy(plain(x), y))
+    assert "torch.compile" not in caplog.text
+    within.compile(backend="eager")
+    for model in (compiled, within):
+        optimizer = NaturalCG(model.parameters())
+        for _ in range(2):
+            optimizer.step(lambda model=model: F.cross_entropy(model(x + 1 - 1), y))
+    assert caplog.text.count("torch.compile, and within step() that runs eagerly") == 1
