@@ -55,7 +55,9 @@ def _check(residuals: Sequence[Tensor], weights: Sequence[float | Tensor] | None
     for r in residuals:
         if not isinstance(r, Tensor) or not r.is_floating_point():
             kind = r.dtype if isinstance(r, Tensor) else type(r).__name__
-            raise TypeError(f"residuals must be real floating-point tensors, got {kind}")
+            is_complex = isinstance(r, Tensor) and r.is_complex()
+            way_out = "; use torch.view_as_real(r)" if is_complex else ""
+            raise TypeError(f"residuals must be real floating-point tensors, got {kind}{way_out}")
         if not r.numel():
             raise ValueError(f"residuals must not be empty, got one of shape {tuple(r.shape)}")
     if weights is not None and len(weights) != len(residuals):
