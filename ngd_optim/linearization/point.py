@@ -378,10 +378,14 @@ def linearize_mean(
 
 
 def _average_points(parts: Sequence[Point], weights: Sequence[float] | None) -> Point:
+    def mean(values: Sequence[float]) -> float:
+        if weights is None:
+            return fmean(values)
+        return math.fsum(w * v for w, v in zip(weights, values, strict=True))
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
-        return fmean(losses, weights), None if None in kls else fmean(kls, weights)
+        return mean(losses), None if None in kls else mean(kls)
 
     losses = torch.stack([part.loss for part in parts])
     shares = weights or [1 / len(parts)] * len(parts)

@@ -74,12 +74,13 @@ class CurvatureOperator:
         Raises:
             ImportError: SciPy is not installed.
         """
-        from scipy.sparse.linalg import LinearOperator
+        import scipy.sparse.linalg as scipy_linalg
 
         def multiply(array: Any) -> Any:
             return self(torch.as_tensor(array, device=self.device)).cpu().numpy()
 
-        return LinearOperator(
+        make: Any = scipy_linalg.LinearOperator
+        return make(
             self.shape,
             matvec=lambda v: multiply(v.reshape(-1)),
             rmatvec=lambda v: multiply(v.reshape(-1)),
@@ -126,11 +127,13 @@ class CurvatureOperator:
         if which not in get_args(Which):
             raise ValueError(f"which must be one of {get_args(Which)}, got {show(which)}")
         if count >= n - 1:
-            return _choose(*torch.linalg.eigh(_symmetric(self.to_dense())), count, which)
-        from scipy.sparse.linalg import eigsh
+            values, vectors = torch.linalg.eigh(_symmetric(self.to_dense()))
+            return _choose(values, vectors, count, which)
+        import scipy.sparse.linalg as scipy_linalg
 
         start = _draw((n,), generator).to(self.dtype)
-        values, vectors = eigsh(
+        solve: Any = scipy_linalg.eigsh
+        values, vectors = solve(
             self.to_scipy(),
             k=count,
             which=_SCIPY_NAMES[which],
