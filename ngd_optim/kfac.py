@@ -36,8 +36,8 @@ _AT_START = (1, 2, 3, 4, 6, 8, 14)
 _OLD = 3
 """Factors that have served so many times as many steps as they were to are told of."""
 
-_RATE, _UPHILL = 0.2, 0.1
-"""How fast the radius follows, and at which slope on new data, uphill, it stays as it is."""
+_RATE, _UPHILL = 0.2, 0.25
+"""How fast the radius follows, and at which slope on new data, uphill, it stays as it is while ``lr`` is 1."""
 
 
 class KFAC(Followed):
@@ -322,9 +322,11 @@ class KFAC(Followed):
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
             new_slope = slope_now / abs(state.last_slope) if state.last_slope else math.nan
+            decrement = state.average_decrement(slope)
             radius = settings.radius
-            if settings.adapt_radius and slope > 0:
-                radius *= _radius_factor(new_slope, slope_of_step / slope)
+            if settings.adapt_radius and slope > 0 and math.isfinite(new_slope):
+                factor = _radius_factor(new_slope, slope_of_step / slope)
+                radius *= factor * state.fall_to(decrement)
             scale = math.sqrt(2 * radius / slope) if 0 < slope < math.inf else math.nan
             accepted = math.isfinite(scale * size * grad_norm)
             d = step.mul_(-scale)
@@ -332,8 +334,14 @@ class KFAC(Followed):
         # 5. What the next step needs, and the report. Of a step that is refused nothing is left.
         if accepted:
             self._move(parameters, d, settings, reached)
-            slope = -scale * slope_of_step
-            state.keep(momentum=momentum, weight=weight, step=d, slope=slope, factors=factors)
+            state.keep(
+                momentum=momentum,
+                weight=weight,
+                step=d,
+                slope=-scale * slope_of_step,
+                decrement=decrement,
+                factors=factors,
+            )
             self._inverse = (parameters.key, settings.damping), solve
             for group in self.param_groups:
                 group["radius"] = radius
@@ -400,15 +408,20 @@ class KFAC(Followed):
             strict=True,
         )
         for p, change, decay, has_gradient in parts:
+            if has_gradient and decay:
+                p.mul_(1 - decay)
             if has_gradient:
-                p.mul_(1 - decay).add_(change)
+                p.add_(change)
 
 
 def _radius_factor(new_slope: float, lr: float) -> float:
-    """By how much the radius changes; short steps, at the end of a schedule, say little about full ones."""
-    if not math.isfinite(new_slope):
-        return 1.0
-    return 2 ** (_RATE * min(1.0, lr) * max(-1.0, min(1.0, _UPHILL - new_slope)))
+    """By how much the radius changes.
+
+    Where progress and noise balance, the slope that new data see is proportional to the step's length.
+    So it is held against ``lr``: a schedule that shortens the steps leaves the radius as it is.
+    """
+    lr = min(1.0, lr)  # short steps, at the end of a schedule, say little about full ones
+    return 2 ** (_RATE * lr * max(-1.0, min(1.0, _UPHILL * lr - new_slope)))
 
 
 _NOTHING_SEEN = (

@@ -128,6 +128,9 @@ class NaturalCG(Followed):
             residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
             2012), at one more run of the closure. Where they bend too much, the system is solved
             again with more damping.
+        cuda_graphs: replay curvature products by CUDA graphs: one launch for each. They hold what a
+            product reads and computes from step to step. Where that cannot be, the log says why, and
+            products are as without. It has not been run on a GPU yet.
         generator: draws the random vectors from which preconditioners are estimated. None: one of
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
@@ -189,6 +192,7 @@ class NaturalCG(Followed):
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
         geodesic: bool = True,
+        cuda_graphs: bool = False,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -399,6 +403,7 @@ class NaturalCG(Followed):
                 self._experiences,
                 ranks,
                 smoothing=last.smoothing,
+                captures=settings.cuda_graphs,
             )
             point = linearize(closures, None if others else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters))

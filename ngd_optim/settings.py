@@ -187,6 +187,7 @@ class Settings(GroupSettings):
     solver: Annotated[SolverName, _one_of(SolverName)]
     damping_scale: Annotated[DampingScale, _one_of(DampingScale)]
     geodesic: Annotated[bool, _FLAG]
+    cuda_graphs: Annotated[bool, _FLAG]
     momentum: Annotated[float, _BELOW_1]
 
 

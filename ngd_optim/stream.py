@@ -4,8 +4,8 @@ The state has for each parameter ``momentum``, the average gradient; ``last_step
 Kronecker factors: ``left`` and ``right`` with ``layer_groups``, ``layer_flipped`` and ``layer_bias`` (its
 place among all parameters, -1 for none), or ``diagonal``. The first parameter also has ``steps``, how
 many were taken; ``age``, how many with these factors; ``draws``, how often these were drawn; ``slope``,
-that of the loss along the last step; and ``weight``, the sum of the gradients' weights in the average. All
-are tensors or numbers.
+that of the loss along the last step; ``decrement``, the average ``mᵀ (F + λI)⁻¹ m``; and ``weight``, the sum
+of the gradients' weights in their average. All are tensors or numbers.
 """
 
 import logging
@@ -27,8 +27,11 @@ from ngd_optim.torch_internals import version_of
 
 logger = logging.getLogger("ngd_optim")
 
-_NUMBERS = ("steps", "age", "draws", "slope", "weight")
+_NUMBERS = ("steps", "age", "draws", "slope", "decrement", "weight")
 _FACTORS = ("left", "right", "diagonal")
+_DECREMENTS = 20
+"""About how many of the last decrements count in their average."""
+
 _GO_WITH = {"momentum": "weight", "last_step": "slope"}
 _LAYER = ("layer_groups", "layer_flipped", "layer_bias")
 _TENSORS = ("momentum", "last_step", *_FACTORS)
@@ -54,6 +57,7 @@ class StreamState:
         moved = {id(p) for p, entry in state.items() if "last_step" in entry}
         same = moved == {id(p) for p in parameters.tensors}
         self.last_slope = numbers.get("slope", math.nan) if same else math.nan
+        self.decrement = numbers.get("decrement", math.nan) if same else math.nan
 
     def is_due(self, every: int, also: Collection[int]) -> bool:
         """Whether factors are to be renewed: every so many steps, at the start also after some others."""
@@ -80,6 +84,17 @@ class StreamState:
         """A new flat vector of what the parameters have under a name; 0 where they have nothing."""
         return self.parameters.flatten(self._of(p).get(name) for p in self.parameters.tensors)
 
+    def average_decrement(self, new: float) -> float:
+        """The average of the decrements so far and a new one, which forgets the oldest."""
+        if not math.isfinite(self.decrement):
+            return new
+        share = min(1 - 1 / _DECREMENTS, self.steps / (self.steps + 1))
+        return share * self.decrement + (1 - share) * new
+
+    def fall_to(self, average: float) -> float:
+        """Which part of the last average decrement this one is; 1 where it rose, or is the first."""
+        return min(1.0, average / self.decrement) if math.isfinite(self.decrement) else 1.0
+
     def generator(self) -> torch.Generator:
         """Draws other vectors for each renewal, and the same ones when a run is resumed."""
         return torch.Generator(device="cpu").manual_seed(self.draws)
@@ -91,6 +106,7 @@ class StreamState:
         weight: float,
         step: Tensor,
         slope: float,
+        decrement: float,
         factors: KroneckerFactors | None,
     ) -> None:
         """For the next step.
@@ -100,6 +116,7 @@ class StreamState:
             weight: of all gradients in it.
             step: flat.
             slope: of the loss along the step.
+            decrement: the average of ``mᵀ (F + λI)⁻¹ m``.
             factors: if they were renewed.
         """
         parts = zip(
@@ -121,6 +138,7 @@ class StreamState:
             "age": 1 if renewed else self.age + 1,
             "draws": self.draws + renewed,
             "slope": slope,
+            "decrement": decrement,
             "weight": weight,
         }
 

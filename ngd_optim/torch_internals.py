@@ -205,12 +205,13 @@ def attend_by_products(
 def is_in_compiled_call() -> bool:
     """Whether something that ``torch.compile`` made is running, eagerly: its wrapper is on the stack of this thread.
 
-    In ``torch._dynamo.eval_frame`` that is ``compile_wrapper``, in older versions ``_fn``.
+    In ``torch._dynamo.eval_frame`` that is ``compile_wrapper``, in older versions ``_fn``, with the compiler
+    as ``callback``; what ``torch.compiler.disable`` has made is another ``_fn``, without.
     """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name in ("compile_wrapper", "_fn") and code.co_filename.endswith(_WRAPPERS):
+        if "callback" in code.co_freevars and code.co_filename.endswith(_WRAPPERS):
             return True
         frame = frame.f_back
     return False

@@ -27,6 +27,7 @@ ROOMS = [
 MOST_NAMES, MOST_FILES = 6, 6
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 BASE = [
+    "aten",
     "autograd_graph",
     "distributed",
     "kernels",

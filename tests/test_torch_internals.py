@@ -216,3 +216,5 @@ def test_compiled_calls_are_seen_on_the_stack(way):
                 module(x)
     assert seen == [True]
     assert not internals.is_in_compiled_call()
+    torch.compiler.disable(module.forward)(x)  # as torch does with what its optimizers call
+    assert seen == [True, False]

@@ -49,6 +49,11 @@ class CPOReport:
         backtracks: trial points that were turned down.
         accepted: whether the step was taken.
         reason: one sentence on the outcome.
+
+    Examples:
+        >>> from ngd_rl import CPOReport
+        >>> {"cost", "cost_limit", "case", "kl"} <= CPOReport.__dataclass_fields__.keys()
+        True
     """
 
     cost: float
@@ -133,6 +138,8 @@ class CPO(TRPO):
         True
     """
 
+    cost_critic: Any
+
     def __init__(
         self,
         *args: Any,
@@ -186,6 +193,7 @@ class CPO(TRPO):
         rollout_buffer: RolloutBuffer,
         n_rollout_steps: int,
     ) -> bool:
+        assert self._last_episode_starts is not None
         self._episodes.begin(self._last_episode_starts)
         recorder = CostRecorder(env, self._episodes)
         is_complete = super()._collect(recorder, callback, rollout_buffer, n_rollout_steps)
@@ -203,13 +211,14 @@ class CPO(TRPO):
         for step, i, observation in recorder.cut_off:
             last, _ = self.policy.obs_to_tensor(observation)
             costs[step, i] += self.cost_gamma * self._cost_values(last).item()
-        buffer = copy(rollout_buffer)
+        buffer: Any = copy(rollout_buffer)
         buffer.gamma, buffer.gae_lambda = self.cost_gamma, self.cost_gae_lambda
         buffer.rewards, buffer.advantages = costs, np.zeros_like(costs)
         if isinstance(buffer.observations, dict):  # which each buffer flattens in place
             buffer.observations = dict(buffer.observations)
         buffer.values = self._cost_values_of_rollout(buffer).reshape(costs.shape)
         assert self._last_obs is not None
+        assert self._last_episode_starts is not None
         last = self._cost_values(obs_as_tensor(self._last_obs, self.device))
         buffer.compute_returns_and_advantage(torch.from_numpy(last), self._last_episode_starts)
         return buffer
@@ -315,20 +324,28 @@ class CPO(TRPO):
         before = [p.detach().clone() for p in parameters]
         pieces = direction.split([p.numel() for p in parameters])
         trials: list[Trial] = []
+
+        def move(fraction: float) -> None:
+            for p, old, piece in zip(parameters, before, pieces, strict=True):
+                p.copy_(old + fraction * piece.view_as(p) if fraction else old)
+
         with torch.no_grad():
             cost_before = cost()[0].item()
-            for k in range(max(1, self.line_search_max_iter)):
-                fraction = self.line_search_shrinking_factor**k
-                for p, old, piece in zip(parameters, before, pieces, strict=True):
-                    p.copy_(old + fraction * piece.view_as(p))
-                loss, kl = measure()
-                assert kl is not None or not math.isfinite(loss)
-                trial = Trial(fraction, cost()[0].item() - cost_before, loss, kl or 0.0)
-                trials.append(replace(trial, problem=self._problem_of(trial, start, c)))
-                if not trials[-1].problem:
-                    return trials
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old)
+            try:
+                for k in range(max(1, self.line_search_max_iter)):
+                    fraction = self.line_search_shrinking_factor**k
+                    move(fraction)
+                    loss, kl = measure()
+                    change = cost()[0].item() - cost_before
+                    trial = Trial(fraction, change, loss, kl or 0.0)
+                    trials.append(replace(trial, problem=self._problem_of(trial, start, c)))
+                    if not trials[-1].problem:
+                        break
+            except BaseException:
+                move(0.0)
+                raise
+            if trials[-1].problem:
+                move(0.0)
         return trials
 
     def _problem_of(self, trial: Trial, start: float, c: float) -> str:

@@ -1,7 +1,7 @@
 """TRPO with sb3-contrib's interface and NaturalCG's step."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -192,7 +192,10 @@ class TRPO(sb3_contrib.TRPO):
         return self.policy_optimizer.param_groups[0]["params"]
 
     def _example_inputs(self) -> tuple[Any, ...]:
-        observation, _ = self.policy.obs_to_tensor(deepcopy(self.observation_space).sample())
+        # A copy of the space leaves the space's own random numbers alone, and takes long.
+        if not hasattr(self, "_sample"):
+            self._sample = deepcopy(self.observation_space).sample()
+        observation, _ = self.policy.obs_to_tensor(self._sample)
         return (observation,)
 
     def _distribution(self, *inputs: Any) -> Distribution:
@@ -352,7 +355,13 @@ class TRPO(sb3_contrib.TRPO):
         return [*state_dicts, "policy_optimizer"], variables
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_is_being_loaded", "_followed", "_left_out"]
+        return [
+            *super()._excluded_save_params(),
+            "_is_being_loaded",
+            "_followed",
+            "_left_out",
+            "_sample",
+        ]
 
     def save(
         self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
@@ -421,11 +430,14 @@ class NPG(TRPO):
 
 
 def _exchange(
-    optimizer: torch.optim.Optimizer, now: list[Tensor], new: set[Tensor], gone: set[Tensor]
+    optimizer: torch.optim.Optimizer,
+    now: Sequence[Tensor],
+    new: Set[Tensor],
+    gone: Set[Tensor],
 ) -> None:
     """Give an optimizer new parameters, in the order that they have in ``now``, and take those away that are gone."""
     for i, group in enumerate(optimizer.param_groups):
-        held = {*group["params"]} - gone | (new if i == 0 else set())
+        held = {*group["params"]} - gone | (new if i == 0 else frozenset())
         others = [p for p in group["params"] if p in held - {*now}]
         group["params"] = [p for p in now if p in held] + others
     for p in gone & optimizer.state.keys():

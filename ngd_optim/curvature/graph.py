@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ngd_optim.curvature.vector_products import (
 from ngd_optim.names import Backend, Curvature
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import CannotReplayError, ForwardProgram, ForwardRecorder
+from ngd_optim.torch_internals import hooks_of
 from ngd_optim.tracing import Evaluation, TracedClosure
 
 logger = logging.getLogger("ngd_optim")
@@ -131,6 +133,22 @@ class Graph:
         """Whether programs can be made: the first run's graph is there."""
         return self._kept is not None and self._kept[0].recorder is not None and not self.problem
 
+    def describe(self) -> Any:
+        """What tells, beside the operations that were recorded, which product this is; None if that is not all.
+
+        It is not where derivatives are others than those of the operations (hooks, Functions,
+        checkpoints), or where kinks are rounded, by another width at each step.
+        """
+        traced, metric = self.get()
+        if not self._is_at_hand:
+            return None
+        has_hooks = traced.has_hooks or any(hooks_of(p) for p in self._parameters.tensors)
+        is_hidden = has_hooks or self.recorder.calls_functions or self.run.recomputes
+        if is_hidden or (isinstance(metric, OutputMetric) and metric.bends):
+            return None
+        calls = [(call.name, call.arguments.arguments, call.result) for call in traced.losses]
+        return traced.loss, calls, traced.metric, list(metric.outputs)
+
     @property
     def recorder(self) -> ForwardRecorder:
         """What has noted the first run."""
@@ -234,8 +252,10 @@ class Graph:
         _, metric = self.get()
         params = self._parameters.tensors
         if isinstance(metric, OutputMetric):
+            # Its own: what makes it is a part of the product that is recorded.
+            apply_hessian = metric.make_hessian()
             push, pull = self.push(backend), pull_back(metric.outputs, params)
-            return lambda v: pull(metric.apply_hessian(push(v)))
+            return lambda v: pull(apply_hessian(push(v)))
         match backend:
             case "torch.func":
                 program = self._require_outputs_program()

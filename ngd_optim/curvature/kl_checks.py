@@ -49,11 +49,10 @@ def check_returned_kl(kl: Tensor) -> Check:
 
 def check_heads(
     heads: Sequence[Distribution],
-    rebuilt: Sequence[Distribution],
     learned: Sequence[tuple[int, str]],
     outputs: Sequence[Tensor],
-    variables: Sequence[Tensor],
-    apply_hessian: Map,
+    rebuild: Callable[[], tuple[Sequence[Tensor], Sequence[Distribution]]],
+    make_hessian: Callable[[], Map],
 ) -> Check:
     """For distributions: what was rebuilt of their parameters must be the same, and their KL a KL.
 
@@ -61,14 +60,14 @@ def check_heads(
 
     Args:
         heads: what the closure returned.
-        rebuilt: the same as functions of ``variables``.
-        learned: for each variable, its head and its name there.
+        learned: for each output, its head and its name there.
         outputs: the parameters of ``heads`` with the graph that leads to them.
-        variables: the same numbers without it.
-        apply_hessian: the KL's Hessian in ``variables``.
+        rebuild: gives the same numbers without it, and the heads as functions of these.
+        make_hessian: gives the KL's Hessian in them.
     """
 
     def check(parameters: FlatParameters, product: Product, probe: Tensor) -> None:
+        (variables, rebuilt), apply_hessian = rebuild(), make_hessian()
         with torch.enable_grad():
             back = [parameters_of(rebuilt[i])[name] for i, name in learned]
             kl = torch.stack(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class OutputMetric:
 
     Attributes:
         outputs: the outputs ``z``, tensors of any shapes, with their graph.
-        apply_hessian: ``u ↦ H_z u`` for tangents shaped like the outputs.
+        make_hessian: gives ``u ↦ H_z u`` for tangents shaped like the outputs, made anew from these.
         select: finds the same outputs in another evaluation of the closure.
         kind: ``"fisher"`` or ``"ggn"``. To a Gauss-Newton metric the loss's dependence on the
             parameters around the outputs counts as well.
@@ -55,13 +56,18 @@ class OutputMetric:
     """
 
     outputs: Tensors
-    apply_hessian: Map
+    make_hessian: Callable[[], Map]
     select: Callable[[Evaluation], Tensors]
     kind: Kind
     check: Check = check_nothing
     inputs: Tensors = ()
     bends: Sequence[tuple[Tensor, Tensor]] = ()
     hidden: Tensor | None = None
+
+    @cached_property
+    def apply_hessian(self) -> Map:
+        """``u ↦ H_z u``."""
+        return self.make_hessian()
 
     def bend(self, params: Tensors) -> Tensors | None:
         """What the model's gradient has more than the loss's, one tensor per parameter; None: nothing."""
@@ -193,31 +199,40 @@ def fisher(evaluation: Evaluation) -> OutputMetric:
         others = [parameters_of(head) for head in distributions_in(other.metric)]
         return [others[i][name] for i, name in learned]
 
-    # KL(old ‖ new) as a function of new's parameters alone: a graph of a few operations, whose
-    # Hessian at new = old is H_z.
-    moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
-    for i, name in learned:
-        moving[i][name] = moving[i][name].clone().requires_grad_()
     outputs = [values[i][name] for i, name in learned]
-    variables = [moving[i][name] for i, name in learned]
-    with torch.enable_grad():
-        rebuilt = [rebuild(head, of_head) for head, of_head in zip(heads, moving, strict=True)]
-        divergence = add_scalars(
-            local_divergence(_freeze(head), new) for head, new in zip(heads, rebuilt, strict=True)
-        )
-    if not divergence.requires_grad:
-        names = ", ".join(dict.fromkeys(type(head).__name__ for head in heads))
-        raise NotImplementedError(
-            f"the KL divergence that torch knows of {names} does not depend on the parameters; "
-            f"{USE_FORM_C}"
-        )
-    apply_hessian = hessian(divergence, variables)
+
+    def rebuilt() -> tuple[list[Tensor], list[Distribution]]:
+        """The outputs without their graph, and the heads as functions of these."""
+        moving = [{name: value.detach() for name, value in of_head.items()} for of_head in values]
+        for i, name in learned:
+            moving[i][name] = moving[i][name].clone().requires_grad_()
+        with torch.enable_grad():
+            new = [rebuild(head, of_head) for head, of_head in zip(heads, moving, strict=True)]
+        return [moving[i][name] for i, name in learned], new
+
+    def make_hessian() -> Map:
+        # KL(old ‖ new) as a function of new's parameters alone: a graph of a few operations, whose
+        # Hessian at new = old is H_z.
+        variables, new = rebuilt()
+        with torch.enable_grad():
+            divergence = add_scalars(
+                local_divergence(_freeze(head), other)
+                for head, other in zip(heads, new, strict=True)
+            )
+        if not divergence.requires_grad:
+            names = ", ".join(dict.fromkeys(type(head).__name__ for head in heads))
+            raise NotImplementedError(
+                f"the KL divergence that torch knows of {names} does not depend on the parameters; "
+                f"{USE_FORM_C}"
+            )
+        return hessian(divergence, variables)
+
     return OutputMetric(
         outputs,
-        apply_hessian,
+        make_hessian,
         select,
         kind="fisher",
-        check=check_heads(heads, rebuilt, learned, outputs, variables, apply_hessian),
+        check=check_heads(heads, learned, outputs, rebuilt, make_hessian),
     )
 
 
@@ -272,12 +287,16 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
             true = add_scalars((weight * call.result).sum() for call, weight in used)
             bends += _bends_of_losses(loss, true, used)
             hidden.append((loss - true).detach())
-    at_outputs = hessian(loss, outputs) if outputs else None
 
-    def apply_hessian(u: Tensors) -> Tensors:
-        first, rest = u[: len(outputs)], u[len(outputs) :]
-        bent = [h * t for h, t in zip(parabolas, rest, strict=True)]
-        return bent if at_outputs is None else [*at_outputs(first), *bent]
+    def make_hessian() -> Map:
+        at_outputs = hessian(loss, outputs) if outputs else None
+
+        def apply_hessian(u: Tensors) -> Tensors:
+            first, rest = u[: len(outputs)], u[len(outputs) :]
+            bent = [h * t for h, t in zip(parabolas, rest, strict=True)]
+            return bent if at_outputs is None else [*at_outputs(first), *bent]
+
+        return apply_hessian
 
     def select(other: Evaluation) -> Tensors:
         found = [kink.form()[0] for kink in other.kinks if not (used and kink.is_smooth)]
@@ -291,7 +310,7 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
 
     return OutputMetric(
         [*outputs, *(z for z, _ in forms)],
-        apply_hessian,
+        make_hessian,
         select,
         "ggn",
         inputs=[*outputs, *(t for kink in kinks for t in kink.inputs)],

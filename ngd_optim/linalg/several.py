@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,4 +84,5 @@ def _pseudo_inverse(M: Tensor, eps: float) -> Tensor:
     sizes = M.diagonal().abs().sqrt()
     scale = torch.where(sizes > 0, 1 / sizes, 0.0)
     scaled = scale[:, None] * M * scale
-    return scale[:, None] * torch.linalg.pinv(scaled, rtol=100 * eps, hermitian=True) * scale
+    pinv = cast(Callable[..., Tensor], torch.linalg.pinv)  # pyright: ignore[reportUnknownMemberType]
+    return scale[:, None] * pinv(scaled, rtol=100 * eps, hermitian=True) * scale

@@ -249,9 +249,9 @@ def find_problem_of_recording(
         return "differences move the parameters"
     try:
         image, recording = record(direct, v)
-        is_small = recording.bytes < _SMALL * recording.length
-        if backend == "double-backward" and recording.length > _LONG and is_small:
-            return f"to record their {recording.length} small operations takes longer than it saves"
+        is_small = recording.plan.bytes < _SMALL * recording.plan.length
+        if backend == "double-backward" and recording.plan.length > _LONG and is_small:
+            return f"to record their {recording.plan.length} small operations takes longer than it saves"
         other = v.flip(0)
         there = torch.dot(other, image)
         noise = eps**0.5 * (image.norm() * other.norm() / len(v) ** 0.5)

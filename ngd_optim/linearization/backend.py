@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,8 +62,17 @@ class Formed(NamedTuple):
         return Formed(self.product, None, None)
 
 
+def record_anew(make: Callable[[], Product], v: Tensor) -> tuple[Tensor, Product]:
+    """The product with ``v``, and what was recorded of it."""
+    return record(make(), v)
+
+
 def form_product(
-    ways: tuple[Way, ...], direct: Callable[[Backend], Product], v: Tensor, ranks: Ranks
+    ways: tuple[Way, ...],
+    direct: Callable[[Backend], Product],
+    v: Tensor,
+    ranks: Ranks,
+    form_recorded: Callable[[Callable[[], Product], Tensor], tuple[Tensor, Product]] = record_anew,
 ) -> tuple[Formed | None, tuple[Way, ...]]:
     """The product by the first way that works, on all ranks the same, and the ways that are left for later steps.
 
@@ -73,15 +83,16 @@ def form_product(
         direct: makes the product of a backend.
         v: the vector that it is formed with, of its first product.
         ranks: those that must agree.
+        form_recorded: as :func:`record_anew`; it is given what makes the direct product.
     """
     for i, way in enumerate(ways):
 
         def attempt(way: Way = way) -> Formed | str:
             try:
-                product = direct(way.backend)
                 if way.recorded:
-                    image, product = record(product, v)
+                    image, product = form_recorded(partial(direct, way.backend), v)
                     return Formed.of(product, v, image)
+                product = direct(way.backend)
                 return Formed.of(product, v, product(v))
             except RuntimeError as error:
                 reraise_own_kinds(error)
@@ -109,6 +120,8 @@ def direct_product(
         penalty: whether the Hessian of what the loss takes from parameters around the outputs is
             added.
     """
+    with twice_differentiable():
+        graph.get()  # its run tells whether it recomputes
     recomputes = graph.run.recomputes
     with twice_differentiable(recomputes=recomputes):
         products = [graph.product(backend)]

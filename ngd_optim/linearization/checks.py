@@ -6,7 +6,7 @@ the first step compares what it is made of with differences and with plain autog
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from ngd_optim.linearization.backend import (
 )
 from ngd_optim.names import Backend, BackendChoice
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.recording import KeptRecordings
 from ngd_optim.torch_internals import hooks_of
 from ngd_optim.tracing import Evaluation
 
@@ -72,12 +73,14 @@ class Checked:
             semidefinite Hessian.
         replays: whether trial points replay what was recorded of the closure; else they run it.
         is_repeatable: whether the closure is known to compute the same each time that it runs.
+        recordings: of its products, from earlier steps.
     """
 
     ways: tuple[Way, ...]
     penalty: bool = False
     replays: bool = True
     is_repeatable: bool = False
+    recordings: KeptRecordings = field(default_factory=KeptRecordings)
 
 
 class Signature(NamedTuple):
@@ -136,7 +139,10 @@ def refuse_unsupported(traced: Evaluation, metric: OutputMetric | ScalarMetric) 
 
     Raises:
         RuntimeError: one sentence that says what to do instead.
+        NotImplementedError: likewise, of a distribution.
     """
+    if isinstance(metric, OutputMetric):
+        metric.make_hessian()
     for node in nodes([traced.loss]):
         if node.name() in _REFUSED:
             raise RuntimeError(_REFUSED[node.name()])

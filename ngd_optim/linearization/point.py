@@ -229,6 +229,7 @@ def linearize_closure(
     *,
     smoothing: float | None = None,
     keep_graph: bool = True,
+    captures: bool = False,
 ) -> Point:
     """A closure at the current parameters.
 
@@ -244,6 +245,7 @@ def linearize_closure(
         observe: is shown the metric; None: nobody is.
         smoothing: how wide kinks are rounded; None: they are not.
         keep_graph: hold the graph; else each product runs the closure again.
+        captures: replay recorded products by CUDA graphs.
     """
     params = parameters.tensors
     graph = Graph(run, parameters, curvature, smoothing)
@@ -318,7 +320,14 @@ def linearize_closure(
         loss=traced.loss.detach(),
         gradient=gradient,
         product=ClosureProduct(
-            graph, parameters, checked, ranks, keep_ways, learn, keep_graph=keep_graph
+            graph,
+            parameters,
+            checked,
+            ranks,
+            keep_ways,
+            learn,
+            keep_graph=keep_graph,
+            captures=captures,
         ),
         reached=reached,
         used=reached if all(reached) else find_reached([traced.loss, *metric.outputs], params),
@@ -352,6 +361,7 @@ def linearize_mean(
     *,
     smoothing: float | None = None,
     weights: Sequence[float] | None = None,
+    captures: bool = False,
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
@@ -369,6 +379,7 @@ def linearize_mean(
             observe,
             smoothing=smoothing,
             keep_graph=len(runs) == 1,
+            captures=captures,
         )
         for run in runs
     ]

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
+from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization.backend import (
     Formed,
+    Product,
     Way,
     direct_product,
     form_product,
@@ -36,6 +38,7 @@ class ClosureProduct:
         ranks: those that choose alike.
         keep_ways: is told the ways that are left where one no longer works.
         learn: checks the closure anew, where none works any longer.
+        captures: whether recorded products are replayed by CUDA graphs.
         keep_graph: hold the graph for products that need it; else each of them runs the closure
             again, and nothing is recorded.
 
@@ -54,14 +57,17 @@ class ClosureProduct:
         learn: Callable[[], Checked],
         *,
         keep_graph: bool,
+        captures: bool,
     ) -> None:
         self._keep_ways = keep_ways
         self._learn = learn
         self._graph = graph
         self._parameters = parameters
+        self._recordings = checked.recordings
         self.has_penalty = checked.penalty
         self._ranks = ranks
         self._keep_graph = keep_graph
+        self._captures = captures
         self.ways = self._usable(checked)
         self._formed: Formed | None = None
         self._plain: Recording | None = None
@@ -73,13 +79,18 @@ class ClosureProduct:
 
     def form(self, v: Tensor) -> None:
         """Choose how to form products, with ``v``, whose product is remembered until the next call."""
-        formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+        if self._formed is not None:  # a preconditioner has asked for products
+            product = self._formed.product
+            self._formed = Formed.of(product, v, product(v))
+            return
+        formed, ways = self._try_ways(v)
         if formed is None:
             # What was learnt of the closure holds no longer.
             checked = self._learn()
+            self._recordings = checked.recordings
             self.has_penalty = checked.penalty
             self.ways = self._usable(checked)
-            formed, ways = form_product(self.ways, self._direct, v, self._ranks)
+            formed, ways = self._try_ways(v)
         if formed is None:
             raise RuntimeError(
                 "curvature products that were right a moment ago can no longer be formed; let the "
@@ -105,7 +116,7 @@ class ClosureProduct:
     def multiply(self, rows: Tensor) -> Tensor:
         """The products with several vectors, as rows: at once by ``torch.vmap``, where it can."""
         if self._plain is not None:
-            step = max(1, _BYTES_AT_ONCE // max(1, self._plain.bytes))
+            step = max(1, _BYTES_AT_ONCE // max(1, self._plain.plan.bytes))
             try:
                 return torch.cat([self._plain.multiply(part) for part in rows.split(step)])
             except RuntimeError as error:
@@ -126,6 +137,18 @@ class ClosureProduct:
             return
         if (found - image).norm() <= torch.finfo(v.dtype).eps ** 0.5 * image.norm():
             self._plain = plain
+
+    def _try_ways(self, v: Tensor) -> tuple[Formed | None, tuple[Way, ...]]:
+        graph = self._graph
+
+        def form_recorded(make: Callable[[], Product], v: Tensor) -> tuple[Tensor, Product]:
+            with twice_differentiable(
+                recomputes=graph.run.recomputes
+            ):  # the graph may be made anew
+                about = graph.describe()
+            return self._recordings.form(graph.recorder, about, make, v, captures=self._captures)
+
+        return form_product(self.ways, self._direct, v, self._ranks, form_recorded)
 
     def _usable(self, checked: Checked) -> tuple[Way, ...]:
         return tuple(way for way in checked.ways if self._keep_graph or not way.recorded)

@@ -6,7 +6,7 @@ code runs once, and whatever else it does happens once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngd_optim.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.autograd_graph import leaves
-from ngd_optim.recording.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.recording.program import (
     CannotReplayError,
     Operation,
     find_last_uses,
     remove_dead_code,
     run,
+    take_slots_out,
 )
-from ngd_optim.recording.recorder import take_slots_out
+from ngd_optim.recording.renewal import Place, Trace
 from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
 _aten = torch.ops.aten
@@ -31,8 +32,7 @@ _RECORDERS = count(1)
 _NO_KWARGS: dict[str, Any] = {}
 """Of all operations without any: one object, and nobody writes to it."""
 
-WRITES_PARAMETERS = "the closure writes to its parameters"
-"""Why there is no program of what does."""
+_WRITES_PARAMETERS = "the closure writes to its parameters"
 
 _Mark = tuple[int, str]
 """The slot of a tensor that depends on the parameters, and why autograd does not follow it.
@@ -133,6 +133,11 @@ class ForwardRecorder(DispatchMode):
         self._inputs: dict[int, _Mark] = {id(p): (slot, "") for slot, p in enumerate(parameters)}
         self._parameters = parameters
         self._memories = list(range(len(parameters)))  # of each slot, a number
+        self._places: dict[int, Place] = {}
+        for slot, p in enumerate(parameters):
+            self._note_place(slot, p)
+        self._cuts: list[str] = []
+        self._left_out: list[Any] = []  # arguments that the program does without
         # Memory that was written to, its first slot, and what keeps others from getting that memory.
         self._owned: dict[int, tuple[int, torch.UntypedStorage]] = {}
         self._operations: list[Operation] = []
@@ -198,6 +203,16 @@ class ForwardRecorder(DispatchMode):
             holds=holds,
         )
 
+    def trace(self, about: Any) -> Trace:
+        """The run as it can be compared with another one, with what tells beside the operations what it is."""
+        about = about, self._left_out
+        return Trace(self._parameters, self._operations, self._places, self._cuts, about)
+
+    def _note_place(self, slot: int, tensor: Tensor) -> None:
+        # Sparse tensors and wrappers have none.
+        with suppress(RuntimeError, NotImplementedError):
+            self._places[slot] = Place.of(tensor)
+
     def note_detached(self, tensor: Tensor) -> None:
         """A tensor is cut off from its history, which no operation tells."""
         mark = self._find(tensor)
@@ -207,6 +222,10 @@ class ForwardRecorder(DispatchMode):
     def fail(self, problem: str) -> None:
         """There is no program, for this reason if it is the first one."""
         self.problem = self.problem or problem
+
+    def note_written_parameters(self) -> None:
+        """The closure changes what the program would be a function of."""
+        self.fail(_WRITES_PARAMETERS)
 
     def note_read(self, tensor: Tensor) -> None:
         """A tensor's numbers are read, which no operation tells."""
@@ -264,7 +283,7 @@ class ForwardRecorder(DispatchMode):
                 self.fail(f"{func} changes what depends on the parameters at random")
             cut = "random"
         if func in STATISTICS:
-            _leave_statistics_alone(operation)
+            self._left_out += _leave_statistics_alone(operation)
         result = func(*args, **kwargs)
         tensors = tensors_of(result)
         if not tensors and not written:
@@ -393,7 +412,7 @@ class ForwardRecorder(DispatchMode):
     def _own_all(self, written: list[Tensor]) -> bool:
         """Before tensors are written to: let them lie in memory that each replay makes anew; whether some did not."""
         if any(memory_of(tensor) in self._parameter_memories for tensor in written):
-            self.fail(WRITES_PARAMETERS)
+            self.note_written_parameters()
             return False
         foreign = [tensor for tensor in written if self._find(tensor) is None]
         for tensor in foreign:
@@ -427,11 +446,15 @@ class ForwardRecorder(DispatchMode):
         if cut == "no_grad" and not before:
             self._of_functions.add(slot)
         self._mark(tensor, slot, before and cut)
+        self._cuts.append(cut)
         return slot
 
     def _new_slot(self, tensor: Tensor, memory: int | None, cut: str) -> int:
         slot = len(self._memories)
         self._memories.append(slot if memory is None else memory)
+        if memory is None:
+            self._note_place(slot, tensor)
+        self._cuts.append(cut)
         self.uses_float16 |= tensor.dtype is torch.float16
         self._mark(tensor, slot, cut)
         return slot
@@ -475,10 +498,13 @@ def _put_back(
     return kept, held
 
 
-def _leave_statistics_alone(norm: Operation) -> None:
+def _leave_statistics_alone(norm: Operation) -> list[Any]:
+    """Let it not change them; what is taken from its arguments for that."""
     mean, variance, change = STATISTICS[norm.function]
+    taken = [norm.args[mean], norm.args[variance]]
     if norm.args[change]:
         norm.args[mean] = norm.args[variance] = None
+    return taken
 
 
 def _fix_mask(dropout: Operation, result: Any) -> None:

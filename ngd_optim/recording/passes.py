@@ -1,15 +1,13 @@
 """Rewrites that make a recorded program shorter and cheaper without changing what it computes."""
 
 from collections import Counter
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import facts
+from ngd_optim.aten import facts, find_out_variant
 from ngd_optim.recording.program import Meta, Operation, Sharing, remove_dead_code
-from ngd_optim.torch_internals import schema_of
 
 _aten = torch.ops.aten
 _MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}
@@ -17,11 +15,12 @@ _FUSED = set(_MATMUL_AND_ADD.values())
 
 
 def optimise(
-    program: list[Operation], metas: list[Meta], output: int
+    program: list[Operation], metas: list[Meta], output: int, zeros: list[Tensor]
 ) -> tuple[list[Operation], list[Operation]]:
     """A program that computes the same output slot from slot 0, with fewer and cheaper operations.
 
     In two parts: the operations that only look at slot 0 in other ways, and what follows.
+    Constants whose values make a difference to it, because they are zero, are added to ``zeros``.
     """
     # Without them a product takes longer: a policy's by 28 %, an MLP's by 45 %, a CNN's and a PINN's
     # by 9 %, a transformer's by 10 % (torch 2.13, one CPU thread). The gains below are counted alike.
@@ -31,7 +30,7 @@ def optimise(
         return sharing.of(metas[slot].memory)
 
     shifts = _find_offsets(program, metas)
-    program = _remove_added_zeros(program, metas, output, sharing)
+    program = _remove_added_zeros(program, metas, output, sharing, zeros)
     program = _collapse_views(program, metas, output, shifts)
     program = remove_dead_code(program, [output], memory)
     program = _fuse_products(program, metas, output)
@@ -64,7 +63,11 @@ def _rename(operation: Operation, same: dict[int, int]) -> None:
 
 
 def _remove_added_zeros(
-    program: list[Operation], metas: list[Meta], output: int, sharing: Sharing
+    program: list[Operation],
+    metas: list[Meta],
+    output: int,
+    sharing: Sharing,
+    found: list[Tensor],
 ) -> list[Operation]:
     """``x + 0``, which derivatives make of what has no tangent, is ``x``, expanded.
 
@@ -87,7 +90,12 @@ def _remove_added_zeros(
             if place is operation.args and key == position
         ]
         other = operation.args[position]
-        return slots[0] in zeros if slots else isinstance(other, Tensor) and not other.any()
+        if slots or not isinstance(other, Tensor):
+            return bool(slots) and slots[0] in zeros
+        is_zero = not other.any()
+        if is_zero:
+            found.append(other)
+        return is_zero
 
     same: dict[int, int] = {}
     kept = []
@@ -232,7 +240,7 @@ def _reuse_memory(
             or not (fused or facts(operation.function).pointwise)
         ):
             continue
-        variant, result = _find_out_variant(operation.function), operation.outputs[0][1]
+        variant, result = find_out_variant(operation.function), operation.outputs[0][1]
         meta = metas[result]
         used = Counter(memory(slot) for slot in operation.slots)
         for place, position, slot in operation.inputs:
@@ -253,18 +261,3 @@ def _reuse_memory(
             last[over] = last[memory(result)]
             sharing.join(memory(result), over)
             break
-
-
-@cache
-def _find_out_variant(function: Any) -> tuple[Any, str] | None:
-    """The overload that writes its result to a given tensor, and that argument's name."""
-    # mul.Tensor(self, other) has mul.out(self, other, *, out): same arguments and one more.
-    packet = function.overloadpacket
-    wanted = [(a.name, str(a.type)) for a in schema_of(function).arguments]
-    for name in packet.overloads():
-        overload = getattr(packet, name)
-        arguments = schema_of(overload).arguments
-        outs = [a.name for a in arguments if a.is_out]
-        if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
-            return overload, outs[0]
-    return None

@@ -1,12 +1,14 @@
 """A straight-line program of aten operations, what it needs, and how it runs."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ngd_optim.recording.aten import facts
+from ngd_optim.aten import facts
 from ngd_optim.torch_internals import schema_of
 
 
@@ -85,6 +87,16 @@ class Operation:
         inputs = [(places[id(place)], key, slot) for place, key, slot in read]
         return Operation(self.function, args, kwargs, inputs, self.outputs, expected=self.expected)
 
+    def filled(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Copies of its arguments, with what is in the slots."""
+        for place, key, slot in self.inputs:
+            place[key] = values[slot]
+        args = [list(value) if isinstance(value, list) else value for value in self.args]
+        kwargs = dict(self.kwargs)
+        for place, key, _ in self.inputs:
+            place[key] = None
+        return args, kwargs
+
     @property
     def writes(self) -> bool:
         """Whether it changes one of its arguments."""
@@ -148,14 +160,16 @@ def remove_dead_code(
     return kept[::-1]
 
 
-def find_last_uses(program: list[Operation], outputs: Iterable[int]) -> list[Sequence[int]]:
-    """For each operation, the slots that nothing needs after it."""
+def find_last_uses(
+    program: list[Operation], outputs: Iterable[int], below: float = math.inf
+) -> list[Sequence[int]]:
+    """For each operation, the slots, ``below`` a number, that nothing needs after it."""
     needed = set(outputs)
     last_uses: list[Sequence[int]] = []
     for operation in reversed(program):
         last = []
         for _, _, slot in operation.inputs:
-            if slot not in needed:
+            if slot not in needed and slot < below:
                 needed.add(slot)
                 last.append(slot)
         for _, slot in operation.outputs:
@@ -187,3 +201,24 @@ def run(program: list[Operation], last_uses: Sequence[Sequence[int]], values: li
             values[slot] = result if index is None else result[index]
         for slot in slots:
             values[slot] = None
+
+
+def take_slots_out(
+    place: Any, inputs: list[tuple[Any, Any, int]], slot_of: Callable[[Tensor], int | None]
+) -> Any:
+    """Nested arguments, with None where a tensor has a slot; such places are added to ``inputs``.
+
+    Args:
+        place: a list or dict of arguments; it is changed. Lists of tensors in it are copied.
+        inputs: places, as in :class:`Operation`.
+        slot_of: tells the slot of a tensor, or None.
+    """
+    for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
+        if isinstance(value, Tensor):
+            slot = slot_of(value)
+            if slot is not None:
+                inputs.append((place, key, slot))
+                place[key] = None
+        elif isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+            place[key] = take_slots_out(list(value), inputs, slot_of)
+    return place

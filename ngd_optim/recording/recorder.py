@@ -5,122 +5,75 @@ the same for every product at a point. The recording keeps the aten operations t
 vector; everything else is a constant.
 """
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngd_optim.recording.aten import facts, find_written, tensors_of
-from ngd_optim.recording.passes import optimise
-from ngd_optim.recording.program import (
-    CannotReplayError,
-    Meta,
-    Operation,
-    find_last_uses,
-    remove_dead_code,
-    run,
-)
+from ngd_optim.aten import facts, find_written, tensors_of
+from ngd_optim.recording.forward import ForwardRecorder
+from ngd_optim.recording.program import CannotReplayError, Meta, Operation, take_slots_out
+from ngd_optim.recording.renewal import Origins, Renewal, Trace
+from ngd_optim.recording.replay import Plan, Recording
 from ngd_optim.torch_internals import DispatchMode, materialize
+
+logger = logging.getLogger("ngd_optim")
+
+Function = Callable[[Tensor], Tensor]
 
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
-class Recording:
-    """``v ↦ function(v)`` for a linear function of a flat vector, as a program that :func:`record` has noted.
-
-    It runs without the function's code, without autograd and without the primal pass.
-
-    Args:
-        recorder: has seen the function.
-        result: what the function gave.
-        optimises: make the program shorter; else :meth:`multiply` can replay it.
-
-    Attributes:
-        length: how many operations a replay takes.
-        bytes: how much they compute.
-    """
-
-    def __init__(self, recorder: "Recorder", result: Tensor, *, optimises: bool) -> None:
-        metas = recorder.metas
-        self._output = recorder.slot_of(result)
-        self._views, self._program, self._last_uses = [], [], ([], [])
-        if self._output is not None:
-            if optimises:
-                self._views, self._program = optimise(recorder.program, metas, self._output)
-            else:
-                self._program = remove_dead_code(
-                    recorder.program, [self._output], lambda slot: metas[slot].memory
-                )
-            last_uses = find_last_uses([*self._views, *self._program], [self._output])
-            self._last_uses = last_uses[: len(self._views)], last_uses[len(self._views) :]
-        self._values: list[Any] = [None] * len(metas)
-        self.length = len(self._program)
-        computed = [op for op in self._program if not facts(op.function).shares_memory]
-        self.bytes = sum(metas[slot].bytes for op in computed for _, slot in op.outputs)
-        self._seen: tuple[Tensor | None, int] = (None, 0)
-        self._zero = torch.zeros_like(result) if self._output is None else None
-
-    @torch.no_grad()
-    def __call__(self, v: Tensor) -> Tensor:
-        """The function's value at another vector.
-
-        If the same tensor object is passed again (CG updates it in place), its views are reused.
-        """
-        if self._output is None:
-            assert self._zero is not None
-            return self._zero.clone()  # linear, and the same for every vector
-        if self._seen[0] is not v or self._seen[1] != v.data_ptr():
-            self._seen = v, v.data_ptr()
-            self._values[0] = v
-            run(self._views, self._last_uses[0], self._values)
-        # Slots of constants and of the vector's views; the program fills the others.
-        values = self._values.copy()
-        run(self._program, self._last_uses[1], values)
-        return values[self._output]
-
-    @torch.no_grad()
-    def multiply(self, rows: Tensor) -> Tensor:
-        """The values at several vectors, as rows, by one run of the program with a dimension more.
-
-        The program must be as it was recorded: what is optimised writes where it knows the layout.
-
-        Raises:
-            RuntimeError: ``torch.vmap`` does not know an operation.
-        """
-        output = self._output
-        if output is None:
-            assert self._zero is not None
-            return self._zero.expand(len(rows), -1).clone()
-
-        def replay(v: Tensor) -> Tensor:
-            values: list[Any] = [v, *[None] * (len(self._values) - 1)]
-            run(self._program, self._last_uses[1], values)
-            return values[output]
-
-        return torch.vmap(replay)(rows)
-
-
-def record(
-    function: Callable[[Tensor], Tensor], v: Tensor, *, optimises: bool = True
-) -> tuple[Tensor, Recording]:
+def record(function: Function, v: Tensor, *, optimises: bool = True) -> tuple[Tensor, Recording]:
     """``function(v)``, and what replays the function on other vectors.
 
     Args:
         function: linear; everything that it uses beside the vector must stay as it is while the
             recording is used.
         v: the vector that it is recorded on.
-        optimises: as for :class:`Recording`.
+        optimises: make the program shorter; else :meth:`Recording.multiply` can replay it.
 
     Raises:
         CannotReplayError: an operation on the vector is random, writes to other memory or reads the
             vector's values.
     """
+    result, recording, _ = record_from(None, function, v, optimises=optimises)
+    return result, recording
+
+
+def record_from(
+    trace: Trace | None, function: Function, v: Tensor, *, optimises: bool = True
+) -> tuple[Tensor, Recording, Renewal | None]:
+    """The same, and what renews the recording.
+
+    Args:
+        trace: the run of a closure that the function comes from; None: it cannot be renewed.
+        function: as in :func:`record`.
+        v: likewise.
+        optimises: likewise.
+    """
     v = v.detach()
-    recorder = Recorder(v)
+    origins = None if trace is None else Origins(trace)
+    recorder = Recorder(v, origins)
     with torch.no_grad(), recorder:
         result = function(v)
-    return result, Recording(recorder, result, optimises=optimises)
+    constants: list[Tensor] = []
+    zeros: list[Tensor] = []
+    output = recorder.slot_of(result)
+    plan = Plan(
+        recorder.program,
+        recorder.metas,
+        output,
+        result,
+        constants,
+        zeros,
+        optimises=optimises,
+    )
+    renewal = None if origins is None else origins.finish(constants, zeros)
+    return result, Recording(plan, constants), renewal
 
 
 class Recorder(DispatchMode):
@@ -129,10 +82,15 @@ class Recorder(DispatchMode):
     It holds none of them: they are freed as they would be without a recording. What it notes of
     tensors and storages are attributes of theirs, because dictionaries of weak references take
     longer than the operations.
+
+    Args:
+        v: that tensor.
+        origins: is told of the other operations.
     """
 
-    def __init__(self, v: Tensor) -> None:
+    def __init__(self, v: Tensor, origins: Origins | None = None) -> None:
         super().__init__()
+        self._origins = origins
         self._mark = object()
         self._memories = 0
         self.program: list[Operation] = []
@@ -154,7 +112,10 @@ class Recorder(DispatchMode):
         own_kwargs = take_slots_out(dict(kwargs), inputs, self.slot_of) if kwargs else {}
         # It does not depend on the vector: its result is a constant of the program.
         if not inputs:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self._origins is not None:
+                self._origins.note(func, fact, args, kwargs, result)
+            return result
         # Autograd detaches what it saves; the alias is the same value, hence the same slot.
         if func in _ALIASES:
             result = func(*args, **kwargs)
@@ -205,22 +166,101 @@ class Recorder(DispatchMode):
         return number if mark is self._mark else None
 
 
-def take_slots_out(
-    place: Any, inputs: list[tuple[Any, Any, int]], slot_of: Callable[[Tensor], int | None]
-) -> Any:
-    """Nested arguments, with None where a tensor has a slot; such places are added to ``inputs``.
+_MOST_KEPT = 4
+"""So many recordings are kept, and so many made in vain before no more are."""
 
-    Args:
-        place: a list or dict of arguments; it is changed. Lists of tensors in it are copied.
-        inputs: places, as in :class:`Operation`.
-        slot_of: tells the slot of a tensor, or None.
+
+class KeptRecordings:
+    """Recorded products of a closure, from earlier steps, without what they read.
+
+    A step whose closure does what it did before takes from its own run what the product reads, and
+    records nothing. That was seen to be right once: where a product was recorded for the second time,
+    what the first recording would have taken was bit for bit what the second one read.
     """
-    for key, value in list(place.items()) if isinstance(place, dict) else enumerate(place):
-        if isinstance(value, Tensor):
-            slot = slot_of(value)
-            if slot is not None:
-                inputs.append((place, key, slot))
-                place[key] = None
-        elif isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
-            place[key] = take_slots_out(list(value), inputs, slot_of)
-    return place
+
+    def __init__(self) -> None:
+        self._kept: list[_Kept] = []
+        self._left = _MOST_KEPT
+        self._steps = 0
+
+    def form(
+        self,
+        recorder: ForwardRecorder,
+        about: Any,
+        make: Callable[[], Function],
+        v: Tensor,
+        *,
+        captures: bool = False,
+    ) -> tuple[Tensor, Recording]:
+        """The product with ``v``, and the recording, renewed or made.
+
+        Args:
+            recorder: has seen the closure's run in this step.
+            about: what tells, beside the operations of the run, which product it is: tensors, numbers
+                and objects that hold them; None: that is not known.
+            make: gives the product itself.
+            v: a vector.
+            captures: see :class:`Recording`.
+        """
+        self._steps += 1
+        # Of what is seen once, nothing need be kept.
+        follows = about is not None and self._left and self._steps > 1
+        trace = recorder.trace(about) if follows else None
+        kept = None
+        if trace is not None:
+            kept = next((k for k in self._kept if k.signature == trace.signature), None)
+        if kept is not None and kept.is_right:
+            renewed = kept.renew(trace, captures=captures)
+            if renewed is not None:
+                return renewed(v), renewed
+        # What makes the product is a part of what renews it.
+        function = make() if trace is None else lambda u: make()(u)
+        image, recording, renewal = record_from(trace, function, v.contiguous())
+        recording = Recording(recording.plan, recording.constants, captures=captures)
+        if trace is not None:
+            self._learn(kept, trace, recording, renewal)
+        # A replay rounds otherwise than what it was recorded from, and a run that is resumed records
+        # where the one that went on does not.
+        return image if about is None else recording(v), recording
+
+    def _learn(
+        self, kept: "_Kept | None", trace: Trace, recording: Recording, renewal: Renewal | None
+    ) -> None:
+        if kept is not None and not kept.is_right:
+            kept.is_right = kept.agrees(trace, recording)
+            if kept.is_right:
+                self._left = _MOST_KEPT
+                return
+        if kept is not None:  # it was not right, or is so no longer
+            self._kept.remove(kept)
+        self._left -= 1
+        if renewal is None or not self._left:
+            self._left, self._kept = 0, []
+            logger.debug("products are recorded anew at each step")
+            return
+        new = _Kept(trace.signature, recording.plan, renewal)
+        self._kept = [*self._kept[1 - _MOST_KEPT :], new]
+
+
+@dataclass
+class _Kept:
+    """One of them, and whether it was compared with another."""
+
+    signature: Any
+    plan: Plan
+    renewal: Renewal
+    is_right: bool = False
+
+    def renew(self, trace: Trace, *, captures: bool = False) -> Recording | None:
+        """The product of another run; None: it cannot be had."""
+        constants = self.renewal(trace)
+        return None if constants is None else Recording(self.plan, constants, captures=captures)
+
+    def agrees(self, trace: Trace, recording: Recording) -> bool:
+        """Whether renewing gives, bit for bit, what was recorded of the same run."""
+        renewed = self.renew(trace)
+        return (
+            renewed is not None
+            and self.plan.computes_like(recording.plan)
+            and all(map(torch.equal, renewed.constants, recording.constants))
+        )

@@ -18,7 +18,7 @@ from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.kernels import AUTOCAST_KINDS
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import WRITES_PARAMETERS, ForwardRecorder
+from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
@@ -141,7 +141,7 @@ class TracedClosure:
         self.recomputes = mode.recomputes
         self.writes_parameters = self._places() != places
         if self.writes_parameters:
-            recorder.fail(WRITES_PARAMETERS)
+            recorder.note_written_parameters()
         accumulation.adopt(traced.loss)
         self.leaves_gradients = bool(accumulation.roots)
         self._gradients_before = accumulation.finish()

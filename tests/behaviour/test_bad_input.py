@@ -16,6 +16,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from ngd_optim import Diagonal, NaturalCG, Nystrom, least_squares, linearize, plot_history
 
 SETTINGS = [
+    ({"cuda_graphs": "yes"}, "cuda_graphs must be True or False, got 'yes'"),
     ({"lr": -0.1}, "lr must be a finite number, at least 0, got -0.1"),
     ({"lr": math.inf}, "lr must be a finite number, at least 0, got inf"),
     ({"lr": math.nan}, "lr must be a finite number, at least 0, got nan"),

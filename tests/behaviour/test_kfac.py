@@ -622,7 +622,7 @@ def test_models(name):
         y = torch.arange(len(x)) % CLASSES
         optimizer = KFAC([p for p in model.parameters() if p.requires_grad])
         losses = []
-        for _ in range(12):
+        for _ in range(16):
             optimizer.zero_grad()
             if way == "watch":
                 with optimizer.watch():

@@ -9,7 +9,7 @@ from helpers.metrics import output_metric_of
 from helpers.problems import assert_near, flatten, real, seeded
 from torch import nn
 
-from ngd_optim import KFAC, NaturalCG
+from ngd_optim import KFAC, NaturalCG, stream
 from ngd_optim.kronecker import estimate
 from ngd_optim.kronecker.sampling import draw
 
@@ -144,6 +144,7 @@ CASES = {
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
     monkeypatch.setattr(estimate, "_MOST_SKIPPED", 1)  # all rows count
+    monkeypatch.setattr(stream, "_DECREMENTS", 2)
     make, loss = CASES[name]
     torch.manual_seed(0)
     model = make().double()
@@ -159,6 +160,7 @@ def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
         weight_decay=decay,
     )
     m, radius, last, last_slope = 0.0, optimizer.param_groups[0]["radius"], None, None
+    decrement = None
     for t, x in enumerate(batches):
         closure = lambda x=x: loss(model(x))  # noqa: E731
         g = flatten(torch.autograd.grad(closure(), list(model.parameters())))
@@ -166,12 +168,15 @@ def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
         m = 0.8 * m + 0.2 * g
         mean = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g
         solution = dense.solve(mean)
+        now = (mean @ solution).item()
+        average = now if last is None else (decrement + now) / 2  # of about two
         if last is not None:
+            radius *= min(1, average / decrement)
             slope = g @ last / abs(last_slope)
-            radius *= 2 ** (0.2 * 0.7 * (0.1 - slope).clamp(-1, 1).item())
+            radius *= 2 ** (0.2 * 0.7 * (0.25 * 0.7 - slope).clamp(-1, 1).item())
         d = -0.7 * math.sqrt(2 * radius / (mean @ solution).item()) * solution
         expected = (1 - 0.7 * decay) * flatten(model.parameters()) + d
-        last, last_slope = d, mean @ d
+        last, last_slope, decrement = d, mean @ d, average
         optimizer.step(closure)
         assert_near(flatten(model.parameters()), expected, 1e-9)
         assert optimizer.param_groups[0]["radius"] == pytest.approx(radius, rel=1e-9)

@@ -22,5 +22,12 @@ def product_by(
     graph = Graph(TracedClosure(closure, parameters), parameters, "ggn")
     checked = Checked((way,))
     return ClosureProduct(
-        graph, parameters, checked, ALONE, lambda ways: None, lambda: checked, keep_graph=keep_graph
+        graph,
+        parameters,
+        checked,
+        ALONE,
+        lambda ways: None,
+        lambda: checked,
+        keep_graph=keep_graph,
+        captures=False,
     )

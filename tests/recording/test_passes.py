@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ngd_optim.recording import passes, record
+from ngd_optim.recording import replay as replaying
 
 A, B = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
 PASSES = {
@@ -68,6 +69,7 @@ class Counted(TorchDispatchMode):
 
 def replay(function, monkeypatch, without=()):
     """The result for a vector, and the operations of a replay on a vector that comes again."""
+    monkeypatch.setattr(replaying, "_HELD", 0)  # else views are made once, and so is memory
     for name in without:
         monkeypatch.setattr(passes, name, PASSES[name])
     _, recording = record(function, torch.randn(9).double())

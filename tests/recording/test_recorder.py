@@ -314,10 +314,9 @@ def test_a_replay_does_what_the_mathematics_asks_for():
     with Counted():
         point.curvature(v)
     products = {"addmm": 2 * 3 - 1, "mm": 2 * 3 - 1}
-    # A transposition for each weight's gradient, and the gradients as pieces of one vector.
-    views = {"as_strided": 3 + 2 * 3}
+    # Nothing that only looks at memory.
     rest = {"tanh_backward": 2 * 2, "mul": 1, "sum": 3, "_log_softmax_backward_data": 1, "cat": 1}
-    assert calls == products | views | rest
+    assert calls == products | rest
 
 
 class TestOperationCounts:

@@ -1,5 +1,6 @@
 """Properties of aten operations."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -113,3 +114,18 @@ def tensors_of(result: Any) -> list[tuple[int | None, Tensor]]:
     if isinstance(result, (list, tuple)):
         return [(index, value) for index, value in enumerate(result) if isinstance(value, Tensor)]
     return []
+
+
+@cache
+def find_out_variant(function: Any) -> tuple[Any, str] | None:
+    """The overload that writes its result to a given tensor, and that argument's name."""
+    # mul.Tensor(self, other) has mul.out(self, other, *, out): same arguments and one more.
+    packet = function.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in schema_of(function).arguments]
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        arguments = schema_of(overload).arguments
+        outs = [a.name for a in arguments if a.is_out]
+        if len(outs) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+            return overload, outs[0]
+    return None
