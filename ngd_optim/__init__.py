@@ -9,10 +9,10 @@ from ngd_optim.linalg import CGResult as CGResult  # LinearSolution's name in 0.
 from ngd_optim.linalg import LinearSolution, LinearSolutions, conjugate_gradient
 from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
+from ngd_optim.own_losses import least_squares
 from ngd_optim.plotting import plot_history
 from ngd_optim.preconditioners import Diagonal, Nystrom
 from ngd_optim.report import KFACReport, StepReport
-from ngd_optim.tracing import least_squares
 
 __all__ = [
     "KFAC",

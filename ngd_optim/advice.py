@@ -29,9 +29,8 @@ class Advice:
 
     def _on_streams(self, report: StepReport, point: Point) -> "Advice":
         """Which optimizer is made for a stream of batches."""
-        is_on_stream = (
-            not math.isnan(report.new_slope) and point.kind == "ggn" and not point.is_least_squares
-        )
+        has_own_batches = not (point.is_least_squares or point.is_estimated)
+        is_on_stream = not math.isnan(report.new_slope) and point.kind == "ggn" and has_own_batches
         if not is_on_stream:
             return replace(self, on_stream=0)
         if self.on_stream + 1 < _STREAM or self.has_told_of_streams:

@@ -1,5 +1,6 @@
 """Parameters as one flat vector, and back."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,8 @@ class FlatParameters:
             if p.is_complex():
                 raise TypeError(
                     f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
-                    "parts"
+                    "parts: a Parameter whose last dimension is (real, imaginary), torch.view_as_real(p), and "
+                    "read it by torch.view_as_complex"
                 )
             if p.dtype is torch.float16:
                 raise TypeError(
@@ -65,6 +67,12 @@ class FlatParameters:
                 "for both"
             )
         self._sizes = [p.numel() for p in self.tensors]
+        starts = itertools.accumulate(self._sizes, initial=0)
+        self._odd_pairs = [
+            i
+            for i, (p, start) in enumerate(zip(self.tensors, starts, strict=False))
+            if start % 2 and p.ndim and p.shape[-1] == 2
+        ]
         self.size = sum(self._sizes)
         """How many numbers the vector has."""
 
@@ -96,8 +104,13 @@ class FlatParameters:
         return unflatten_dense(flat, self.tensors)
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees."""
+        """A flat vector → one tensor per parameter, of its shape and dtype; a view where the dtype agrees.
+
+        A copy for ``torch.view_as_complex`` where it must be one: that reads pairs at even places only.
+        """
         pieces = self.views(flat)
+        for i in self._odd_pairs:
+            pieces[i] = pieces[i].clone()
         if self._is_uniform and flat.dtype == self.dtype:
             return pieces
         return [piece.to(p.dtype) for p, piece in zip(self.tensors, pieces, strict=True)]

@@ -11,7 +11,9 @@ ROOT = Path(ngd_optim.__file__).parent
 # From the ground up: a room may import what stands before it.
 ROOMS = [
     "linalg",
+    "operators",
     "recording",
+    "own_losses",
     "tracing",
     "curvature",
     "jacobian",

@@ -30,7 +30,7 @@ from ngd_optim.curvature.kl_checks import (
 from ngd_optim.curvature.roots import powers_of_hessian
 from ngd_optim.curvature.vector_products import Map, hessian, pull_back
 from ngd_optim.names import Curvature, Kind
-from ngd_optim.tracing import Evaluation, LossCall
+from ngd_optim.tracing import Evaluation
 
 Tensors = Sequence[Tensor]
 
@@ -329,7 +329,7 @@ def _gap(bend: Tensor, h: Tensor) -> Tensor:
 
 
 def _bends_of_losses(
-    rounded: Tensor, true: Tensor, used: Sequence[tuple[LossCall, Tensor]]
+    rounded: Tensor, true: Tensor, used: Sequence[tuple[Any, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
     """:attr:`OutputMetric.bends` at the outputs of recognised losses that have kinks."""
     kinked = [call for call, _ in used if call.loss.has_kinks]

@@ -209,7 +209,13 @@ def check_closure(
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     motion = ranks.together(lambda: find_motion(graph, gradient, parameters, eps))
     graph.replays, graph.is_repeatable = ranks.all(motion.replays), motion.is_repeatable
-    if motion.problem is not None:
+    if traced.is_estimated and not motion.replays:
+        raise RuntimeError(
+            "an energy at trial points needs the closure's recording, and there is none, because "
+            f"{graph.problem or 'it reads numbers that depend on the parameters'}; draw the samples "
+            "before the step, and compute in the closure with torch alone"
+        )
+    if motion.problem is not None and not traced.is_estimated:
         logger.warning(
             "the loss does not move as its gradient says: %s. Likely causes: a straight-through "
             "estimator, weights that are projected or renormalised in forward, hooks on gradients, "

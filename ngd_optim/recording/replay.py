@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ngd_optim.aten import facts, find_out_variant
 from ngd_optim.recording.passes import optimise
-from ngd_optim.recording.program import Meta, Operation, find_last_uses, run
+from ngd_optim.recording.program import Meta, Operation, find_last_uses, remove_dead_code, run
 
 logger = logging.getLogger("ngd_optim")
 
@@ -44,6 +44,7 @@ class Plan:
         result: what it gave.
         constants: is filled with what the program reads beside the vector.
         zeros: is filled with what it would read, if that were not zero.
+        optimises: make the program shorter; it then writes where it knows the layout.
 
     Attributes:
         length: how many operations a replay takes.
@@ -61,13 +62,17 @@ class Plan:
         result: Tensor,
         constants: list[Tensor],
         zeros: list[Tensor],
+        *,
+        optimises: bool = True,
     ) -> None:
         self.output = output
         self.views: list[Operation] = []
         self.program: list[Operation] = []
         self.zero = torch.zeros_like(result) if output is None else None
-        if output is not None:
+        if output is not None and optimises:
             self.views, self.program = optimise(program, metas, output, zeros)
+        elif output is not None:
+            self.program = remove_dead_code(program, [output], lambda slot: metas[slot].memory)
         self.size = len(metas)
         self.layout: Layout | None = None
         self.captured: CapturedCalls | None = None
@@ -126,6 +131,26 @@ class Recording:
         self._values: list[Any] = [None] * plan.size + list(constants)
         self._seen: tuple[Tensor | None, int] = (None, 0)
         self._calls: FixedCalls | None = None
+
+    @torch.no_grad()
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The values at several vectors, as rows, by one run of a program that is not optimised.
+
+        Raises:
+            RuntimeError: ``torch.vmap`` does not know an operation.
+        """
+        plan, output = self.plan, self.plan.output
+        if output is None:
+            assert plan.zero is not None
+            return plan.zero.expand(len(rows), -1).clone()
+
+        def replay(v: Tensor) -> Tensor:
+            values = self._values.copy()
+            values[0] = v
+            run(plan.program, plan.last_uses[1], values)
+            return values[output]
+
+        return torch.vmap(replay)(rows)
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:

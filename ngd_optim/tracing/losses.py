@@ -22,9 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ngd_optim.own_losses import (
+    RobustLoss,
+    least_squares,
+    robust_weight,
+    sample_shares,
+    variational_energy,
+    weights_of,
+)
 from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.kinks import irls_parabola
-from ngd_optim.tracing.least_squares import RobustLoss, least_squares, robust_weight, weights_of
 
 
 class Call(NamedTuple):
@@ -45,6 +52,8 @@ class Loss:
         has_kinks: whether it has.
         rewrite: ``(*args, **kwargs) ↦`` the call of another recognised loss that is the same, with
             the outputs that this one computes from its arguments.
+        is_estimate: whether its gradient is that of its mean over samples, and trial points need
+            the closure's recording, which knows where the samples were drawn.
     """
 
     def __init__(
@@ -53,8 +62,10 @@ class Loss:
         replace_hessian: Callable[..., Tensor] | None = None,
         has_kinks: bool = False,
         rewrite: Callable[..., Call] | None = None,
+        is_estimate: bool = False,
     ) -> None:
         self.outputs = outputs
+        self.is_estimate = is_estimate
         self.replace_hessian = replace_hessian
         self.has_kinks = has_kinks
         self.rewrite = rewrite
@@ -81,7 +92,9 @@ def _replace_hessian(
     # Hessian of the last sum.
     result = loss.detach()
     for z, g in zip(variables, gradients, strict=True):
-        result = result + _sum_to(g * _change(z), loss, sample_dims)
+        # A complex output is two real ones: ∂L/∂Re z · Re Δz + ∂L/∂Im z · Im Δz.
+        term = (g.conj() * _change(z)).real if z.is_complex() else g * _change(z)
+        result = result + _sum_to(term, loss, sample_dims)
     return _add_hessian(result, metric, sample_dims)
 
 
@@ -399,6 +412,14 @@ def _sum_of_hinges(
     return _reduce(per_sample, reduction)
 
 
+def _energy(loss: Tensor, *, log_psi: Tensor, weights: Tensor | None, **_: Any) -> Tensor:
+    # 2 Re cov(∂log ψ): of log ψ less its mean, in both its parts.
+    share = sample_shares(log_psi, weights)
+    u = log_psi - (share * log_psi).sum()
+    parts = [u.real, u.imag] if u.is_complex() else [u]
+    return _replace_hessian(loss, [log_psi], [(part, 2 * share, 0.0) for part in parts])
+
+
 def _reduce(per_sample: Tensor, reduction: str) -> Tensor:
     reduced = {"mean": per_sample.mean, "sum": per_sample.sum, "batchmean": per_sample.sum}.get(
         reduction
@@ -521,6 +542,7 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.triplet_margin_loss: Loss(rewrite=_triplet),
     F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
     least_squares: Loss("residuals", replace_hessian=_least_squares),
+    variational_energy: Loss("log_psi", replace_hessian=_energy, is_estimate=True),
 }
 """The recognised loss functions."""
 
@@ -571,6 +593,9 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
         if isinstance(z, tuple):
             call.arguments[name] = tuple(_alias(part) for part in z)
             outputs += call.arguments[name]
+        elif isinstance(z, Tensor) and z.is_complex():  # its real and imaginary parts
+            outputs.append(torch.view_as_real(z.resolve_conj()))
+            call.arguments[name] = torch.view_as_complex(outputs[-1])
         elif isinstance(z, Tensor):
             call.arguments[name] = _alias(z)
             outputs.append(call.arguments[name])

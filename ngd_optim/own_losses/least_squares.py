@@ -132,7 +132,9 @@ def _check(
     for r in residuals:
         if not isinstance(r, Tensor) or not r.is_floating_point():
             kind = r.dtype if isinstance(r, Tensor) else type(r).__name__
-            raise TypeError(f"residuals must be real floating-point tensors, got {kind}")
+            is_complex = isinstance(r, Tensor) and r.is_complex()
+            way_out = "; use torch.view_as_real(r)" if is_complex else ""
+            raise TypeError(f"residuals must be real floating-point tensors, got {kind}{way_out}")
         if not r.numel():
             raise ValueError(f"residuals must not be empty, got one of shape {tuple(r.shape)}")
     if not isinstance(loss, str) or loss not in get_args(RobustLoss):
