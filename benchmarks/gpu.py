@@ -229,13 +229,20 @@ def measure_steps(device: torch.device, seconds: float) -> Result:
             break
         model, closure = prepare(name, device)
         params = list(model.parameters())
-        optimizer = NaturalCG(params, max_cg_iters=10, cg_progress_tol=0.0)
-        optimizer.step(closure)  # checks the closure
+        settings = {"max_cg_iters": 10, "cg_progress_tol": 0.0}
+        optimizer = NaturalCG(params, **settings)
+        by_graphs = NaturalCG(params, cuda_graphs=True, **settings)
+        for _ in range(4):  # the first one checks the closure, the last one renews its products
+            optimizer.step(closure)
+            by_graphs.step(closure)
         gradient = partial(lambda c, p: torch.autograd.grad(c(), p), closure, params)
         found[name] = {
             "gradient": milliseconds(gradient, device, 5),
             "step of ten products": milliseconds(
                 lambda o=optimizer, c=closure: o.step(c), device, 5
+            ),
+            "the same by CUDA graphs": milliseconds(
+                lambda o=by_graphs, c=closure: o.step(c), device, 5
             ),
             "launches of a step": count_launches(lambda o=optimizer, c=closure: o.step(c), device),
             "memory of a step": peak_memory(lambda o=optimizer, c=closure: o.step(c), device),

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ngd_optim import NaturalCG, least_squares, linearize
+from ngd_optim import Covariance, NaturalCG, estimate_covariance, least_squares
 
 MOBILITY = """
     80.574 84.248 87.264 87.195 89.076 89.608 89.868 90.101 92.405 95.854 100.696 101.060 401.672 390.724
@@ -69,41 +69,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     x, y = numbers(LOG_DENSITY), numbers(MOBILITY)
     b = nn.Parameter(torch.tensor(START, dtype=torch.float64))
-    optimizer = NaturalCG([b])
+    optimizer = NaturalCG([b], ftol=1e-12)
 
     def closure() -> Tensor:
         return least_squares(model(b, x) - y)
 
     steps = 0
-    while optimizer.last_step is None or optimizer.last_step.accepted:
+    while not optimizer.converged:
         optimizer.step(closure)
         steps += 1
 
-    point = linearize(closure, [b])  # loss ½ mean(r²), curvature JᵀJ / N
-    degrees = len(y) - len(b)
-    variance = 2 * point.loss * len(y) / degrees
-    information = (
-        len(y)
-        / variance
-        * torch.stack([point.curvature(unit) for unit in torch.eye(len(b)).double()])
+    found = estimate_covariance(closure, [b])
+    errors = found.standard_errors
+    print(
+        f"{steps} steps, residual standard deviation {found.variance.sqrt():.6g} (NIST: 13.714600)\n"
     )
-    covariance = torch.linalg.inv(information)
-    errors = covariance.diagonal().sqrt()
-    print(f"{steps} steps, residual standard deviation {variance.sqrt():.6g} (NIST: 13.714600)\n")
     print("     parameter ± standard error          NIST's")
     for i, (value, error) in enumerate(zip(b.tolist(), errors.tolist(), strict=True)):
         print(
             f"b{i + 1}  {value:12.7g} ± {error:<12.6g}  {CERTIFIED[i]:14.8g} ± {CERTIFIED_ERRORS[i]:.6g}"
         )
-    draw(b.detach(), covariance, x, y, args.figure)
+    draw(b.detach(), found, x, y, args.figure)
     print(args.figure)
 
 
-def draw(b: Tensor, covariance: Tensor, x: Tensor, y: Tensor, path: Path) -> None:
+def draw(b: Tensor, found: Covariance, x: Tensor, y: Tensor, path: Path) -> None:
     """Data and fit; residuals with the band of two standard errors; correlations of the parameters."""
     line = torch.linspace(x.min().item() - 0.1, x.max().item() + 0.1, 400, dtype=torch.float64)
     J = torch.func.jacrev(model)(b, line)
-    band = 2 * torch.einsum("ij,jk,ik->i", J, covariance, J).sqrt()
+    band = 2 * torch.einsum("ij,jk,ik->i", J, found.matrix, J).sqrt()
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.plot(x, y, "o", markersize=4, color="tab:orange", label="data")
@@ -124,8 +118,7 @@ def draw(b: Tensor, covariance: Tensor, x: Tensor, y: Tensor, path: Path) -> Non
     middle.set(xlabel="log₁₀ electron density", title="what is left")
     middle.set_ylim(-50, 70)
     middle.legend(frameon=False)
-    scale = covariance.diagonal().rsqrt()
-    image = right.imshow(scale.unsqueeze(1) * covariance * scale, vmin=-1, vmax=1, cmap="RdBu_r")
+    image = right.imshow(found.correlation, vmin=-1, vmax=1, cmap="RdBu_r")
     names = [f"b{i + 1}" for i in range(len(b))]
     right.set(title="correlation of the parameters")
     right.set_xticks(range(len(b)), names)

@@ -68,7 +68,8 @@ def curvature(model: nn.Module, data: Data, *, eigenvalues: bool) -> KroneckerCu
             for inputs, labels in zip(*(part.split(BATCH) for part in data), strict=True):
                 yield (lambda a=inputs, b=labels: F.cross_entropy(model(a), b)), len(inputs)
 
-    return kronecker_factors(Loader(), model.named_parameters(), eigenvalues=eigenvalues)
+    mean = kronecker_factors(Loader(), model.named_parameters(), eigenvalues=eigenvalues)
+    return mean.scale(len(data[0]))
 
 
 def choose_by_evidence(curvature: KroneckerCurvature, theta: Tensor) -> float:

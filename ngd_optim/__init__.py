@@ -3,18 +3,20 @@
 import sys
 
 from ngd_optim import linalg, preconditioners
+from ngd_optim.covariance import Covariance, estimate_covariance
 from ngd_optim.kfac import KFAC
 from ngd_optim.linalg import CGResult as CGResult  # LinearSolution's name in 0.1.0
 from ngd_optim.linalg import LinearSolution, LinearSolutions, conjugate_gradient
 from ngd_optim.linearization import Linearization, linearize
 from ngd_optim.optimizer import NaturalCG
+from ngd_optim.own_losses import least_squares
 from ngd_optim.plotting import plot_history
 from ngd_optim.preconditioners import Diagonal, Nystrom
 from ngd_optim.report import KFACReport, StepReport
-from ngd_optim.tracing import least_squares
 
 __all__ = [
     "KFAC",
+    "Covariance",
     "Diagonal",
     "KFACReport",
     "LinearSolution",
@@ -24,6 +26,7 @@ __all__ = [
     "Nystrom",
     "StepReport",
     "conjugate_gradient",
+    "estimate_covariance",
     "least_squares",
     "linearize",
     "plot_history",

@@ -29,9 +29,8 @@ class Advice:
 
     def _on_streams(self, report: StepReport, point: Point) -> "Advice":
         """Which optimizer is made for a stream of batches."""
-        is_on_stream = (
-            not math.isnan(report.new_slope) and point.kind == "ggn" and not point.is_least_squares
-        )
+        has_own_batches = not (point.is_least_squares or point.is_estimated)
+        is_on_stream = not math.isnan(report.new_slope) and point.kind == "ggn" and has_own_batches
         if not is_on_stream:
             return replace(self, on_stream=0)
         if self.on_stream + 1 < _STREAM or self.has_told_of_streams:
@@ -48,7 +47,7 @@ class Advice:
         """Where the damping, which has the loss's unit, makes steps too short to be judged."""
         # A step that is undone, as if its data had not been there, shows nothing.
         is_unjudged = math.isnan(report.reduction_ratio) and not outcome.trial.forgets
-        if self.has_told_of_damping or not is_unjudged:
+        if self.has_told_of_damping or report.converged or not is_unjudged:
             return self
         if not outcome.is_held_by_damping(point.rounding):
             return self

@@ -135,6 +135,12 @@ class NaturalCG(Followed):
             residuals' second derivative along them (geodesic acceleration: Transtrum & Sethna
             2012), at one more run of the closure. Where they bend too much, the system is solved
             again with more damping.
+        xtol: a step has ``converged`` if it is at most ``xtol (xtol + ‖θ‖)`` long. These three are
+            as in ``scipy.optimize.least_squares``; they change no step, only what
+            :attr:`converged` and ``last_step`` say of it.
+        ftol: also if the loss falls by at most ``ftol`` times the loss, or by no more than its
+            rounding, and as promised (a reduction ratio above 1/4).
+        gtol: also if ``‖g‖∞ ≤ gtol``, in the unit of the loss ÷ that of the parameters.
         cuda_graphs: replay curvature products by CUDA graphs: one launch for each. They hold what a
             product reads and computes from step to step. Where that cannot be, the log says why, and
             products are as without. It has not been run on a GPU yet.
@@ -200,6 +206,9 @@ class NaturalCG(Followed):
         damping_scale: DampingScale = "auto",
         momentum: float = 0.0,
         geodesic: bool = True,
+        xtol: float = 1e-8,
+        ftol: float = 1e-8,
+        gtol: float = 0.0,
         cuda_graphs: bool = False,
         generator: torch.Generator | None = None,
         process_group: Any = None,
@@ -513,6 +522,8 @@ class NaturalCG(Followed):
         report = build_report(
             point,
             outcome,
+            settings,
+            theta,
             max_kl=max_kl,
             new_slope=new_slope,
             solver=solver.name,
@@ -540,6 +551,11 @@ class NaturalCG(Followed):
         complete_state(self.state, parameters, settings)
         self._has_met = True
         return point.loss
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last step met a tolerance (``xtol``, ``ftol``, ``gtol``); False before the first step."""
+        return self.last_step is not None and self.last_step.converged
 
     @property
     def _everything(self) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Parameters as one flat vector, and back."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -59,7 +60,8 @@ class FlatParameters:
             if p.is_complex():
                 raise TypeError(
                     f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
-                    "parts"
+                    "parts: a Parameter whose last dimension is (real, imaginary), torch.view_as_real(p), and "
+                    "read it by torch.view_as_complex"
                 )
             if p.dtype is torch.float16:
                 raise TypeError(
@@ -81,6 +83,12 @@ class FlatParameters:
         self._weight_of = weight_of
         self._is_spread = any(map(is_spread, self.params))
         self._sizes = [p.numel() for p in self.params]
+        starts = itertools.accumulate(self._sizes, initial=0)
+        self._odd_pairs = [
+            i
+            for i, (p, start) in enumerate(zip(self.params, starts, strict=False))
+            if start % 2 and p.ndim and p.shape[-1] == 2
+        ]
         self.size = sum(self._sizes)
         """How many numbers the vector has."""
 
@@ -131,8 +139,13 @@ class FlatParameters:
         return unflatten_dense(flat, self.tensors)
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """A flat vector → one tensor per weight, of its shape and dtype; a view where the dtype agrees."""
+        """A flat vector → one tensor per weight, of its shape and dtype; a view where the dtype agrees.
+
+        A copy for ``torch.view_as_complex`` where it must be one: that reads pairs at even places only.
+        """
         pieces = self.views(flat)
+        for i in self._odd_pairs:
+            pieces[i] = pieces[i].clone()
         if not self._converts and flat.dtype == self.dtype:
             return pieces
         return [

@@ -3,8 +3,12 @@
 import math
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
+from ngd_optim.convergence import find_convergence
 from ngd_optim.linearization import Point
 from ngd_optim.reading import read
+from ngd_optim.settings import Settings
 from ngd_optim.shown import html_table
 from ngd_optim.step import Outcome
 
@@ -53,6 +57,8 @@ class StepReport(Report):
         backtracks: how many trial points were turned down; with a direct solver, how often the
             system was solved again.
         accepted: whether the step was taken.
+        converged: whether it met one of the tolerances ``xtol``, ``ftol`` and ``gtol``: there is
+            nothing left to gain on these data. ``reason`` says which.
         reason: one sentence on the outcome.
         curvature: what ``F`` is: ``"fisher"``, ``"ggn"`` where a loss function was recognised, or
             ``"hessian"``.
@@ -99,6 +105,7 @@ class StepReport(Report):
     preconditioner: str
     n_forward: int
     n_product: int
+    converged: bool = False
 
     def __str__(self) -> str:
         """One line, for a log."""
@@ -154,6 +161,8 @@ class KFACReport(Report):
 def build_report(
     point: Point,
     outcome: Outcome,
+    settings: Settings,
+    theta: Tensor,
     *,
     max_kl: float | None,
     new_slope: float,
@@ -168,7 +177,17 @@ def build_report(
     loss = point.value
     gradient = model.gradient if point.bend is None else model.gradient - point.bend
     # The host waits once a step, for the report alone: the step is over.
-    grad_norm, step_norm = read(gradient.norm(), step.direction.norm())
+    grad_norm, direction_norm, largest_slope, norm = read(
+        gradient.norm(), step.direction.norm(), gradient.abs().max(), theta.norm()
+    )
+    converged = find_convergence(
+        point,
+        outcome,
+        settings,
+        largest_slope=largest_slope,
+        step_norm=(trial.fraction or 1.0) * direction_norm,
+        norm=norm,
+    )
     predicted = step.predicted_decrease(trial.fraction)
     # A ratio of two roundings says nothing.
     telling = abs(predicted) > point.rounding
@@ -176,7 +195,7 @@ def build_report(
         loss=loss,
         new_loss=trial.objective - step.decay_change(trial.fraction) if trial.accepted else loss,
         grad_norm=grad_norm,
-        step_norm=moved * step_norm if moved else 0.0,
+        step_norm=moved * direction_norm if moved else 0.0,
         kl=(step.kl(moved) if trial.kl is None else trial.kl) if moved else 0.0,
         max_kl=math.inf if max_kl is None else float(max_kl),
         predicted_decrease=predicted,
@@ -189,7 +208,8 @@ def build_report(
         step_scale=moved * step.scale if moved else 0.0,
         backtracks=trial.backtracks,
         accepted=trial.accepted,
-        reason=trial.reason,
+        converged=bool(converged),
+        reason=f"{trial.reason}; converged: {converged}" if converged else trial.reason,
         curvature=point.kind,
         solver=solver,
         backend=point.product.backend,

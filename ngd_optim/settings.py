@@ -189,6 +189,9 @@ class Settings(GroupSettings):
     geodesic: Annotated[bool, _FLAG]
     cuda_graphs: Annotated[bool, _FLAG]
     momentum: Annotated[float, _BELOW_1]
+    xtol: Annotated[float, _FINITE]
+    ftol: Annotated[float, _FINITE]
+    gtol: Annotated[float, _FINITE]
 
 
 SETTINGS = tuple(Settings.allowed())

@@ -12,7 +12,9 @@ ROOT = Path(ngd_optim.__file__).parent
 ROOMS = [
     "distributed",
     "linalg",
+    "operators",
     "recording",
+    "own_losses",
     "tracing",
     "curvature",
     "jacobian",

@@ -276,6 +276,10 @@ class Graph:
             )
             return None
         params = self._parameters.tensors
+        if (
+            program.has_functions
+        ):  # whose operations may depend on parameters that it is constant in
+            return None
         with torch.enable_grad():
             (loss,) = program(params)
             if not loss.requires_grad:

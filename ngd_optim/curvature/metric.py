@@ -30,7 +30,7 @@ from ngd_optim.curvature.kl_checks import (
 from ngd_optim.curvature.roots import powers_of_hessian
 from ngd_optim.curvature.vector_products import Map, hessian, pull_back
 from ngd_optim.names import Curvature, Kind
-from ngd_optim.tracing import Evaluation, LossCall
+from ngd_optim.tracing import Evaluation
 
 Tensors = Sequence[Tensor]
 
@@ -257,12 +257,12 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
         return None
     if not used and not evaluation.ends_in_kinks:
         return None
-    if any(call.replaces_hessian for call, _ in used):
+    own = [call.with_own_hessian(smoothing) for call, _ in used]
+    loss = evaluation.loss
+    if any(result is not call.result for result, (call, _) in zip(own, used, strict=True)):
         loss = add_scalars(
-            (weight * call.with_own_hessian(smoothing)).sum() for call, weight in used
+            (weight * result).sum() for result, (_, weight) in zip(own, used, strict=True)
         )
-    else:
-        loss = evaluation.loss
     indices = [
         i for i, z in enumerate(evaluation.outputs) if any(z is output for output in outputs)
     ]
@@ -329,7 +329,7 @@ def _gap(bend: Tensor, h: Tensor) -> Tensor:
 
 
 def _bends_of_losses(
-    rounded: Tensor, true: Tensor, used: Sequence[tuple[LossCall, Tensor]]
+    rounded: Tensor, true: Tensor, used: Sequence[tuple[Any, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
     """:attr:`OutputMetric.bends` at the outputs of recognised losses that have kinks."""
     kinked = [call for call, _ in used if call.loss.has_kinks]

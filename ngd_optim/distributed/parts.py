@@ -85,9 +85,16 @@ def _norm(group: Any, value: Tensor, p: Any = "fro", **options: Any) -> Tensor:
     return _sum(group, torch.dot(value, value)).sqrt()
 
 
+def _max(group: Any, value: Tensor) -> Tensor:
+    each = value.new_zeros(dist.get_world_size(group))
+    each[dist.get_rank(group)] = value.max()
+    return _sum(group, each).max()  # of one that is NaN, NaN
+
+
 _OF_ALL: dict[str, Callable[..., Tensor | bool]] = {
     "dot": lambda group, a, b: _sum(group, torch.dot(a, b)),
     "norm": _norm,
+    "max": _max,
     "all": _all,
     "any": lambda group, v: _sum(group, v.any().int(), dist.ReduceOp.MAX).bool(),
     "equal": lambda group, a, b: bool(_all(group, (a == b))),

@@ -53,7 +53,7 @@ class Batch:
     Args:
         metric: of the closure, with its graph.
         parameters: what the factors are for.
-        size: the curvature counts so many times.
+        size: the curvature counts so many times in the mean.
         draws: how many random vectors; None: all columns of the metric's root.
         generator: draws.
     """

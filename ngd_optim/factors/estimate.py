@@ -1,4 +1,4 @@
-"""Kronecker factors of the curvature, summed over closures.
+"""Kronecker factors of the curvature, in the mean over closures.
 
 The gradient of a weight is ``Σ l rᵀ`` over the rows of its uses (see :mod:`~ngd_optim.jacobian.layers`).
 With ``u`` at the outputs for each column of ``H_z^½``, which have ``Σ u uᵀ = H_z``:
@@ -12,6 +12,7 @@ With ``u`` at the outputs for each column of ``H_z^½``, which have ``Σ u uᵀ 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,7 +47,7 @@ def kronecker_factors(
     curvature: Curvature = "auto",
     generator: torch.Generator | None = None,
 ) -> KroneckerCurvature:
-    """The curvature as Kronecker factors of its layers, of one closure or summed over several.
+    """The curvature as Kronecker factors of its layers, of one closure or in the mean over several.
 
     Layers are found in the graph, whatever code made it: modules, functional calls, attention,
     recurrent cells, convolutions, embeddings. What is in no layer has a diagonal. The memory is that
@@ -54,9 +55,10 @@ def kronecker_factors(
 
     Args:
         closures: a closure, as for :meth:`NaturalCG.step <ngd_optim.NaturalCG.step>`, whose loss is
-            recognised or that returns a distribution; or an iterable of closures, whose curvatures
-            are added; or of pairs ``(closure, size)``, each of which counts ``size`` times: the number
-            of samples, where a loss is their mean.
+            recognised or that returns a distribution; or an iterable of closures, which stands for
+            the mean; or one of pairs ``(closure, size)``, for the mean in which each counts ``size``
+            times: the number of samples, where a loss is their mean. Such a mean over ``N`` samples
+            becomes their sum by ``scale(N)``.
         params: parameters, or pairs of a name and a parameter (``model.named_parameters()``), whose
             names the layers have then.
         sharing: how a weight that a sample uses at several positions is treated: ``"expand"``, each
@@ -86,6 +88,7 @@ def kronecker_factors(
         ...     return lambda: torch.nn.functional.cross_entropy(model(x[part]), y[part])
         >>> batches = [slice(0, 50), slice(50, 100)]
         >>> F = kronecker_factors([(on(part), 50) for part in batches], model.named_parameters())
+        >>> F = F.scale(100)  # of the sum over all samples
         >>> noise = torch.randn(8)
         >>> draw = F.inverse_root(noise, damping=1.0)  # of a Laplace approximation, less its mean
         >>> F.logdet(damping=1.0).shape
@@ -102,6 +105,7 @@ def kronecker_factors(
 
     def visit(work: Callable[[Batch], None]) -> None:
         for closure, size in again:
+            sums.size += size * (again.passes == 1)
             with _graph_of(closure, parameters, curvature, puts_back=again.passes > 1) as metric:
                 work(Batch(metric, parameters, size, draws, generator))
 
@@ -113,7 +117,7 @@ def kronecker_factors(
         blocks = {
             layer: block
             if block.left.ndim == 2 and sums.is_table(layer)
-            else LayerCurvature(block.weight, block.bias, block.left, block.right, values[layer])
+            else replace(block, eigenvalues=values[layer] / sums.size)
             for layer, block in blocks.items()
         }
     return KroneckerCurvature(parameters, blocks, diagonals)
@@ -192,6 +196,7 @@ class _Sums:
         self._counts: dict[Layer, float] = {}
         self._tables: set[Layer] = set()
         self._diagonals: dict[int, Tensor] = {}
+        self.size = 0.0
 
     def add(self, batch: Batch, *, reduces: bool) -> None:
         """The sums of one closure."""
@@ -246,13 +251,15 @@ class _Sums:
             layer: LayerCurvature(
                 self._names[layer.weight],
                 None if layer.bias is None else self._names[layer.bias],
-                left,
+                left / self.size,
                 right / self._counts[layer],
             )
             for layer, (left, right) in self._sides.items()
         }
         diagonals = {
-            i: (self._names[i], value) for i, value in self._diagonals.items() if i not in inside
+            i: (self._names[i], value / self.size)
+            for i, value in self._diagonals.items()
+            if i not in inside
         }
         tensors = [t for b in blocks.values() for t in (b.left, b.right)]
         tensors += [value for _, value in diagonals.values()]

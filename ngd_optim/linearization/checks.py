@@ -154,6 +154,22 @@ def refuse_unsupported(traced: Evaluation, metric: OutputMetric | ScalarMetric) 
         )
 
 
+def warn_of_constants(traced: Evaluation) -> None:
+    """Tell of residuals without a graph, at the first step with a closure: ``create_graph`` was forgotten."""
+    for call in traced.losses:
+        residuals = call.arguments.arguments.get("residuals", ())
+        for number, r in enumerate(residuals, start=1):
+            if not r.requires_grad:
+                logger.warning(
+                    "residual %d of %d of least_squares(), of shape %s, depends on no parameter, and the fit "
+                    "does not see it: take derivatives of the network by torch.func, or by "
+                    "torch.autograd.grad(..., create_graph=True), and detach no part of it",
+                    number,
+                    len(residuals),
+                    tuple(r.shape),
+                )
+
+
 def check_closure(
     graph: Graph,
     gradient: Tensor,
@@ -193,7 +209,13 @@ def check_closure(
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     motion = ranks.together(lambda: find_motion(graph, gradient, parameters, eps))
     graph.replays, graph.is_repeatable = ranks.all(motion.replays), motion.is_repeatable
-    if motion.problem is not None:
+    if traced.is_estimated and not motion.replays:
+        raise RuntimeError(
+            "an energy at trial points needs the closure's recording, and there is none, because "
+            f"{graph.problem or 'it reads numbers that depend on the parameters'}; draw the samples "
+            "before the step, and compute in the closure with torch alone"
+        )
+    if motion.problem is not None and not traced.is_estimated:
         logger.warning(
             "the loss does not move as its gradient says: %s. Likely causes: a straight-through "
             "estimator, weights that are projected or renormalised in forward, hooks on gradients, "

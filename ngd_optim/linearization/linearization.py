@@ -1,20 +1,24 @@
 """A closure at one point, for users: loss, gradient, curvature products."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ngd_optim.distributed import ShardedModules
+from ngd_optim.distributed import ALONE, ShardedModules
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linalg import LinearSolutions
-from ngd_optim.linearization.point import Learnt, Point, linearize_closure
+from ngd_optim.linearization.point import Learnt, Point, linearize_mean
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
+from ngd_optim.operators import CurvatureOperator
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.shown import show
 from ngd_optim.tracing import TracedClosure
+
+_AT_ONCE = 64
+"""Columns of the curvature."""
 
 
 class Linearization:
@@ -23,6 +27,9 @@ class Linearization:
     Attributes:
         loss: the loss, detached, 0-dim.
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
+        curvature: the undamped curvature ``F``: ``curvature(v)`` is its product with a vector,
+            ``(n,) → (n,)``, or with several as columns. Valid only while the parameters are where they
+            were. See :class:`~ngd_optim.operators.CurvatureOperator`.
         kind: what the curvature is: ``"fisher"``, ``"ggn"`` or ``"hessian"``.
         backend: what forms the products: ``"double-backward"``, ``"torch.func"`` or
             ``"differences"``.
@@ -36,27 +43,14 @@ class Linearization:
         (tensor(9.), tensor([ 3., 12.]))
     """
 
-    def __init__(self, point: Point) -> None:
+    def __init__(self, point: Point, runs: Sequence[TracedClosure]) -> None:
         self._point = point
+        self._runs = runs
         self.loss = point.loss
         self.gradient = point.gradient
         self.kind: Kind = point.kind
         self.backend: Backend = point.product.backend
-
-    def curvature(self, v: Tensor) -> Tensor:
-        """The undamped curvature times a vector: ``(n,) → (n,)``.
-
-        Valid only while the parameters are where they were: it reads them, and does not check.
-
-        Raises:
-            ValueError: ``v`` has another shape than the gradient.
-        """
-        if v.shape != self.gradient.shape:
-            raise ValueError(
-                f"v must have shape {tuple(self.gradient.shape)}, got {tuple(v.shape)}"
-            )
-        with twice_differentiable():
-            return self._point.product(v.to(self.gradient))
+        self.curvature = CurvatureOperator(self._multiply_one, self._multiply, point.parameters)
 
     def diagonal(self) -> Tensor:
         """The diagonal of the curvature, shape ``(n,)``.
@@ -68,12 +62,22 @@ class Linearization:
             diagonal = self._point.compute_cheap_diagonal()
         if diagonal is not None:
             return diagonal
-        diagonal, unit = torch.zeros_like(self.gradient), torch.zeros_like(self.gradient)
-        for i in range(len(unit)):
-            unit[i] = 1
-            diagonal[i] = self._point.product(unit)[i]
-            unit[i] = 0
+        diagonal = torch.zeros_like(self.gradient)
+        for part in torch.arange(len(diagonal), device=diagonal.device).split(_AT_ONCE):
+            units = diagonal.new_zeros(len(diagonal), len(part))
+            units[part, part - part[0]] = 1
+            diagonal[part] = self.curvature(units)[part].diagonal()
         return diagonal
+
+    def _multiply_one(self, v: Tensor) -> Tensor:
+        with twice_differentiable():
+            return self._point.product(v)
+
+    def _multiply(self, columns: Tensor) -> Tensor:
+        if not columns.shape[1]:
+            return torch.zeros_like(columns)
+        with twice_differentiable():
+            return self._point.product.multiply(columns.T.contiguous()).T  # pyright: ignore[reportAttributeAccessIssue]
 
     def solve(
         self,
@@ -127,28 +131,33 @@ class Linearization:
         """
         with twice_differentiable():
             found = self._point.measure()
-        self._point.graph.run.settle()
+        for run in self._runs:
+            run.settle()
         return found
 
     @classmethod
     def of(
         cls,
-        closure: Callable[[], Any],
+        closure: Any,
         parameters: FlatParameters,
         curvature: Curvature,
         backend: BackendChoice,
         learnt: Learnt,
     ) -> "Linearization":
-        """Of a closure, with what was learnt of closures before."""
-        run = TracedClosure(closure, parameters)
+        """Of a closure, or the mean of several, with what was learnt of closures before."""
+        functions, weights = _with_weights(closure)
+        runs = [TracedClosure(function, parameters) for function in functions]
         with twice_differentiable():
-            point = linearize_closure(run, parameters, curvature, backend, learnt)
+            point = linearize_mean(
+                parameters, curvature, backend, learnt, ALONE, runs, weights=weights
+            )
+            point.product.record_for_several(point.gradient)  # pyright: ignore[reportAttributeAccessIssue]
             point.product.form(point.gradient)
-        return cls(point)
+        return cls(point, runs)
 
 
 def linearize(
-    closure: Callable[[], Any],
+    closure: Any,
     params: Iterable[Tensor],
     *,
     curvature: Curvature = "auto",
@@ -158,7 +167,10 @@ def linearize(
 
     Args:
         closure: as for :meth:`NaturalCG.step <ngd_optim.NaturalCG.step>`: returns a loss,
-            ``(loss, distribution)`` or ``(loss, kl)``.
+            ``(loss, distribution)`` or ``(loss, kl)``. An iterable of closures stands for the mean of
+            their losses and curvatures, and one of pairs ``(closure, size)`` for the mean in which
+            each counts ``size`` times: the number of samples, where a loss is their mean. Each
+            product runs all of them again, with the memory of one at a time.
         params: the parameters, in the order in which the flat vectors hold them; frozen ones are
             left out.
         curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions'
@@ -200,3 +212,21 @@ def linearize(
         )
     parameters = FlatParameters([{"params": tensors}])
     return Linearization.of(closure, parameters, curvature, backend, {})
+
+
+def _with_weights(closure: Any) -> tuple[Sequence[Callable[[], Any]], Sequence[float] | None]:
+    """The functions of an argument, and their weights in the mean; None: equal ones."""
+    if callable(closure):
+        return [closure], None
+    found = list(closure) if isinstance(closure, Iterable) else []
+    pairs = [one for one in found if isinstance(one, tuple) and len(one) == 2]
+    functions = [function for function, _ in pairs] or found
+    if not found or len(pairs) not in (0, len(found)) or not all(map(callable, functions)):
+        raise TypeError(
+            "linearize() needs a closure that computes the loss, an iterable of closures, or one of "
+            f"pairs (closure, size), got {show(closure)}"
+        )
+    sizes = [size for _, size in pairs]
+    if any(isinstance(size, Tensor) or not size > 0 for size in sizes):
+        raise ValueError(f"sizes of closures must be numbers above 0, got {show(sizes)}")
+    return functions, [size / sum(sizes) for size in sizes] or None

@@ -23,8 +23,14 @@ from ngd_optim.linearization.checks import (
     check_closure,
     refuse_unsupported,
     signature_of,
+    warn_of_constants,
 )
-from ngd_optim.linearization.product import ClosureProduct, MeanProduct, RanksProduct
+from ngd_optim.linearization.product import (
+    ClosureProduct,
+    MeanProduct,
+    RanksProduct,
+    average,
+)
 from ngd_optim.names import BackendChoice, Curvature, Kind
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
@@ -76,6 +82,8 @@ class Point:
         has_kl: whether the closure returned a distribution or a KL, so that the KL can be measured.
         is_least_squares: whether all that the metric comes from is
             :func:`~ngd_optim.least_squares`.
+        is_estimated: whether the gradient is that of a mean over samples, which are drawn anew for
+            each step: an energy.
         outputs: how many elements the model's outputs have; 0 where the curvature is not made at
             the outputs of one closure alone: a Hessian, a scalar KL, a penalty beside them, several
             closures or processes.
@@ -109,6 +117,7 @@ class Point:
     measure: Callable[[], tuple[float, float | None]]
     is_empty: Callable[[], bool]
     writes_parameters: bool = False
+    is_estimated: bool = False
     bend: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -247,6 +256,7 @@ def linearize_closure(
         signature = signature_of(graph, parameters)
         if (curvature, backend, signature) not in learnt:
             refuse_unsupported(traced, metric)
+            warn_of_constants(traced)
         try:
             if run.gradient is not None:  # by the closure's own backward
                 return signature, find_reached([traced.loss], params), run.gradient
@@ -332,6 +342,7 @@ def linearize_closure(
         measure=measure,
         is_empty=graph.is_empty,
         writes_parameters=run.writes_parameters,
+        is_estimated=traced.is_estimated,
         bend=None if bend is None else parameters.flatten(bend),
         hidden=metric.hidden if at_outputs else None,
     )
@@ -351,11 +362,13 @@ def linearize_mean(
     observe: Observer | None = None,
     *,
     smoothing: float | None = None,
+    weights: Sequence[float] | None = None,
     captures: bool = False,
 ) -> Point:
     """The mean of some closures, and over processes; see :func:`linearize_closure` for the arguments.
 
-    Of several closures there is the graph of one at a time: each product runs each of them again.
+    ``weights`` are those of the closures in the mean, and add up to 1; None: equal ones. Of several
+    closures there is the graph of one at a time: each product runs each of them again.
     """
     parts = [
         linearize_closure(
@@ -374,26 +387,30 @@ def linearize_mean(
     ]
     if len(parts) > 1:
         ranks.together(lambda: _require_one_kind(parts))
-    return (parts[0] if len(parts) == 1 else _average_points(parts)).average(ranks)
+    return (parts[0] if len(parts) == 1 else _average_points(parts, weights)).average(ranks)
 
 
-def _average_points(parts: Sequence[Point]) -> Point:
+def _average_points(parts: Sequence[Point], weights: Sequence[float] | None) -> Point:
+    def mean(values: Sequence[float]) -> float:
+        if weights is None:
+            return fmean(values)
+        return math.fsum(w * v for w, v in zip(weights, values, strict=True))
 
     def measure() -> tuple[float, float | None]:
         losses, kls = zip(*(part.measure() for part in parts), strict=True)
-        return fmean(losses), None if None in kls else fmean(kls)
+        return mean(losses), None if None in kls else mean(kls)
 
-    bends = [part.bend for part in parts if part.bend is not None]
-    hidden = [part.hidden for part in parts if part.hidden is not None]
-    first, *others = (part.gradient for part in parts)
-    for gradient in others:
-        first += gradient
+    losses = torch.stack([part.loss for part in parts])
+    shares = weights or [1 / len(parts)] * len(parts)
+    pairs = list(zip(parts, shares, strict=True))
+    bends = [share * part.bend for part, share in pairs if part.bend is not None]
+    hidden = [share * part.hidden for part, share in pairs if part.hidden is not None]
     return replace(
         parts[0],
-        loss=torch.stack([part.loss for part in parts]).mean(),
-        gradient=first / len(parts),
+        loss=losses.mean() if weights is None else losses @ losses.new_tensor(weights),
+        gradient=average((part.gradient for part in parts), weights),
         product=MeanProduct(
-            [part.product for part in parts if isinstance(part.product, ClosureProduct)]
+            [part.product for part in parts if isinstance(part.product, ClosureProduct)], weights
         ),
         reached=[any(flags) for flags in zip(*(part.reached for part in parts), strict=True)],
         used=[any(flags) for flags in zip(*(part.used for part in parts), strict=True)],
@@ -402,8 +419,8 @@ def _average_points(parts: Sequence[Point]) -> Point:
         measure=measure,
         is_empty=lambda: any(part.is_empty() for part in parts),
         writes_parameters=any(part.writes_parameters for part in parts),
-        bend=torch.stack(bends).sum(0) / len(parts) if bends else None,
-        hidden=torch.stack(hidden).sum() / len(parts) if hidden else None,
+        bend=torch.stack(bends).sum(0) if bends else None,
+        hidden=torch.stack(hidden).sum() if hidden else None,
     )
 
 

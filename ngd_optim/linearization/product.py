@@ -1,16 +1,28 @@
 """The curvature product of closures, on flat vectors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from ngd_optim.curvature import Graph
 from ngd_optim.distributed import Ranks
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.linearization.backend import Formed, Product, Way, direct_product, form_product
+from ngd_optim.linearization.backend import (
+    Formed,
+    Product,
+    Way,
+    direct_product,
+    form_product,
+    reraise_own_kinds,
+)
 from ngd_optim.linearization.checks import Checked
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.recording import Recording, record
+
+_BYTES_AT_ONCE = 2**26
+"""That a replay for several vectors computes."""
 
 
 class ClosureProduct:
@@ -58,6 +70,7 @@ class ClosureProduct:
         self._captures = captures
         self.ways = self._usable(checked)
         self._formed: Formed | None = None
+        self._plain: Recording | None = None
 
     @property
     def backend(self) -> Backend:
@@ -100,6 +113,31 @@ class ClosureProduct:
         image = formed.image_of(v)
         return formed.product(v) if image is None else image
 
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The products with several vectors, as rows: at once by ``torch.vmap``, where it can."""
+        if self._plain is not None:
+            step = max(1, _BYTES_AT_ONCE // max(1, self._plain.plan.bytes))
+            try:
+                return torch.cat([self._plain.multiply(part) for part in rows.split(step)])
+            except RuntimeError as error:
+                reraise_own_kinds(error)
+                self._plain = None  # it does not know an operation
+        return torch.stack([self(row) for row in rows])
+
+    def record_for_several(self, v: Tensor) -> None:
+        """Record the product for :meth:`multiply`, before :meth:`form` lets the graph go."""
+        way = self.ways[0]
+        if not way.recorded:
+            return
+        try:
+            image, plain = record(self._direct(way.backend), v, optimises=False)
+            found = plain.multiply(torch.stack([v, v]))[1]
+        except RuntimeError as error:
+            reraise_own_kinds(error)
+            return
+        if (found - image).norm() <= torch.finfo(v.dtype).eps ** 0.5 * image.norm():
+            self._plain = plain
+
     def _try_ways(self, v: Tensor) -> tuple[Formed | None, tuple[Way, ...]]:
         graph = self._graph
 
@@ -131,15 +169,26 @@ class ClosureProduct:
 
 
 class MeanProduct:
-    """The mean of some closures' products; only one closure's graph is in memory."""
+    """The mean of some closures' products; only one closure's graph is in memory.
 
-    def __init__(self, products: Sequence[ClosureProduct]) -> None:
+    Args:
+        products: of the closures.
+        weights: that they have in the mean, which add up to 1; None: equal ones.
+    """
+
+    def __init__(
+        self, products: Sequence[ClosureProduct], weights: Sequence[float] | None = None
+    ) -> None:
         self._products = products
+        self._weights = weights
 
     @property
     def backend(self) -> Backend:
         """What forms the first one."""
         return self._products[0].backend
+
+    def record_for_several(self, v: Tensor) -> None:
+        """Nothing is recorded of several closures."""
 
     def form(self, v: Tensor) -> None:
         """Choose how to form each."""
@@ -148,11 +197,23 @@ class MeanProduct:
 
     def __call__(self, v: Tensor) -> Tensor:
         """The mean, a new tensor."""
-        first, *others = self._products
-        total = first(v)
-        for product in others:
-            total += product(v)
-        return total / len(self._products)
+        return average((product(v) for product in self._products), self._weights)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The means for several vectors, as rows."""
+        return average((product.multiply(rows) for product in self._products), self._weights)
+
+
+def average(parts: Iterable[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """The mean of some tensors, one in memory at a time, in the memory of the first; None: of equal weights."""
+    if weights is not None:
+        parts = (part.mul_(weight) for part, weight in zip(parts, weights, strict=True))
+    remaining = iter(parts)
+    total, number = next(remaining), 1
+    for part in remaining:
+        total.add_(part)
+        number += 1
+    return total if weights is not None else total.div_(number)
 
 
 class RanksProduct:

@@ -27,24 +27,25 @@ Function = Callable[[Tensor], Tensor]
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
-def record(function: Function, v: Tensor) -> tuple[Tensor, Recording]:
+def record(function: Function, v: Tensor, *, optimises: bool = True) -> tuple[Tensor, Recording]:
     """``function(v)``, and what replays the function on other vectors.
 
     Args:
         function: linear; everything that it uses beside the vector must stay as it is while the
             recording is used.
         v: the vector that it is recorded on.
+        optimises: make the program shorter; else :meth:`Recording.multiply` can replay it.
 
     Raises:
         CannotReplayError: an operation on the vector is random, writes to other memory or reads the
             vector's values.
     """
-    result, recording, _ = record_from(None, function, v)
+    result, recording, _ = record_from(None, function, v, optimises=optimises)
     return result, recording
 
 
 def record_from(
-    trace: Trace | None, function: Function, v: Tensor
+    trace: Trace | None, function: Function, v: Tensor, *, optimises: bool = True
 ) -> tuple[Tensor, Recording, Renewal | None]:
     """The same, and what renews the recording.
 
@@ -52,6 +53,7 @@ def record_from(
         trace: the run of a closure that the function comes from; None: it cannot be renewed.
         function: as in :func:`record`.
         v: likewise.
+        optimises: likewise.
     """
     v = v.detach()
     origins = None if trace is None else Origins(trace)
@@ -61,7 +63,15 @@ def record_from(
     constants: list[Tensor] = []
     zeros: list[Tensor] = []
     output = recorder.slot_of(result)
-    plan = Plan(recorder.program, recorder.metas, output, result, constants, zeros)
+    plan = Plan(
+        recorder.program,
+        recorder.metas,
+        output,
+        result,
+        constants,
+        zeros,
+        optimises=optimises,
+    )
     renewal = None if origins is None else origins.finish(constants, zeros)
     return result, Recording(plan, constants), renewal
 
@@ -199,7 +209,7 @@ class KeptRecordings:
         kept = None
         if trace is not None:
             kept = next((k for k in self._kept if k.signature == trace.signature), None)
-        if kept is not None and kept.is_right:
+        if trace is not None and kept is not None and kept.is_right:
             renewed = kept.renew(trace, captures=captures)
             if renewed is not None:
                 return renewed(v), renewed

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ngd_optim.aten import facts, find_out_variant
 from ngd_optim.recording.passes import optimise
-from ngd_optim.recording.program import Meta, Operation, find_last_uses, run
-from ngd_optim.torch_internals import memory_of
+from ngd_optim.recording.program import Meta, Operation, find_last_uses, remove_dead_code, run
 
 logger = logging.getLogger("ngd_optim")
 
-_HELD = 2**25
-"""So many bytes that a replay computes are held for the next one. More take long enough without that."""
+_HELD = 2**18
+"""Results of so many bytes on average are held for the next replay. Larger ones take long enough without that."""
 
 _aten = torch.ops.aten
 _QUICK: dict[Any, Any] = {
@@ -45,6 +44,7 @@ class Plan:
         result: what it gave.
         constants: is filled with what the program reads beside the vector.
         zeros: is filled with what it would read, if that were not zero.
+        optimises: make the program shorter; it then writes where it knows the layout.
 
     Attributes:
         length: how many operations a replay takes.
@@ -62,13 +62,17 @@ class Plan:
         result: Tensor,
         constants: list[Tensor],
         zeros: list[Tensor],
+        *,
+        optimises: bool = True,
     ) -> None:
         self.output = output
         self.views: list[Operation] = []
         self.program: list[Operation] = []
         self.zero = torch.zeros_like(result) if output is None else None
-        if output is not None:
+        if output is not None and optimises:
             self.views, self.program = optimise(program, metas, output, zeros)
+        elif output is not None:
+            self.program = remove_dead_code(program, [output], lambda slot: metas[slot].memory)
         self.size = len(metas)
         self.layout: Layout | None = None
         self.captured: CapturedCalls | None = None
@@ -127,6 +131,26 @@ class Recording:
         self._values: list[Any] = [None] * plan.size + list(constants)
         self._seen: tuple[Tensor | None, int] = (None, 0)
         self._calls: FixedCalls | None = None
+
+    @torch.no_grad()
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The values at several vectors, as rows, by one run of a program that is not optimised.
+
+        Raises:
+            RuntimeError: ``torch.vmap`` does not know an operation.
+        """
+        plan, output = self.plan, self.plan.output
+        if output is None:
+            assert plan.zero is not None
+            return plan.zero.expand(len(rows), -1).clone()
+
+        def replay(v: Tensor) -> Tensor:
+            values = self._values.copy()
+            values[0] = v
+            run(plan.program, plan.last_uses[1], values)
+            return values[output]
+
+        return torch.vmap(replay)(rows)
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
@@ -203,40 +227,73 @@ class Layout:
     def __init__(self, plan: Plan, values: list[Any]) -> None:
         self.results: list[int | None] = []
         self.buffers: list[tuple[Any, ...]] = []
-        self.is_possible = plan.bytes <= _HELD and bool(plan.program)
-        if self.is_possible:
-            run(plan.program, [()] * plan.length, values)
-        if not all(type(t) in (Tensor, torch.nn.Parameter) for t in values if t is not None):
-            self.is_possible = False  # what is no plain tensor need not say where it lies
+        self.is_possible = plan.bytes <= _HELD * plan.length and bool(plan.program)
         if not self.is_possible:
             return
-        last_read = {
-            memory_of(values[slot]): index
-            for index, operation in enumerate(plan.program)
-            for slot in [*operation.slots, *(slot for _, slot in operation.outputs)]
-        }
+        memories, kinds = self._run(plan, values)
+        if not self.is_possible:
+            return
+        last_read: dict[int, int] = {}
+        for index, operation in enumerate(plan.program):
+            for slot in [*operation.slots, *_outputs_of(operation)]:
+                last_read[memories[slot]] = index
+        last = plan.program[-1]
+        fact = facts(last.function)
+        # It may give the function's result, which is made anew each time.
+        if not (fact.shares_memory or fact.in_place) and last.outputs != [(None, plan.output)]:
+            self.is_possible = False
+            return
         free: dict[Any, list[int]] = {}
-        held: dict[int, int] = {}  # the buffer that stands for what the run put at an address
+        held: dict[int, int] = {}  # the buffer that stands for what the run put into a memory
         for index, operation in enumerate(plan.program):
             fact, buffer = facts(operation.function), None
-            if not (fact.shares_memory or fact.in_place or operation is plan.program[-1]):
+            if not (fact.shares_memory or fact.in_place or operation is last):
                 if [i for i, _ in operation.outputs] != [None] or not _into(operation.function):
                     self.is_possible = False
                     return
-                result = values[operation.outputs[0][1]]
-                kind = result.shape, result.stride(), result.dtype, result.device
-                if free.get(kind):
-                    buffer = free[kind].pop()
+                (slot,) = _outputs_of(operation)
+                if free.get(kinds[slot]):
+                    buffer = free[kinds[slot]].pop()
                 else:
                     buffer = len(self.buffers)
-                    self.buffers.append(kind)
-                held[memory_of(result)] = buffer
+                    self.buffers.append(kinds[slot])
+                held[memories[slot]] = buffer
             self.results.append(buffer)
-            ends = {memory_of(values[s]) for s in [*operation.slots, *_outputs_of(operation)]}
-            for memory in ends:
+            for memory in {memories[s] for s in [*operation.slots, *_outputs_of(operation)]}:
                 if last_read[memory] == index and memory in held:
                     number = held.pop(memory)
                     free.setdefault(self.buffers[number], []).append(number)
+
+    def _run(self, plan: Plan, values: list[Any]) -> tuple[dict[int, int], dict[int, Any]]:
+        """Of each slot, a number for the memory that it lies in, and how it lies there."""
+        memories: dict[int, int] = {}
+        kinds: dict[int, Any] = {}
+        count = 0
+
+        def look(slot: int) -> None:
+            nonlocal count
+            tensor = values[slot]
+            if type(tensor) not in (Tensor, torch.nn.Parameter):
+                self.is_possible = False  # it need not say where it lies
+                return
+            storage = tensor.untyped_storage()
+            mark, number = getattr(storage, "_layout", (None, 0))
+            if mark is not memories:
+                number = count = count + 1
+                setattr(storage, "_layout", (memories, number))  # noqa: B010
+            memories[slot] = number
+            kinds[slot] = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+        for slot, value in enumerate(values):
+            if value is not None:
+                look(slot)
+        for operation, last in zip(plan.program, plan.last_uses[1], strict=True):
+            run([operation], [()], values)
+            for slot in _outputs_of(operation):
+                look(slot)
+            for slot in last:
+                values[slot] = None
+        return memories, kinds
 
 
 def _outputs_of(operation: Operation) -> list[int]:
@@ -261,6 +318,7 @@ class FixedCalls:
     """
 
     def __init__(self, plan: Plan, layout: Layout, values: list[Any]) -> None:
+        assert plan.output is not None
         values = values.copy()
         buffers = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -268,8 +326,9 @@ class FixedCalls:
         ]
         self._calls: list[tuple[Any, list[Any], dict[str, Any]]] = []
         for operation, buffer in zip(plan.program, layout.results, strict=True):
-            function, (args, kwargs) = operation.function, operation.filled(values)
-            fact = facts(function)
+            function: Any = operation.function
+            args, kwargs = operation.filled(values)
+            fact, result = facts(function), None
             if buffer is not None:
                 into = _into(function)
                 assert into is not None
@@ -280,17 +339,15 @@ class FixedCalls:
                 result = function(*args, **kwargs)
             elif fact.shares_memory:
                 result = function(*args, **kwargs)
-            else:
-                result = None  # the last one
             if fact.in_place or not fact.shares_memory:
                 self._calls.append((function, args, kwargs))
             for index, slot in operation.outputs:
-                values[slot] = result if index is None else result[index]
+                values[slot] = result if index is None or result is None else result[index]
         self._result: Tensor | None = values[plan.output]
 
     def __call__(self) -> Tensor:
         """The function's value, in memory of its own."""
-        result = None
+        result: Any = None
         for function, args, kwargs in self._calls:
             result = function(*args, **kwargs)
         return result if self._result is None else self._result.clone()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ngd_optim.linearization import Point
 from ngd_optim.names import SolverName
-from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
+from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace, tell_if_long
 from ngd_optim.solvers.solver import Solver
 
 logger = logging.getLogger("ngd_optim")
@@ -17,6 +17,9 @@ _FEW = 4096
 
 _LARGEST_JACOBIAN = 2**30
 """And for a Jacobian of so many bytes at most."""
+
+_LARGEST_MATRIX = 2**35
+"""Bytes. Where they are asked for, they refuse what needs a larger matrix."""
 
 _NEEDS_OUTPUTS = (
     "needs one closure in one process, with a recognised loss function or a returned "
@@ -44,7 +47,7 @@ def build_solver(name: SolverName, point: Point, conjugate_gradients: Solver) ->
 
     Raises:
         ValueError: ``"sample"`` is asked for and the metric does not live at the outputs of one
-            model.
+            model; or a direct solver that needs too large a matrix.
     """
     if name == "sample" and not point.outputs:
         raise ValueError(f"solver='sample' {_NEEDS_OUTPUTS}; else use 'cg'")
@@ -73,8 +76,19 @@ def _choose_automatically(point: Point) -> SolverName:
 
 
 def _direct_solver(name: SolverName, point: Point) -> Solver:
-    root = point.square_root() if point.outputs else None
+    m, n, size = point.outputs, len(point.gradient), point.gradient.element_size()
+    needed = size * (n * n if name == "dense" else m * max(m, n))
+    if needed > _LARGEST_MATRIX:
+        other = "'sample' or 'cg'" if name == "dense" and 0 < m < n else "'cg'"
+        raise ValueError(
+            f"solver={name!r} needs a matrix of {needed / 2**30:,.0f} GiB for {n:,} parameters and "
+            f"{m:,} outputs; use solver={other}"
+        )
+    # Of more outputs than that the matrix comes from n products, a row at a time.
+    most = _LARGEST_MATRIX if point.is_least_squares or name == "sample" else _LARGEST_JACOBIAN
+    root = point.square_root() if m and size * m * n <= most else None
     if root is not None:
+        tell_if_long(name, 2 * m * n * min(m, n), point.gradient)
         return SampleSpace(root) if name == "sample" else LeastSquares(root)
     if name == "sample":
         raise ValueError(_NOT_SEMIDEFINITE)

@@ -4,8 +4,10 @@ A direct solver keeps all that does not depend on the damping, so that another d
 point costs no new Jacobian.
 """
 
+import logging
 import math
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -15,6 +17,30 @@ from ngd_optim.linalg import LinearSolution
 from ngd_optim.reading import read
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 from ngd_optim.solvers.solver import RootSolver, Solver
+
+logger = logging.getLogger("ngd_optim")
+
+_LONG = 30.0
+"""Seconds. What takes longer than that is told of before it begins."""
+
+_SPEED = {"cpu": 1e10}
+"""Operations a second of a modest device; of others than these 1e12."""
+
+_TIMED = 3
+"""The product whose time is that of each: the first ones are recorded."""
+
+
+def tell_if_long(name: str, operations: float, like: Tensor, seconds: float = 0.0) -> None:
+    """Say in the log that a solver will take long; silence would look as if it hung."""
+    total = seconds + operations / _SPEED.get(like.device.type, 1e12)
+    if total > _LONG:
+        logger.warning(
+            "solver=%r takes about %.0f seconds for each step with %s parameters; solver='cg' takes "
+            "some products in place of that",
+            name,
+            total,
+            f"{len(like):,}",
+        )
 
 
 class LeastSquares(RootSolver):
@@ -111,9 +137,16 @@ class Matrix(Solver):
     name = "dense"
 
     def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor) -> None:
-        columns = torch.stack(
-            [product(unit) for unit in torch.eye(len(like), dtype=like.dtype, device=like.device)]
-        )
+        n = len(like)
+        columns = torch.zeros(n, n, dtype=like.dtype, device=like.device)
+        unit = torch.zeros_like(like)
+        for i in range(n):
+            began = perf_counter()
+            unit[i] = 1
+            columns[i] = product(unit)
+            unit[i] = 0
+            if i == _TIMED:
+                tell_if_long("dense", n**3 // 3, like, n * (perf_counter() - began))
         self._matrix = (columns + columns.T) / 2
         self.diagonal = self._matrix.diagonal()
 

@@ -43,19 +43,25 @@ class Outcome:
 
         Without damping the model falls by more than ``rounding`` along the same solution.
         """
+        promised, undamped = self.decreases()
+        return abs(promised) <= rounding < undamped
+
+    def decreases(self) -> tuple[float, float]:
+        """What the loss falls by along the solution, and what it would fall by without damping, as the model says."""
         x, gradient = self.solution.solution, self.model.gradient
         # The host waits, where the loss tells nothing of a step.
         slope = torch.dot(gradient, x).item()
         if not slope:  # it has underflowed, or there is nothing to go down
-            return bool(gradient.any())
+            return 0.0, math.inf if gradient.any() else 0.0
         damped = torch.dot(x, self.model.damping * x).item()
         curved = self.solution.x_dot_ax - damped
         promised = -(slope + 0.5 * curved)
+        if not damped > 0:
+            return promised, promised
         # A difference of numbers is known to their rounding; what may be zero is no bound.
         is_known = curved > 16 * torch.finfo(x.dtype).eps * damped
         # The lowest point of s gᵀx + ½ s² xᵀ(F + W)x is at −(gᵀx)² / (2 xᵀ(F + W)x).
-        within_reach = slope**2 / (2 * curved) if is_known else math.inf
-        return damped > 0 and abs(promised) <= rounding < within_reach
+        return promised, slope**2 / (2 * curved) if is_known else math.inf
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def check_metric(
 def _measure(subject: Subject) -> MetricReport:
     point, problems = subject.point, []
     _, metric = point.graph.get()
-    is_returned = point.has_kl and isinstance(metric, ScalarMetric)
-    kl_at_start = metric.scalar.item() if is_returned else point.measure()[1]
+    returned = metric.scalar if point.has_kl and isinstance(metric, ScalarMetric) else None
+    kl_at_start = point.measure()[1] if returned is None else returned.item()
     v, u = subject.draw(), subject.draw()
     point.product.form(v)
     image, other = point.product(v), point.product(u)

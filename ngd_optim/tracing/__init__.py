@@ -5,15 +5,11 @@ from ngd_optim.tracing.closure import (
     TracedClosure,
     list_closures,
 )
-from ngd_optim.tracing.least_squares import least_squares
-from ngd_optim.tracing.losses import LossCall
 from ngd_optim.tracing.mode import LossWatch
 
 __all__ = [
     "Evaluation",
-    "LossCall",
     "LossWatch",
     "TracedClosure",
-    "least_squares",
     "list_closures",
 ]

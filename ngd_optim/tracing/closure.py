@@ -18,12 +18,12 @@ from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.kernels import AUTOCAST_KINDS
 from ngd_optim.layout import is_spread, whole
+from ngd_optim.own_losses import least_squares
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
-from ngd_optim.tracing.least_squares import least_squares
 from ngd_optim.tracing.losses import LOSSES, LossCall
 from ngd_optim.tracing.mode import Hook, Tracing
 from ngd_optim.tracing.side_effects import SideEffects
@@ -67,6 +67,11 @@ class Evaluation:
     def outputs(self) -> list[Tensor]:
         """The model's outputs, as the recognised loss functions saw them, in call order."""
         return [z for call in self.losses for z in call.outputs]
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a loss has its gradient only in the mean over samples."""
+        return any(call.loss.is_estimate for call in self.losses)
 
     @property
     def is_least_squares(self) -> bool:

@@ -8,7 +8,8 @@ the gradient are kept, and the Hessian is a positive semidefinite one that stand
 - of the match of two unit vectors (``cosine_embedding_loss``) that of least squares;
 - of absolute values and hinges, which are straight but for their kink, that of the parabola above
   them (:func:`~ngd_optim.tracing.kinks.irls_parabola`). A step's model has these kinks rounded, as
-  it has those of losses by hand.
+  it has those of losses by hand;
+- of the robust losses of ``least_squares`` that of such a parabola, which nothing needs to round.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ngd_optim.own_losses import (
+    RobustLoss,
+    least_squares,
+    robust_weight,
+    sample_shares,
+    variational_energy,
+    weights_of,
+)
 from ngd_optim.torch_internals import reduction_of
 from ngd_optim.tracing.kinks import irls_parabola
-from ngd_optim.tracing.least_squares import least_squares
 
 
 class Call(NamedTuple):
@@ -44,6 +52,8 @@ class Loss:
         has_kinks: whether it has.
         rewrite: ``(*args, **kwargs) ↦`` the call of another recognised loss that is the same, with
             the outputs that this one computes from its arguments.
+        is_estimate: whether its gradient is that of its mean over samples, and trial points need
+            the closure's recording, which knows where the samples were drawn.
     """
 
     def __init__(
@@ -52,8 +62,10 @@ class Loss:
         replace_hessian: Callable[..., Tensor] | None = None,
         has_kinks: bool = False,
         rewrite: Callable[..., Call] | None = None,
+        is_estimate: bool = False,
     ) -> None:
         self.outputs = outputs
+        self.is_estimate = is_estimate
         self.replace_hessian = replace_hessian
         self.has_kinks = has_kinks
         self.rewrite = rewrite
@@ -80,7 +92,9 @@ def _replace_hessian(
     # Hessian of the last sum.
     result = loss.detach()
     for z, g in zip(variables, gradients, strict=True):
-        result = result + _sum_to(g * _change(z), loss, sample_dims)
+        # A complex output is two real ones: ∂L/∂Re z · Re Δz + ∂L/∂Im z · Im Δz.
+        term = (g.conj() * _change(z)).real if z.is_complex() else g * _change(z)
+        result = result + _sum_to(term, loss, sample_dims)
     return _add_hessian(result, metric, sample_dims)
 
 
@@ -398,6 +412,14 @@ def _sum_of_hinges(
     return _reduce(per_sample, reduction)
 
 
+def _energy(loss: Tensor, *, log_psi: Tensor, weights: Tensor | None, **_: Any) -> Tensor:
+    # 2 Re cov(∂log ψ): of log ψ less its mean, in both its parts.
+    share = sample_shares(log_psi, weights)
+    u = log_psi - (share * log_psi).sum()
+    parts = [u.real, u.imag] if u.is_complex() else [u]
+    return _replace_hessian(loss, [log_psi], [(part, 2 * share, 0.0) for part in parts])
+
+
 def _reduce(per_sample: Tensor, reduction: str) -> Tensor:
     reduced = {"mean": per_sample.mean, "sum": per_sample.sum, "batchmean": per_sample.sum}.get(
         reduction
@@ -475,6 +497,24 @@ def _linear_cross_entropy(
     return Call(F.cross_entropy, (logits, target), {**given, **others})
 
 
+def _least_squares(
+    result: Tensor,
+    *,
+    residuals: Sequence[Tensor],
+    weights: Any,
+    loss: RobustLoss,
+    scale: float | Tensor,
+    **_: Any,
+) -> Tensor:
+    if loss == "linear":
+        return result
+    metric = [
+        (r, w * robust_weight(r, loss, scale) / r.numel(), 0.0)
+        for w, r in zip(weights_of(residuals, weights), residuals, strict=True)
+    ]
+    return _replace_hessian(result, residuals, metric)
+
+
 LOSSES: dict[Callable[..., Any], Loss] = {
     F.binary_cross_entropy: Loss("input"),
     F.binary_cross_entropy_with_logits: Loss("input"),
@@ -501,7 +541,8 @@ LOSSES: dict[Callable[..., Any], Loss] = {
     F.soft_margin_loss: Loss("input"),
     F.triplet_margin_loss: Loss(rewrite=_triplet),
     F.triplet_margin_with_distance_loss: Loss(rewrite=_triplet_with_distance),
-    least_squares: Loss("residuals"),
+    least_squares: Loss("residuals", replace_hessian=_least_squares),
+    variational_energy: Loss("log_psi", replace_hessian=_energy, is_estimate=True),
 }
 """The recognised loss functions."""
 
@@ -528,21 +569,16 @@ class LossCall:
     result: Tensor
     name: str
 
-    @property
-    def replaces_hessian(self) -> bool:
-        """Whether another Hessian than autograd's is the loss's."""
-        return self.loss.replace_hessian is not None and any(z.requires_grad for z in self.outputs)
-
     def with_own_hessian(self, smoothing: float | None) -> Tensor:
         """The result, with a graph from the outputs whose second derivative is the loss's own Hessian.
 
         Its kinks are rounded in value and slope as well if there is a ``smoothing``; see
         :func:`~ngd_optim.tracing.kinks.irls_parabola`.
         """
-        if self.loss.replace_hessian is None or not self.replaces_hessian:
+        replace_hessian = self.loss.replace_hessian
+        if replace_hessian is None or not any(z.requires_grad for z in self.outputs):
             return self.result
-        arguments = _arguments(self.arguments)
-        return self.loss.replace_hessian(self.result, **arguments, smoothing=smoothing)
+        return replace_hessian(self.result, **_arguments(self.arguments), smoothing=smoothing)
 
 
 def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
@@ -557,6 +593,9 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
         if isinstance(z, tuple):
             call.arguments[name] = tuple(_alias(part) for part in z)
             outputs += call.arguments[name]
+        elif isinstance(z, Tensor) and z.is_complex():  # its real and imaginary parts
+            outputs.append(torch.view_as_real(z.resolve_conj()))
+            call.arguments[name] = torch.view_as_complex(outputs[-1])
         elif isinstance(z, Tensor):
             call.arguments[name] = _alias(z)
             outputs.append(call.arguments[name])

@@ -217,6 +217,7 @@ def arithmetic_of_parts(rank: int) -> dict[str, float]:
         "whole": (division.whole(part), a),
         "dot": (torch.dot(part, other), torch.dot(a, b)),
         "norm": (part.norm(), a.norm()),
+        "max": (part.max(), a.max()),
         "sum": (division.whole((2 * part).add_(other, alpha=0.5) - other / 3), 2 * a + b / 6),
         "where": (division.whole(torch.where(part > 0, part, 0.0)), a.clamp(min=0)),
         "finite": (broken.isfinite().all().double(), torch.tensor(0.0)),

@@ -335,5 +335,5 @@ def test_float32_agrees_with_float64():
 def test_product_refuses_a_vector_of_another_shape():
     model, x = make_model("linear", 3)
     point = linearize(lambda: F.mse_loss(model(x), near), model.parameters())
-    with pytest.raises(ValueError, match=r"v must have shape \(12,\), got \(11,\)"):
+    with pytest.raises(ValueError, match=r"v must have shape \(12,\) or \(12, k\), got \(11,\)"):
         point.curvature(torch.zeros(11, dtype=torch.float64))

@@ -15,7 +15,15 @@ from ngd_optim import KFAC, NaturalCG, StepReport
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PACKAGES = ("ngd_optim", "ngd_optim.factors", "ngd_optim.testing", "ngd_lightning", "ngd_rl")
+PACKAGES = (
+    "ngd_optim",
+    "ngd_optim.factors",
+    "ngd_optim.losses",
+    "ngd_optim.operators",
+    "ngd_optim.testing",
+    "ngd_lightning",
+    "ngd_rl",
+)
 PUBLIC = [
     f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__
 ]

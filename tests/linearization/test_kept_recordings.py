@@ -73,8 +73,8 @@ class Doubled(torch.autograd.Function):
         return x * 1.0
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        return g * Doubled.factor
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        return grad_outputs[0] * Doubled.factor
 
 
 def by_function(model: Any, step: int) -> Any:
@@ -191,9 +191,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     form = KeptRecordings.form
 
-    def watched(self: KeptRecordings, *args: Any) -> Any:
+    def watched(self: KeptRecordings, *args: Any, **kwargs: Any) -> Any:
         before = [kept.plan for kept in self._kept]
-        image, recording = form(self, *args)
+        image, recording = form(self, *args, **kwargs)
         found.append(not any(recording.plan is plan for plan in before))
         return image, recording
 
@@ -217,6 +217,7 @@ def test_steps_are_those_that_record(name: str, recorded: list[bool]) -> None:
         for checked in other._experiences.values():
             checked.recordings.__init__()
         other.step(partial(case.closure, twin, step))
+        assert optimizer.last_step is not None
         assert optimizer.last_step.accepted
         pairs = zip(model.parameters(), twin.parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs), step

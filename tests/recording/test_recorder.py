@@ -74,6 +74,9 @@ LINEAR = {
         v.view(2, 3), MATRIX[:2, :3].log_softmax(-1), -1, torch.float64
     ).flatten(),
     "squeezed_in_place": lambda v: (v * OTHER).view(1, 6).squeeze_(0) + v,
+    "one_of_several_results": lambda v: torch.ops.aten.var_mean.correction(
+        v.view(1, 6), [0], correction=0
+    )[1],
     "batched_product": lambda v: (
         v.view(2, 3, 1) + v.view(2, 3, 1) @ MATRIX[:2, :1].view(2, 1, 1)
     ).flatten(),

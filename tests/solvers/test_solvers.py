@@ -17,6 +17,7 @@ from torch.func import jacrev
 
 from ngd_optim import NaturalCG, least_squares, linearize
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.solvers import direct
 from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
 from ngd_optim.solvers.quadratic_model import QuadraticModel
 
@@ -338,3 +339,48 @@ def test_an_exception_while_solving_again_leaves_the_damping(fails):
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(closure)
     assert optimizer.param_groups[0]["damping"] == damping
+
+
+@pytest.mark.parametrize(
+    ("solver", "sizes", "samples", "message"),
+    [
+        (
+            "dense",
+            (1, 70_000),
+            4,
+            r"a matrix of 37 GiB for 70,000 parameters and 4 outputs; .*'sample' or 'cg'",
+        ),
+        (
+            "sample",
+            (1, 1),
+            70_000,
+            "a matrix of 37 GiB for 1 parameters and 70,000 outputs; .*'cg'",
+        ),
+    ],
+)
+def test_a_direct_solver_refuses_what_does_not_fit(solver, sizes, samples, message):
+    weight = nn.Parameter(torch.zeros(sizes, dtype=torch.float64))
+    x = torch.ones(samples, 1, dtype=torch.float64)
+    optimizer = NaturalCG([weight], solver=solver)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda: least_squares((x @ weight).mean(1) - 1))
+
+
+@pytest.mark.parametrize("is_least_squares", [True, False])
+def test_a_direct_solver_says_beforehand_that_it_will_take_long(
+    is_least_squares, monkeypatch, caplog
+):
+    monkeypatch.setattr(direct, "_SPEED", {"cpu": 1.0})
+    theta = nn.Parameter(torch.ones(5, dtype=torch.float64))
+    optimizer = NaturalCG([theta], solver="dense")
+    for unit in ("none", "auto"):
+        caplog.clear()
+        monkeypatch.setattr(direct, "_LONG", 1e9 if unit == "none" else 30.0)
+        optimizer.step(
+            lambda: least_squares(theta.expand(3, 5)) if is_least_squares else (theta**4).sum()
+        )
+        told = [r.getMessage() for r in caplog.records if "takes about" in r.getMessage()]
+        expected = 2 * 15 * 5 * 5 if is_least_squares else 5**3 // 3
+        assert [f"takes about {expected} seconds" in line for line in told] == [True] * (
+            unit == "auto"
+        )
