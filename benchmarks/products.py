@@ -126,7 +126,14 @@ def recording(model: nn.Module, x: Tensor, classes: int, repeats: int) -> dict[s
             graph.get()
             checked = Checked((way,))
             product = ClosureProduct(
-                graph, parameters, checked, ALONE, print, lambda c=checked: c, keep_graph=True
+                graph,
+                parameters,
+                checked,
+                ALONE,
+                print,
+                lambda c=checked: c,
+                captures=False,
+                keep_graph=True,
             )
             start = process_time()
             product.form(v)
