@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -227,6 +228,6 @@ def _with_weights(closure: Any) -> tuple[Sequence[Callable[[], Any]], Sequence[f
             f"pairs (closure, size), got {show(closure)}"
         )
     sizes = [size for _, size in pairs]
-    if any(isinstance(size, Tensor) or not size > 0 for size in sizes):
-        raise ValueError(f"sizes of closures must be numbers above 0, got {show(sizes)}")
+    if not all(isinstance(size, Real) and 0 < size < math.inf for size in sizes):
+        raise ValueError(f"sizes of closures must be finite numbers above 0, got {show(sizes)}")
     return functions, [size / sum(sizes) for size in sizes] or None
