@@ -57,7 +57,7 @@ class Covariance:
 
 
 def estimate_covariance(
-    closure: Callable[[], Any], params: Iterable[Tensor], *, absolute_sigma: bool = False
+    closure: Callable[[], Any], params: Iterable[Any], *, absolute_sigma: bool = False
 ) -> Covariance:
     """The covariance of fitted parameters, as ``scipy.optimize.curve_fit`` estimates it.
 
@@ -70,7 +70,7 @@ def estimate_covariance(
     Args:
         closure: returns a sum of :func:`~ngd_optim.least_squares` losses. What is known of the
             parameters beforehand must be residuals as well: a penalty by hand is not seen.
-        params: those that were fitted, in the order in which the flat vectors hold them.
+        params: those that were fitted, or pairs of a name and one, in the order in which the flat vectors hold them.
         absolute_sigma: the residuals are divided by their known errors, or have the weights
             ``1 / σ²``: ``σ²`` is 1 in place of an estimate.
 

@@ -116,6 +116,15 @@ def test_what_is_no_closure_is_refused(closure, error, sentence):
         linearize(closure, [nn.Parameter(real(2))])
 
 
+def test_parameters_may_have_names_and_must_be_several():
+    model = nn.Linear(2, 2)
+    named = linearize(lambda: model.weight.square().sum(), model.named_parameters())
+    assert torch.equal(named.gradient[:4], 2 * model.weight.detach().flatten())
+    for wrong in (model, model.weight, [3]):
+        with pytest.raises(TypeError, match="params must be tensors, or pairs of a name"):
+            linearize(lambda: model.weight.square().sum(), wrong)
+
+
 class TestEstimates:
     def test_traces_are_right_in_the_mean_and_know_their_errors(self):
         matrix = decaying(fall=0.97)
