@@ -54,6 +54,10 @@ class FunctionMode(TorchFunctionMode):
     """
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Take it from the stack if it is there: an exit that was interrupted may be made good."""
         if any(_get_function_stack_at(i) is self for i in range(_len_torch_function_stack())):
             super().__exit__(None, None, None)
 

@@ -60,6 +60,7 @@ class FactorWatch:
             with losses:
                 yield
         finally:
+            losses.leave()
             self._is_open = False
 
     def take(self) -> KroneckerFactors | None:

@@ -334,6 +334,12 @@ class FixedCalls:
                 assert into is not None
                 function, name = into
                 result = kwargs[name] = buffers[buffer]
+            elif torch.Tag.inplace_view in function.tags:
+                # Memory of its own keeps its shape: what is written there next has that again.
+                result = function(args[0].detach(), *args[1:], **kwargs)
+                for index, slot in operation.outputs:
+                    values[slot] = result if index is None else result[index]
+                continue
             elif fact.in_place:
                 function = _QUICK.get(function, function)
                 result = function(*args, **kwargs)

@@ -36,7 +36,13 @@ class Outcome:
 
     def curvature(self, step_norm: float) -> float:
         """``dᵀF d / ‖d‖²`` of the step that was taken, of this norm; 0 if none was."""
-        return self.step.metric * (self.trial.fraction / step_norm) ** 2 if step_norm else 0.0
+        if not step_norm:
+            return 0.0
+        scale = (
+            self.trial.fraction / step_norm
+        )  # its square may be out of range, near a minimum of zero
+        curvature = self.step.metric * scale * scale
+        return curvature if math.isfinite(curvature) else 0.0
 
     def is_held_by_damping(self, rounding: float) -> bool:
         """Whether the damping alone makes a step so short that the loss cannot tell it from rounding.

@@ -123,7 +123,8 @@ def test_a_recorded_run_makes_few_objects(monkeypatch):
     finally:
         gc.enable()
     operations = 4 * len(parameters)
-    assert made[1] - made[0] < 10 * operations
+    # Eight of the operation and its graph, two of where its result lies, by which products are renewed.
+    assert made[1] - made[0] < 11 * operations
 
 
 @pytest.mark.slow

@@ -137,6 +137,15 @@ def test_replay_on_the_same_vector_with_other_values(name):
         assert torch.allclose(recording(w), function(w.clone()), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("error")
+def test_memory_of_a_replay_keeps_its_shape():
+    # A product with a vector squeezes what it has computed in place, and torch resizes no result in silence.
+    _, recording = record(LINEAR["vector_times_matrix"], vector())
+    for _ in range(3):
+        w = vector()
+        assert torch.allclose(recording(w), LINEAR["vector_times_matrix"](w), rtol=1e-14, atol=0)
+
+
 def test_results_do_not_share_memory():
     for function in LINEAR.values():
         _, recording = record(function, vector())
