@@ -234,6 +234,6 @@ def _with_weights(closure: Any) -> tuple[Sequence[Callable[[], Any]], Sequence[f
             f"pairs (closure, size), got {show(closure)}"
         )
     sizes = [size for _, size in pairs]
-    if not all(isinstance(size, Real) and 0 < size < math.inf for size in sizes):
+    if not all(isinstance(size, Real) and 0 < float(size) < math.inf for size in sizes):
         raise ValueError(f"sizes of closures must be finite numbers above 0, got {show(sizes)}")
     return functions, [size / sum(sizes) for size in sizes] or None
