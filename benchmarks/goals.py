@@ -121,7 +121,7 @@ training curves. `make bench` repeats all that results/ does not have yet and wr
 """
 NOTES = """
 No GPU was at hand. On an accelerator the solver's scalars stay on the device and the host waits at every eighth
-iteration (tested on the CPU); there is no CUDA graph, as none could have been tried.
+iteration; products may be replayed by CUDA graphs. Both were tested on the CPU alone, with a stand-in for the device.
 
 Tried and left out: recomputing the true residual during a solve, which in float32 delayed it (300 unknowns, condition
 1e3, every 50 iterations: after 250 products an error of 1.1e-5 beside 4.5e-6, and it grew from there); one reduction

@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers.scripts import EXAMPLES, load_script
-from matplotlib.image import imread
+from helpers.scripts import run_example
 
 
 @pytest.fixture(autouse=True)
@@ -14,16 +13,8 @@ def dtype_restored():
     torch.set_default_dtype(torch.float32)
 
 
-def run(name, tmp_path, capsys, *arguments):
-    module = load_script(EXAMPLES / f"{name}.py")
-    picture = tmp_path / f"{name}.png"
-    module.main([*arguments, "--figure", str(picture)])
-    assert imread(picture).std() > 0.01  # not blank
-    return module, capsys.readouterr().out
-
-
 def test_curve_fitting_prints_certified_values(tmp_path, capsys):
-    module, printed = run("curve_fitting", tmp_path, capsys)
+    module, printed = run_example("curve_fitting", tmp_path, capsys)
     rows = [
         [float(v) for v in re.findall(r"-?\d[\d.e+-]*", line)[1:]]
         for line in printed.splitlines()
@@ -37,7 +28,9 @@ def test_curve_fitting_prints_certified_values(tmp_path, capsys):
 
 
 def test_poisson_compares_three_methods(tmp_path, capsys):
-    module, printed = run("pinn_poisson", tmp_path, capsys, "--seconds", "0.5", "--hidden", "8")
+    module, printed = run_example(
+        "pinn_poisson", tmp_path, capsys, "--seconds", "0.5", "--hidden", "8"
+    )
     errors = {
         method: float(e)
         for method, e in re.findall(r"(\S+): RMS error (\S+) after 0.5 seconds", printed)
@@ -47,7 +40,9 @@ def test_poisson_compares_three_methods(tmp_path, capsys):
 
 
 def test_burgers_equation_and_its_exact_solution(tmp_path, capsys):
-    module, printed = run("pinn_burgers", tmp_path, capsys, "--seconds", "0.5", "--points", "100")
+    module, printed = run_example(
+        "pinn_burgers", tmp_path, capsys, "--seconds", "0.5", "--points", "100"
+    )
     assert re.search(r"relative error \S+ after [1-9]\d* steps", printed)
     points = torch.tensor([[0.3, 0.2], [0.5, -0.4], [0.8, 0.7]], dtype=torch.float64)
     viscosity = 0.1

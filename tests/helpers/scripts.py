@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+from matplotlib.image import imread
+
 TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
 TIMEOUT = 150
@@ -50,3 +53,14 @@ def load_script(path: Path) -> ModuleType:
     finally:
         del sys.modules[path.stem]
     return module
+
+
+def run_example(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[ModuleType, str]:
+    """Run an example with its picture drawn in that folder: its module, and what it printed."""
+    module = load_script(EXAMPLES / f"{name}.py")
+    picture = folder / f"{name}.png"
+    module.main([*arguments, "--figure", str(picture)])
+    assert imread(picture).std() > 0.01  # not blank
+    return module, capsys.readouterr().out
