@@ -23,13 +23,15 @@ def find_convergence(
     largest_slope: float,
     step_norm: float,
     norm: float,
+    damping_was_raised: bool,
 ) -> str:
     """Which tolerance a step meets, in words; empty if none, or where the data are not finite.
 
     ``gtol``, ``ftol`` and ``xtol`` are those of ``scipy.optimize.least_squares``. The step is seen
     as if ``lr`` were 1, and a loss that changes by rounding does not change. Where the damping alone
     makes steps short, a good one meets none, for the next one has less; nor does one that is too
-    short to be judged, of which :class:`~ngd_optim.advice.Advice` tells.
+    short to be judged, of which :class:`~ngd_optim.advice.Advice` tells, unless rejections have
+    raised the damping to there: the loss has come to its rounding.
 
     Args:
         point: where the step began.
@@ -38,6 +40,7 @@ def find_convergence(
         largest_slope: ``‖g‖∞``, weight decay included.
         step_norm: of the step that was last tried.
         norm: that of the parameters.
+        damping_was_raised: whether the damping is larger than the one that the user chose.
     """
     step, trial, rate = outcome.step, outcome.trial, max(settings.lr)
     if trial.forgets or not rate or outcome.solution.stop in ("indefinite", "not_finite"):
@@ -60,5 +63,5 @@ def find_convergence(
         is_held = trial.accepted and ratio > _GOOD and without > max(enough, 2 * with_damping)
     else:
         flat = torch.finfo(point.loss.dtype).eps ** 0.5 * abs(point.value)
-        is_held = without > max(enough, flat)
+        is_held = without > max(enough, flat) and not damping_was_raised
     return "" if is_held else why

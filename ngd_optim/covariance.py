@@ -12,11 +12,12 @@ from ngd_optim.curvature import OutputMetric
 from ngd_optim.distributed import ALONE
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.linearization import Point, linearize_mean
-from ngd_optim.parameters import FlatParameters
+from ngd_optim.parameters import name_parameters
 from ngd_optim.tracing import TracedClosure, list_closures
 
 logger = logging.getLogger("ngd_optim")
 
+_SAME = 1e-6
 _FAR = 0.1
 """So many standard errors from the minimum, the parameters are not at it."""
 
@@ -30,7 +31,7 @@ class Covariance:
         standard_errors: the roots of its diagonal, shape ``(n,)``.
         variance: that of a residual of weight 1, 0-dim: ``Σ r² / (m − n)`` for ``m`` residuals in
             one tensor; 1 with ``absolute_sigma``, NaN with a robust loss.
-        degrees_of_freedom: ``m − n``.
+        degrees_of_freedom: ``m − n``; residuals of weight 0 do not count in ``m``.
 
     Examples:
         >>> import torch
@@ -56,7 +57,7 @@ class Covariance:
 
 
 def estimate_covariance(
-    closure: Callable[[], Any], params: Iterable[Tensor], *, absolute_sigma: bool = False
+    closure: Callable[[], Any], params: Iterable[Any], *, absolute_sigma: bool = False
 ) -> Covariance:
     """The covariance of fitted parameters, as ``scipy.optimize.curve_fit`` estimates it.
 
@@ -69,14 +70,16 @@ def estimate_covariance(
     Args:
         closure: returns a sum of :func:`~ngd_optim.least_squares` losses. What is known of the
             parameters beforehand must be residuals as well: a penalty by hand is not seen.
-        params: those that were fitted, in the order in which the flat vectors hold them.
+        params: those that were fitted, or pairs of a name and one, in the order in which the flat vectors hold them.
         absolute_sigma: the residuals are divided by their known errors, or have the weights
             ``1 / σ²``: ``σ²`` is 1 in place of an estimate.
 
     Raises:
-        ValueError: the loss is of another kind, there are no more residuals than parameters, the
-            residuals do not determine the parameters, or ``absolute_sigma`` is asked for where
-            residuals of several tensors, or a robust loss, do not say what a variance of 1 is.
+        TypeError: ``params`` are no tensors, or pairs of a name and a tensor.
+        ValueError: the loss is of another kind or not finite, there are no more residuals than
+            parameters, the residuals do not determine the parameters, or ``absolute_sigma`` is asked
+            for where residuals of several tensors, a robust loss, or a factor of the loss do not say
+            what a variance of 1 is.
 
     Examples:
         >>> import torch
@@ -92,7 +95,7 @@ def estimate_covariance(
         >>> [round(v, 4) for v in estimate_covariance(closure, [line]).standard_errors.tolist()]
         [0.0849, 0.0346]
     """
-    parameters = FlatParameters([{"params": list(params)}])
+    parameters, _ = name_parameters(params)
     with twice_differentiable(), torch.enable_grad():
         runs = [TracedClosure(function, parameters) for function in list_closures(closure)]
         point = linearize_mean(parameters, "auto", "auto", {}, ALONE, runs)
@@ -101,14 +104,22 @@ def estimate_covariance(
                 "estimate_covariance() needs one closure whose loss is least_squares(), or a sum of "
                 "such losses; write what else is in the loss, such as a penalty, as residuals of it"
             )
+        if not point.is_finite:
+            raise ValueError(
+                "the loss or its gradient is not finite at the parameters, and tells no errors; fill "
+                "missing data with finite numbers, and give them the weight 0"
+            )
         root = point.square_root()
-        curvatures = _true_over_model(point)
+        counts = _have_weight(point)
+        curvatures = _true_over_model(point, counts)
+        factors = _factors(point)
     if root is None:
         raise ValueError("the residuals have negative weights; a variance has none")
     m, n = root.rows.shape
-    if m <= n:
+    counted = int(counts.sum())
+    if counted <= n:
         raise ValueError(
-            f"{m} residuals leave no degree of freedom for the errors of {n} parameters; give more data, "
+            f"{counted} residuals leave no degree of freedom for the errors of {n} parameters; give more data, "
             "or fit fewer parameters"
         )
     if absolute_sigma and (curvatures is not None or _tensors_of_residuals(point) > 1):
@@ -116,15 +127,21 @@ def estimate_covariance(
             "absolute_sigma needs one tensor of residuals with loss='linear': join them by torch.cat, each "
             "divided by its error, and look at the loss without its robust form"
         )
+    if absolute_sigma and any(abs(factor - 1) > _SAME for factor in factors):
+        raise ValueError(
+            f"absolute_sigma needs least_squares() as it is, and the loss has it times {factors[0]:.6g}: "
+            "leave the factor out, and give known errors by weights=1 / sigma**2"
+        )
     inverse = _invert(root.rows, curvatures)
     if curvatures is None:
-        # loss = σ² / 2 · (m − n) / m, and F = JᵀJ / m.
-        variance = root.rows.new_ones(()) if absolute_sigma else 2 * point.loss * m / (m - n)
+        # ‖s‖² = 2 · loss = σ² (counted − n) / m, and F = JᵀJ / m.
+        found = root.slope.square().sum() * m / (counted - n)
+        variance = torch.ones_like(found) if absolute_sigma else found
         matrix = variance / m * inverse
     else:
         gradients = root.rows * root.slope.unsqueeze(1)
         variance = root.rows.new_full((), torch.nan)
-        matrix = m / (m - n) * inverse @ (gradients.T @ gradients) @ inverse
+        matrix = counted / (counted - n) * inverse @ (gradients.T @ gradients) @ inverse
     errors = matrix.diagonal().sqrt()
     # A step from here leads to the minimum.
     distance = ((inverse @ (root.rows.T @ root.slope)).abs() / errors).amax().item()
@@ -134,7 +151,7 @@ def estimate_covariance(
             "estimated: take more steps before",
             distance,
         )
-    return Covariance(matrix, errors, variance, m - n)
+    return Covariance(matrix, errors, variance, counted - n)
 
 
 def _invert(A: Tensor, curvatures: Tensor | None) -> Tensor:
@@ -163,7 +180,22 @@ def _invert(A: Tensor, curvatures: Tensor | None) -> Tensor:
     return half @ half.T
 
 
-def _true_over_model(point: Point) -> Tensor | None:
+def _have_weight(point: Point) -> Tensor:
+    """Which residuals have a weight above 0, shape (m,): the others are no data."""
+    _, metric = point.graph.get()
+    assert isinstance(metric, OutputMetric)
+    images = metric.apply_hessian([torch.ones_like(z) for z in metric.outputs])
+    return torch.cat([image.flatten() for image in images]) != 0
+
+
+def _factors(point: Point) -> list[float]:
+    """By what each call of ``least_squares`` is multiplied in the loss."""
+    traced, _ = point.graph.get()
+    results = [call.result for call in traced.losses if call.result.requires_grad]
+    return [slope.item() for slope in torch.autograd.grad(traced.loss, results, retain_graph=True)]
+
+
+def _true_over_model(point: Point, counts: Tensor) -> Tensor | None:
     """The second derivatives of a robust loss in its residuals ÷ those of the parabolas; None: it is none."""
     traced, metric = point.graph.get()
     assert isinstance(metric, OutputMetric)
@@ -174,7 +206,8 @@ def _true_over_model(point: Point) -> Tensor | None:
     # Each residual has its own term: the matrix of second derivatives is diagonal.
     true = torch.autograd.grad(total, metric.outputs, retain_graph=True, materialize_grads=True)
     model = metric.apply_hessian([torch.ones_like(z) for z in metric.outputs])
-    return torch.cat([(t / h).flatten() for t, h in zip(true, model, strict=True)])
+    ratios = torch.cat([(t / h).flatten() for t, h in zip(true, model, strict=True)])
+    return torch.where(counts, ratios, 1.0)  # of what has no weight, its row is zero
 
 
 def _tensors_of_residuals(point: Point) -> int:

@@ -526,6 +526,7 @@ class NaturalCG(Followed):
             theta,
             max_kl=max_kl,
             new_slope=new_slope,
+            initial_damping=self.param_groups[0]["initial_damping"],
             solver=solver.name,
             preconditioner=preconditioning.name,
             n_forward=sum(run.count for run in runs),

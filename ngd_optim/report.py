@@ -170,6 +170,7 @@ def build_report(
     preconditioner: str,
     n_forward: int,
     n_product: int,
+    initial_damping: float,
 ) -> StepReport:
     """The report of a step, from what its parts found."""
     model, solution, step, trial = outcome.model, outcome.solution, outcome.step, outcome.trial
@@ -187,6 +188,7 @@ def build_report(
         largest_slope=largest_slope,
         step_norm=(trial.fraction or 1.0) * direction_norm,
         norm=norm,
+        damping_was_raised=max(outcome.damping) > initial_damping,
     )
     predicted = step.predicted_decrease(trial.fraction)
     # A ratio of two roundings says nothing.

@@ -174,6 +174,17 @@ REFUSED = {
         {"absolute_sigma": True},
         "loss='linear'",
     ),
+    "absolute and a factor": (
+        lambda: 30 * least_squares(line(PAIR) - 1),
+        {"absolute_sigma": True},
+        "times 30: leave the factor out",
+    ),
+    "not finite": (lambda: least_squares(line(PAIR) * torch.nan), {}, "not finite"),
+    "few that count": (
+        lambda: least_squares(line(PAIR) - 1, weights=(T < 0.2).double()),
+        {},
+        "2 residuals leave no degree",
+    ),
     "no minimum": (
         lambda: least_squares(line(PAIR) - 30, loss="cauchy", scale=0.1),
         {},
@@ -187,3 +198,33 @@ def test_refused(name):
     closure, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         estimate_covariance(closure, [PAIR], **options)
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber"])
+def test_residuals_without_weight_are_no_data(loss):
+    y, weights = data(), (T < 3).double()
+    some = weights.bool()
+    b, closure = fit(lambda b: decay(b) - y, weights=weights, loss=loss, scale=0.1)
+    found = estimate_covariance(closure, [b])
+    expected = estimate_covariance(
+        lambda: least_squares((decay(b) - y)[some], loss=loss, scale=0.1), [b]
+    )
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-7, atol=0)
+    assert found.degrees_of_freedom == expected.degrees_of_freedom == int(some.sum()) - 3
+
+
+def test_a_constant_in_the_loss_is_no_variance():
+    y = data()
+    b, closure = fit(lambda b: decay(b) - y)
+    found = estimate_covariance(lambda: closure() + 5.0, [b])
+    expected = estimate_covariance(closure, [b])
+    torch.testing.assert_close(found.matrix, expected.matrix, rtol=1e-9, atol=0)
+
+
+def test_params_may_have_names_and_must_be_several():
+    y = data()
+    b, closure = fit(lambda b: decay(b) - y)
+    named = estimate_covariance(closure, [("b", b)])
+    assert torch.equal(named.matrix, estimate_covariance(closure, [b]).matrix)
+    with pytest.raises(TypeError, match="params must be tensors"):
+        estimate_covariance(closure, b)

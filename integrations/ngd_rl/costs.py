@@ -78,7 +78,12 @@ def _cost_of(info: dict[str, Any]) -> float:
             'the info of a step has no "cost"; have the environment, or a wrapper around it, put one '
             "into the info of every step"
         )
-    cost = float(info["cost"])
+    given = np.asarray(info["cost"])
+    if given.size != 1 or given.dtype.kind not in "biuf":
+        raise ValueError(
+            f"the cost in the info of a step must be one number, got {info['cost']!r}; add up several"
+        )
+    cost = float(given.reshape(()))
     if not np.isfinite(cost):
         raise ValueError(f"the environment returned a cost that is not finite, {cost}")
     return cost

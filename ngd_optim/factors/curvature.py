@@ -186,6 +186,9 @@ class KroneckerCurvature:
         inverts: bool = False,
     ) -> Tensor:
         """``f(F) v``, where ``f`` is a function of eigenvalues."""
+        if not isinstance(v, Tensor) or v.is_complex():
+            kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
+            raise TypeError(f"v must be a real tensor, got {kind}; use torch.as_tensor for arrays")
         if v.ndim not in (1, 2) or len(v) != self.shape[0]:
             raise ValueError(
                 f"v must have shape ({self.shape[0]},) or ({self.shape[0]}, k), got {tuple(v.shape)}"

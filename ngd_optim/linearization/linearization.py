@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -13,7 +14,7 @@ from ngd_optim.linalg import LinearSolutions
 from ngd_optim.linearization.point import Learnt, Point, linearize_mean
 from ngd_optim.names import Backend, BackendChoice, Curvature, Kind
 from ngd_optim.operators import CurvatureOperator
-from ngd_optim.parameters import FlatParameters
+from ngd_optim.parameters import FlatParameters, name_parameters
 from ngd_optim.shown import show
 from ngd_optim.tracing import TracedClosure
 
@@ -101,10 +102,17 @@ class Linearization:
             preconditioner: as for :func:`~ngd_optim.conjugate_gradient`.
 
         Raises:
+            TypeError: ``right_sides`` is no tensor, or complex.
             ValueError: ``right_sides`` has another shape, a setting is out of range, or the
                 preconditioner is not positive definite.
         """
         n = len(self.gradient)
+        if not isinstance(right_sides, Tensor) or right_sides.is_complex():
+            is_tensor = isinstance(right_sides, Tensor)
+            kind = right_sides.dtype if is_tensor else type(right_sides).__name__
+            raise TypeError(
+                f"right_sides must be a real tensor, got {kind}; use torch.as_tensor for arrays"
+            )
         if right_sides.ndim != 2 or right_sides.shape[1] != n or not len(right_sides):
             raise ValueError(
                 f"right_sides must have shape (k, {n}), one vector a row, got "
@@ -158,7 +166,7 @@ class Linearization:
 
 def linearize(
     closure: Any,
-    params: Iterable[Tensor],
+    params: Iterable[Any],
     *,
     curvature: Curvature = "auto",
     backend: BackendChoice = "auto",
@@ -171,8 +179,8 @@ def linearize(
             their losses and curvatures, and one of pairs ``(closure, size)`` for the mean in which
             each counts ``size`` times: the number of samples, where a loss is their mean. Each
             product runs all of them again, with the memory of one at a time.
-        params: the parameters, in the order in which the flat vectors hold them; frozen ones are
-            left out.
+        params: the parameters, or pairs of a name and one, in the order in which the flat vectors
+            hold them; frozen ones are left out.
         curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions'
             Gauss-Newton matrix, ``"hessian"`` for that of the loss, ``"auto"`` for the first of the
             three that the closure offers.
@@ -204,13 +212,12 @@ def linearize(
     ):
         if not isinstance(value, str) or value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {get_args(allowed)}, got {show(value)}")
-    tensors = list(params)
-    if ShardedModules(tensors):
+    parameters, _ = name_parameters(params)
+    if ShardedModules(parameters.params):
         raise ValueError(
             "linearize() works on parameters that are whole, and fully_shard has spread these over ranks; "
             "give it a model that is not sharded, or take a step of NaturalCG"
         )
-    parameters = FlatParameters([{"params": tensors}])
     return Linearization.of(closure, parameters, curvature, backend, {})
 
 
@@ -227,6 +234,6 @@ def _with_weights(closure: Any) -> tuple[Sequence[Callable[[], Any]], Sequence[f
             f"pairs (closure, size), got {show(closure)}"
         )
     sizes = [size for _, size in pairs]
-    if any(isinstance(size, Tensor) or not size > 0 for size in sizes):
-        raise ValueError(f"sizes of closures must be numbers above 0, got {show(sizes)}")
+    if not all(isinstance(size, Real) and 0 < float(size) < math.inf for size in sizes):
+        raise ValueError(f"sizes of closures must be finite numbers above 0, got {show(sizes)}")
     return functions, [size / sum(sizes) for size in sizes] or None

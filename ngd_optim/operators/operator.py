@@ -53,8 +53,14 @@ class CurvatureOperator:
         """``F v``, of the shape of ``v``.
 
         Raises:
+            TypeError: ``v`` is no tensor, or complex.
             ValueError: ``v`` has another length than the gradient.
         """
+        if not isinstance(v, Tensor) or v.is_complex():
+            kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
+            raise TypeError(
+                f"v must be a real tensor, got {kind}; use to_scipy() for arrays, and for complex vectors"
+            )
         if v.ndim not in (1, 2) or len(v) != self.shape[0]:
             n = self.shape[0]
             raise ValueError(f"v must have shape ({n},) or ({n}, k), got {tuple(v.shape)}")
@@ -77,7 +83,10 @@ class CurvatureOperator:
         import scipy.sparse.linalg as scipy_linalg
 
         def multiply(array: Any) -> Any:
-            return self(torch.as_tensor(array, device=self.device)).cpu().numpy()
+            if array.dtype.kind == "c":
+                return multiply(array.real) + 1j * multiply(array.imag)
+            # A copy: strides below 0 and arrays that are read-only are no tensors.
+            return self(torch.as_tensor(array.copy(), device=self.device)).cpu().numpy()
 
         make: Any = scipy_linalg.LinearOperator
         return make(
@@ -122,8 +131,9 @@ class CurvatureOperator:
             tensor([12., 14.])
         """
         n = self.shape[0]
-        if not (isinstance(count, int) and 1 <= count <= n):
+        if not 1 <= (number := _integer(count)) <= n:
             raise ValueError(f"count must be an integer from 1 to {n}, got {show(count)}")
+        count = number
         if which not in get_args(Which):
             raise ValueError(f"which must be one of {get_args(Which)}, got {show(which)}")
         if count >= n - 1:
@@ -207,18 +217,25 @@ class CurvatureOperator:
         estimate: Callable[..., Estimate],
         exact: Callable[[Tensor], Tensor],
     ) -> Estimate:
-        try:
-            products = operator.index(products)
-        except TypeError:
-            products = 0
-        if products < _FEWEST:
-            raise ValueError(f"products must be an integer, at least {_FEWEST}, got {products}")
+        if (number := _integer(products)) < _FEWEST:
+            raise ValueError(
+                f"products must be an integer, at least {_FEWEST}, got {show(products)}"
+            )
+        products = number
         if self.shape[0] <= products:
             value = exact(self.to_dense())
             return Estimate(value, torch.zeros_like(value))
         generator = generator or torch.Generator(device="cpu").manual_seed(0)
         like = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         return estimate(self, like, products, generator)
+
+
+def _integer(value: Any) -> int:
+    """An integer of whichever kind; 0 of anything else."""
+    try:
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
 
 
 def _draw(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -153,18 +153,22 @@ def _check(
         )
     for w, r in zip(factors, residuals, strict=True):
         if isinstance(w, Tensor):
+            if w.is_complex():
+                raise ValueError(f"weights must be real, got a tensor of dtype {w.dtype}")
             if not _broadcasts(w, r):
                 raise ValueError(
                     "a tensor of weights must have one element, or broadcast to the shape of its residuals, "
                     f"{tuple(r.shape)}, got shape {tuple(w.shape)}"
                 )
-        elif not (isinstance(w, Real) and w >= 0):
-            raise ValueError(f"weights must be numbers, at least 0, or tensors, got {show(w)}")
+        elif not (isinstance(w, Real) and 0 <= float(w) < math.inf):
+            raise ValueError(
+                f"weights must be finite numbers, at least 0, or tensors, got {show(w)}"
+            )
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        return value.numel() == 1 and not value.is_complex()
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

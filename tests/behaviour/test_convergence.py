@@ -117,6 +117,20 @@ def test_a_run_that_ends_is_not_told_to_lower_its_damping(caplog):
     assert not caplog.records
 
 
+def test_a_fit_of_exact_data_ends_in_float32():
+    """Its residuals vanish but for rounding, which is no small part of such a loss."""
+    t = torch.linspace(0, 3, 40)
+    y = 2 * torch.exp(-1.3 * t) + 0.3
+    b = nn.Parameter(torch.ones(3))
+    optimizer = NaturalCG([b])
+    steps = 0
+    while not optimizer.converged:
+        optimizer.step(lambda: least_squares(b[0] * torch.exp(-b[1] * t) + b[2] - y))
+        steps += 1
+        assert steps <= 100, optimizer.last_step
+    torch.testing.assert_close(b.detach(), torch.tensor([2.0, 1.3, 0.3]), rtol=1e-4, atol=0)
+
+
 def test_a_smaller_rate_does_not_end_a_run_sooner():
     x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = NaturalCG([x], lr=1e-9)

@@ -323,6 +323,13 @@ def test_nothing_is_left_changed():
 LAYER = nn.Linear(2, 2)
 
 
+@pytest.mark.parametrize("v", [torch.ones(6, dtype=torch.complex64), torch.ones(6).numpy()])
+def test_vectors_are_real_tensors(v):
+    curvature = kronecker_factors(right, LAYER.named_parameters())
+    with pytest.raises(TypeError, match="v must be a real tensor"):
+        curvature(v)
+
+
 def right():
     return F.mse_loss(LAYER(torch.ones(3, 2)), torch.ones(3, 2))
 

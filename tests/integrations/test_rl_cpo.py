@@ -309,6 +309,8 @@ class Costs(gym.Wrapper):
         ({}, 'the info of a step has no "cost"; have the environment, or a wrapper'),
         ({"cost": math.nan}, "the environment returned a cost that is not finite, nan"),
         ({"cost": math.inf}, "the environment returned a cost that is not finite, inf"),
+        ({"cost": None}, "the cost in the info of a step must be one number, got None"),
+        ({"cost": [0.1, 0.2]}, "the cost in the info of a step must be one number"),
     ],
 )
 def test_costs_that_are_missing_or_not_finite(cost, message):

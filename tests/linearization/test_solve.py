@@ -43,6 +43,9 @@ def test_what_solve_refuses():
     model, x, y = problem()
     point = linearize(lambda: F.cross_entropy(model(x), y), model.parameters())
     g = point.gradient
+    for wrong in (g[None] * 1j, g[None].numpy(), [g]):
+        with pytest.raises(TypeError, match="right_sides must be a real tensor"):
+            point.solve(wrong)
     for wrong in (g, g[None, :-1], g[None, None], g[:0].reshape(0, 43)):
         with pytest.raises(ValueError, match=r"right_sides must have shape \(k, 43\).*torch.stack"):
             point.solve(wrong)

@@ -106,12 +106,23 @@ def test_a_loader_has_the_curvature_of_its_data(sizes):
         (3, TypeError, "linearize\\(\\) needs a closure"),
         ([lambda: None, 3], TypeError, "pairs \\(closure, size\\)"),
         ([(lambda: None, 1), lambda: None], TypeError, "pairs \\(closure, size\\)"),
-        ([(lambda: None, 0)], ValueError, "sizes of closures must be numbers above 0"),
+        ([(lambda: None, 0)], ValueError, "sizes of closures must be finite numbers above 0"),
+        ([(lambda: None, float("inf"))], ValueError, "finite numbers above 0"),
+        ([(lambda: None, "7")], ValueError, "finite numbers above 0"),
     ],
 )
 def test_what_is_no_closure_is_refused(closure, error, sentence):
     with pytest.raises(error, match=sentence):
         linearize(closure, [nn.Parameter(real(2))])
+
+
+def test_parameters_may_have_names_and_must_be_several():
+    model = nn.Linear(2, 2)
+    named = linearize(lambda: model.weight.square().sum(), model.named_parameters())
+    assert torch.equal(named.gradient[:4], 2 * model.weight.detach().flatten())
+    for wrong in (model, model.weight, [3]):
+        with pytest.raises(TypeError, match="params must be tensors, or pairs of a name"):
+            linearize(lambda: model.weight.square().sum(), wrong)
 
 
 class TestEstimates:
@@ -196,7 +207,13 @@ def test_eigenvalues_come_out_the_same_again():
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [((0,), "from 1 to 10"), ((11,), "from 1 to 10"), ((2, "biggest"), "which must be one of")],
+    [
+        ((0,), "from 1 to 10"),
+        ((11,), "from 1 to 10"),
+        ((True,), "from 1 to 10, got True"),
+        ((2.0,), "from 1 to 10, got 2.0"),
+        ((2, "biggest"), "which must be one of"),
+    ],
 )
 def test_bad_arguments_of_eigenvalues_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -216,6 +233,32 @@ def test_scipy_solves_with_it():
     assert_near(torch.as_tensor(operator @ V), matrix @ torch.as_tensor(V), 1e-12)
     assert_near(torch.as_tensor(operator.T @ V), matrix @ torch.as_tensor(V), 1e-12)
     assert aslinearoperator(operator).dtype == "float64"
+
+
+def test_scipy_multiplies_complex_and_odd_arrays():
+    matrix = decaying(20)
+    operator = operator_of(matrix).to_scipy()
+    z = torch.complex(real(20), 2 * real(20).flip(0)).numpy()
+    expected = matrix.to(torch.complex128) @ torch.as_tensor(z)
+    assert_near(torch.as_tensor(operator @ z), expected, 1e-12)
+    backwards = real(20, 3).numpy()[::-1]
+    backwards.flags.writeable = False
+    assert_near(
+        torch.as_tensor(operator @ backwards), matrix @ torch.as_tensor(backwards.copy()), 1e-12
+    )
+
+
+@pytest.mark.parametrize("v", [torch.ones(10, dtype=torch.complex64), torch.ones(10).numpy(), 1.0])
+def test_what_is_no_real_tensor_is_refused(v):
+    with pytest.raises(TypeError, match=r"v must be a real tensor, got .*; use to_scipy"):
+        operator_of(decaying(10))(v)
+
+
+def test_counts_may_be_numpys():
+    count = torch.tensor([2]).numpy()[0]
+    operator = operator_of(decaying(10))
+    assert len(operator.eigenvalues(count)[0]) == 2
+    assert operator.trace(2 * count).value > 0
 
 
 def test_without_scipy_the_rest_is_there(monkeypatch):

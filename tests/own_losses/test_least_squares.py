@@ -274,3 +274,14 @@ def test_outside_of_a_closure_it_is_a_plain_function():
 def test_bad_arguments(residuals, weights, error, message):
     with pytest.raises(error, match=message):
         least_squares(*residuals, weights=weights)
+
+
+@pytest.mark.parametrize("weights", [[float("inf")], [float("nan")], torch.ones(3) * 1j])
+def test_weights_are_real_and_finite(weights):
+    with pytest.raises(ValueError, match=r"weights must be (real|finite numbers)"):
+        least_squares(torch.ones(3), weights=weights)
+
+
+def test_a_complex_scale_is_refused():
+    with pytest.raises(ValueError, match="scale must be a finite number above 0"):
+        least_squares(torch.ones(3), loss="huber", scale=torch.tensor(1j))
