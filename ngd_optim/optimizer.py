@@ -555,8 +555,12 @@ class NaturalCG(Followed):
 
     @property
     def converged(self) -> bool:
-        """Whether the last step met a tolerance (``xtol``, ``ftol``, ``gtol``); False before the first step."""
-        return self.last_step is not None and self.last_step.converged
+        """Whether the last step met a tolerance (``xtol``, ``ftol``, ``gtol``).
+
+        False before the first step, and before the first one after ``load_state_dict``. Parameters that
+        are set by hand are not noticed: give each fit an optimizer of its own.
+        """
+        return self._has_met and self.last_step is not None and self.last_step.converged
 
     @property
     def _everything(self) -> list[Tensor]:

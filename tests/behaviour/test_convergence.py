@@ -136,3 +136,22 @@ def test_a_smaller_rate_does_not_end_a_run_sooner():
     optimizer = NaturalCG([x], lr=1e-9)
     optimizer.step(lambda: 0.5 * x.square().sum())
     assert not optimizer.converged
+
+
+def test_a_loaded_state_has_not_converged_yet():
+    problem = NIST["Rat43"]
+    theta = start_of(problem)
+    optimizer = NaturalCG([theta])
+    start, saved = theta.detach().clone(), optimizer.state_dict()
+
+    def fit():
+        while not optimizer.converged:
+            optimizer.step(lambda: least_squares(problem.residuals(theta)))
+        return problem.residuals(theta.detach()).square().sum().item()
+
+    first = fit()
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        theta.copy_(start)
+    assert not optimizer.converged
+    assert fit() == first
