@@ -175,13 +175,7 @@ class CPO(TRPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.cost_critic = self.policy_class(
-            self.observation_space,
-            self.action_space,
-            self.lr_schedule,
-            use_sde=self.use_sde,
-            **self.policy_kwargs,
-        ).to(self.device)
+        self.cost_critic = self._make_policy()
         self._episodes = Episodes(np.zeros(self.n_envs), np.zeros(self.n_envs, dtype=int))
 
     # The costs of a rollout

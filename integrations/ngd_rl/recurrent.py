@@ -50,13 +50,7 @@ class RecurrentTRPO(TRPO):
             )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        self.policy = self.policy_class(
-            self.observation_space,
-            self.action_space,
-            self.lr_schedule,
-            use_sde=self.use_sde,
-            **self.policy_kwargs,
-        ).to(self.device)
+        self.policy = self._make_policy()
         layers, _, hidden = self.policy.lstm_hidden_state_shape
         if self.rollout_buffer_class is None:
             is_dict = isinstance(self.observation_space, spaces.Dict)

@@ -224,6 +224,16 @@ class TRPO(sb3_contrib.TRPO):
         _refuse_not_finite("reward", rollout_buffer.rewards)
         return is_complete
 
+    def _make_policy(self) -> Any:
+        """A new one of the policy's class, as ``_setup_model`` of Stable-Baselines3 makes it."""
+        return self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            use_sde=self.use_sde,
+            **self.policy_kwargs,
+        ).to(self.device)
+
     def _collect(
         self,
         env: VecEnv,
