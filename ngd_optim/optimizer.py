@@ -343,10 +343,7 @@ class NaturalCG(Followed):
             self._experiences,
         )
 
-    @all_or_nothing(
-        attributes=("process_group", "_has_met", "_advice"),
-        setting="damping",
-    )
+    @all_or_nothing(attributes=("process_group", "_has_met", "_advice"), setting="damping")
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
@@ -376,8 +373,7 @@ class NaturalCG(Followed):
             parameters = FlatParameters(self.param_groups)
             complete_state(self.state, parameters, Settings.of(self.param_groups))
             return torch.zeros((), device=self._device)
-        params = [p for group in self.param_groups for p in group["params"]]
-        modules = ShardedModules(params, self.process_group)
+        modules = ShardedModules(self._everything, self.process_group)
         with Ranks(
             modules.group or self.process_group,
             self._device,

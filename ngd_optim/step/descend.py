@@ -38,9 +38,8 @@ class Outcome:
         """``dᵀF d / ‖d‖²`` of the step that was taken, of this norm; 0 if none was."""
         if not step_norm:
             return 0.0
-        scale = (
-            self.trial.fraction / step_norm
-        )  # its square may be out of range, near a minimum of zero
+        # Its square alone may be out of range, near a minimum at zero.
+        scale = self.trial.fraction / step_norm
         curvature = self.step.metric * scale * scale
         return curvature if math.isfinite(curvature) else 0.0
 
