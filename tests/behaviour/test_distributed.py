@@ -1,8 +1,7 @@
 """Two processes against one: the same steps, the same decisions, and no rank left waiting."""
 
 import math
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.ranks import on_two_ranks, results_of
+from helpers.ranks import on_two_ranks, outcomes_of, results_of, try_each
 from helpers.scripts import EXAMPLES, run_python
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -369,15 +368,8 @@ def mark_slow(**scenarios: Any) -> Any:
     ]
 
 
-def run_scenarios(rank: int, names: Sequence[str]) -> dict[str, Any]:
-    results = {}
-    for name in names:
-        try:
-            results[name] = SCENARIOS[name](rank)
-        except Exception:
-            results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
-        dist.barrier()
-    return results
+def scenario(name: str, rank: int) -> Any:
+    return SCENARIOS[name](rank)
 
 
 @pytest.fixture
@@ -387,16 +379,10 @@ def ranks(
     """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
     is_slow = request.node.get_closest_marker("slow") is not None
     names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
-    run = partial(on_two_ranks, partial(run_scenarios, names=names))
+    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=names))
     results = results_of("slow scenarios" if is_slow else "quick scenarios", run, tmp_path_factory)
 
-    def of(name: str) -> list[Any]:
-        for result in results:
-            if isinstance(result[name], AssertionError):
-                raise result[name]
-        return [result[name] for result in results]
-
-    return of
+    return lambda name: outcomes_of(name, results)
 
 
 def same(a: StepReport, b: StepReport) -> bool:

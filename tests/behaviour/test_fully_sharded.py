@@ -1,9 +1,8 @@
 """Models that ``fully_shard`` (FSDP2) has spread over two processes: the steps of one process with all data."""
 
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from helpers.problems import assert_near
-from helpers.ranks import on_ranks, on_two_ranks, results_of
+from helpers.ranks import on_ranks, on_two_ranks, outcomes_of, results_of, try_each
 from helpers.scripts import EXAMPLES, run_python
 from helpers.sharded import SOLVED, data_of, join, make_mlp, make_tied, shard, train, with_backward
 from torch import Tensor, nn
@@ -510,15 +509,8 @@ QUICK += tuple(f.__name__ for f in REFUSED)
 """Slow tests look at the others, in processes of their own."""
 
 
-def run_scenarios(rank: int, names: Sequence[str]) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for name in names:
-        try:
-            results[name] = SCENARIOS[name](rank)
-        except Exception:
-            results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
-        dist.barrier()
-    return results
+def scenario(name: str, rank: int) -> Any:
+    return SCENARIOS[name](rank)
 
 
 @pytest.fixture
@@ -528,16 +520,10 @@ def ranks(
     """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
     is_slow = request.node.get_closest_marker("slow") is not None
     names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
-    run = partial(on_two_ranks, partial(run_scenarios, names=names))
+    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=names))
     results = results_of(f"fully sharded {is_slow}", run, tmp_path_factory)
 
-    def of(name: str) -> list[Any]:
-        for result in results:
-            if isinstance(result[name], AssertionError):
-                raise result[name]
-        return [result[name] for result in results]
-
-    return of
+    return lambda name: outcomes_of(name, results)
 
 
 def mark_slow(*names: str, prefix: str = "") -> list[Any]:

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,29 @@ def results_of(
         finally:
             (folder / "ended").touch()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def try_each(
+    rank: int, scenario: Callable[[str, int], Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """What ``scenario(name, rank)`` returns for each name; where it raises, an AssertionError that tells of it."""
+    results: dict[str, Any] = {}
+    for name in names:
+        try:
+            results[name] = scenario(name, rank)
+        except Exception:
+            results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
+        dist.barrier()
+    return results
+
+
+def outcomes_of(name: str, results: Iterable[dict[str, Any]]) -> list[Any]:
+    """What each rank returned; what one of them raised, raised here."""
+    found = [result[name] for result in results]
+    for outcome in found:
+        if isinstance(outcome, AssertionError):
+            raise outcome
+    return found
 
 
 def _run(rank: int, function: Callable[[int], Any], folder: Path, n: int) -> None:
