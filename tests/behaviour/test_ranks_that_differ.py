@@ -3,7 +3,6 @@
 import copy
 import shutil
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from helpers.ranks import on_two_ranks, results_of
+from helpers.ranks import on_two_ranks, outcomes_of, results_of, try_each
 from helpers.states import assert_same_state
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -386,30 +385,17 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def run_scenarios(rank: int) -> dict[str, Any]:
-    results = {}
-    for name, scenario in SCENARIOS.items():
-        try:
-            results[name] = scenario(rank)
-        except BaseException:
-            results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
-        dist.barrier()
-    return results
+def scenario(name: str, rank: int) -> Any:
+    return SCENARIOS[name](rank)
 
 
 @pytest.fixture
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
     """What each rank returned in a scenario; one pair of processes runs them all."""
-    run = partial(on_two_ranks, run_scenarios)
+    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=list(SCENARIOS)))
     results = results_of("ranks that differ", run, tmp_path_factory)
 
-    def of(name: str) -> list[Any]:
-        for result in results:
-            if isinstance(result[name], AssertionError):
-                raise result[name]
-        return [result[name] for result in results]
-
-    return of
+    return lambda name: outcomes_of(name, results)
 
 
 @pytest.mark.slow

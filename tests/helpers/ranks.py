@@ -60,7 +60,7 @@ def try_each(
     for name in names:
         try:
             results[name] = scenario(name, rank)
-        except Exception:
+        except BaseException:  # some raise a KeyboardInterrupt of their own
             results[name] = AssertionError(f"rank {rank}: {traceback.format_exc()}")
         dist.barrier()
     return results
