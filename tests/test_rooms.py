@@ -15,6 +15,7 @@ ROOMS = [
     "operators",
     "recording",
     "own_losses",
+    "recognised",
     "tracing",
     "curvature",
     "jacobian",

@@ -40,7 +40,7 @@ class Graph:
         run: the closure.
         parameters: what it is a function of.
         curvature: the setting of that name.
-        smoothing: how wide kinks are rounded; see :func:`~ngd_optim.tracing.kinks.irls_weight`.
+        smoothing: how wide kinks are rounded; see :func:`~ngd_optim.recognised.parabolas.irls_weight`.
             None: they are not.
 
     Attributes:

@@ -20,11 +20,11 @@ from ngd_optim.kernels import AUTOCAST_KINDS
 from ngd_optim.layout import is_spread, whole
 from ngd_optim.own_losses import least_squares
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.recognised import LOSSES, LossCall
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import keep_versions, version_of
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
-from ngd_optim.tracing.losses import LOSSES, LossCall
 from ngd_optim.tracing.mode import Hook, Tracing
 from ngd_optim.tracing.side_effects import SideEffects
 

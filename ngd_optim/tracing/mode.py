@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngd_optim.kernels import differentiable, recompute_alike, uncompiled
+from ngd_optim.recognised import LOSSES, LossCall, call_loss
 from ngd_optim.recording import ForwardRecorder
 from ngd_optim.torch_internals import (
     FunctionMode,
@@ -24,7 +25,6 @@ from ngd_optim.torch_internals import (
     saves_by_hooks,
 )
 from ngd_optim.tracing.kinks import KINKS, Kink, call_with_kink
-from ngd_optim.tracing.losses import LOSSES, LossCall, call_loss
 from ngd_optim.tracing.side_effects import SideEffects
 
 logger = logging.getLogger("ngd_optim")

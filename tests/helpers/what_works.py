@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers import models
 from helpers.models import CASES
-from ngd_optim.tracing.losses import LOSSES
+from ngd_optim.recognised import LOSSES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "what_works.md"

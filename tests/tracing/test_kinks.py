@@ -12,8 +12,8 @@ from ngd_optim import NaturalCG, linearize
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization import linearize_mean
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.recognised import irls_weight
 from ngd_optim.tracing import TracedClosure
-from ngd_optim.tracing.kinks import irls_weight
 
 N, C = 6, 3
 torch.manual_seed(1)

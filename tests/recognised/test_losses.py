@@ -11,8 +11,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 from ngd_optim import NaturalCG, linearize
-from ngd_optim.tracing.kinks import irls_weight
-from ngd_optim.tracing.losses import LOSSES, call_loss
+from ngd_optim.recognised import LOSSES, call_loss, irls_weight
 
 N, C, T = 5, 4, 6
 POSITIVE = torch.rand(N, C, dtype=torch.float64) + 0.5
