@@ -6,7 +6,7 @@ the first step compares what it is made of with differences and with plain autog
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -70,14 +70,15 @@ class Checked:
     Attributes:
         ways: those to form products that were found right, in order of preference.
         penalty: whether the loss depends on parameters around the outputs by a positive
-            semidefinite Hessian.
+            semidefinite Hessian; None: by one that is zero so far, as where its weight is zero, so
+            that it is asked again at each step.
         replays: whether trial points replay what was recorded of the closure; else they run it.
         is_repeatable: whether the closure is known to compute the same each time that it runs.
         recordings: of its products, from earlier steps.
     """
 
     ways: tuple[Way, ...]
-    penalty: bool = False
+    penalty: bool | None = False
     replays: bool = True
     is_repeatable: bool = False
     recordings: KeptRecordings = field(default_factory=KeptRecordings)
@@ -202,9 +203,7 @@ def check_closure(
     eps = max(noise, coarsest_eps(dtypes([traced.loss, *metric.outputs])))
     if not ranks.all(bool(traced.loss.isfinite() and gradient.isfinite().all())):
         return None
-    # A random vector meets every direction; a generator of its own leaves the user's alone.
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    v = torch.randn(gradient.shape, generator=generator, device="cpu").to(gradient)
+    v = _any_direction(gradient)
 
     ranks.together(lambda: _refuse_nonlinear_hooks(metric, parameters, eps))
     motion = ranks.together(lambda: find_motion(graph, gradient, parameters, eps))
@@ -226,9 +225,7 @@ def check_closure(
     first = _choose_backend(
         graph, v, parameters, eps, ranks, backend=backend, prefers_forward=prefers_forward
     )
-    penalty = metric.kind == "ggn" and ranks.all(
-        ranks.together(lambda: _has_semidefinite_penalty(graph, v, parameters))
-    )
+    penalty = metric.kind == "ggn" and find_penalty(graph, v, parameters, ranks)
     ways = [Way(first, recorded=False)]
     direct = direct_product(first, graph, parameters, penalty=False)
     ranks.together(lambda: metric.check(parameters, direct, v))
@@ -352,15 +349,43 @@ def _refuse_nonlinear_hooks(
         )
 
 
-def _has_semidefinite_penalty(graph: Graph, v: Tensor, parameters: FlatParameters) -> bool:
+def ask_again(
+    checked: Checked, graph: Graph, gradient: Tensor, parameters: FlatParameters, ranks: Ranks
+) -> Checked:
+    """The same, with the question of the penalty answered, if it is open and can be by now."""
+    if checked.penalty is not None:
+        return checked
+    penalty = find_penalty(graph, _any_direction(gradient), parameters, ranks)
+    if penalty is None:
+        return checked
+    # What was recorded of products is without it.
+    return replace(checked, penalty=penalty, recordings=KeptRecordings())
+
+
+def find_penalty(graph: Graph, v: Tensor, parameters: FlatParameters, ranks: Ranks) -> bool | None:
+    """``Checked.penalty``, on all ranks the same."""
+    found = ranks.together(lambda: _is_semidefinite(graph, v, parameters))
+    if ranks.all(found is None):
+        return None
+    return ranks.all(found is not False)
+
+
+def _any_direction(gradient: Tensor) -> Tensor:
+    # A random vector meets every direction; a generator of its own leaves the user's alone.
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(gradient.shape, generator=generator, device="cpu").to(gradient)
+
+
+def _is_semidefinite(graph: Graph, v: Tensor, parameters: FlatParameters) -> bool | None:
+    """Whether the Hessian around the outputs is positive semidefinite; None: it is zero."""
     penalty = graph.penalty()
     if penalty is None:
         return False
 
     product = flat_product([penalty], parameters)
     image = product(v)
-    if not image.any():
-        return True  # now: a weight of zero, or a penalty without curvature
+    if not image.any():  # the host waits, at first steps and while it is zero
+        return None
     # A singular Hessian, as of a penalty on some weights, passes; CG finds negative curvature in a
     # few iterations if it counts.
     shift = 1e-5 * image.norm() / v.norm()

@@ -19,6 +19,7 @@ from ngd_optim.linearization.backend import Way
 from ngd_optim.linearization.checks import (
     Checked,
     Signature,
+    ask_again,
     assume_unchecked,
     check_closure,
     refuse_unsupported,
@@ -294,7 +295,10 @@ def linearize_closure(
 
     kind = Common(_KINDS.index(metric.kind), _OTHER_KIND)
     # A rank that does not know the closure takes the others along to the check, which communicates.
-    checked = learnt[key] if ranks.all(key in learnt, [kind]) else learn()
+    if ranks.all(key in learnt, [kind]):
+        checked = learnt[key] = ask_again(learnt[key], graph, gradient, parameters, ranks)
+    else:
+        checked = learn()
     graph.replays, graph.is_repeatable = checked.replays, checked.is_repeatable
 
     def keep_ways(ways: tuple[Way, ...]) -> None:

@@ -64,7 +64,7 @@ class ClosureProduct:
         self._graph = graph
         self._parameters = parameters
         self._recordings = checked.recordings
-        self.has_penalty = checked.penalty
+        self.has_penalty = bool(checked.penalty)
         self._ranks = ranks
         self._keep_graph = keep_graph
         self._captures = captures
@@ -88,7 +88,7 @@ class ClosureProduct:
             # What was learnt of the closure holds no longer.
             checked = self._learn()
             self._recordings = checked.recordings
-            self.has_penalty = checked.penalty
+            self.has_penalty = bool(checked.penalty)
             self.ways = self._usable(checked)
             formed, ways = self._try_ways(v)
         if formed is None:

@@ -96,7 +96,8 @@ class Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a message, once."""
-        kept = self.warnings if record.levelno >= logging.WARNING else self.notes
+        is_problem = record.levelno >= logging.WARNING and not hasattr(record, "nothing_is_wrong")
+        kept = self.warnings if is_problem else self.notes
         if record.getMessage() not in kept:
             kept.append(record.getMessage())
 

@@ -340,7 +340,8 @@ def _tell_of_compiled() -> None:
         _TOLD.add("compiled")
         logger.warning(
             "the closure runs a model of torch.compile, and within step() that runs eagerly: a compiled graph "
-            "hides its operations; nothing is wrong, and elsewhere it stays compiled"
+            "hides its operations; nothing is wrong, and elsewhere it stays compiled",
+            extra={"nothing_is_wrong": True},
         )
 
 

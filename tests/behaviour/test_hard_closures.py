@@ -874,3 +874,34 @@ def test_what_torch_func_writes_to_is_not_put_back():
 
     with pytest.raises(KeyError, match="mine"):
         NaturalCG(model.parameters()).step([closure, broken])
+
+
+CONVEX = {
+    "convex": lambda w: w.square().sum(),
+    "not convex": lambda w: (w**4).sum() - w.square().sum(),
+}
+
+
+@pytest.mark.parametrize("kind", CONVEX)
+def test_a_penalty_whose_weight_is_zero_at_first_is_judged_when_it_is_there(kind):
+    """It was taken for convex for good, and a run that was resumed later decided otherwise."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randn(30, 2).double()
+    start = nn.Linear(4, 2).double()
+
+    def run(weights, resumed_at=None):
+        model = copy.deepcopy(start)
+        optimizer = NaturalCG(model.parameters(), preconditioner=None)
+        for i, weight in enumerate(weights):
+            if i == resumed_at:
+                saved = optimizer.state_dict()
+                optimizer = NaturalCG(model.parameters(), preconditioner=None)
+                optimizer.load_state_dict(saved)
+            optimizer.step(lambda: F.mse_loss(model(x), y) + weight * CONVEX[kind](model.weight))  # noqa: B023
+        return model.weight.detach()
+
+    schedule = [0.0, 0.0, 0.0, 0.3, 0.3, 0.3]
+    whole, late = run(schedule), run(schedule, resumed_at=4)
+    assert torch.equal(whole, late)
+    # As if the closure had been seen with the penalty alone.
+    assert torch.equal(run(schedule, resumed_at=3), whole)
