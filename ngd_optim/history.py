@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from typing import Any
 
-from ngd_optim.copies import CopiedInFull
+from ngd_optim.saved import SavedInFull
 from ngd_optim.shown import html_table
 
 logger = logging.getLogger("ngd_optim")
@@ -13,7 +13,7 @@ _LONGEST = 4096
 """So many reports are kept, the last ones."""
 
 
-class Followed(CopiedInFull):
+class Followed(SavedInFull):
     """An optimizer whose run can be followed without code: by ``history``, the logger, and in notebooks.
 
     Each step is a line of the logger ``ngd_optim`` at level INFO.
@@ -37,7 +37,7 @@ class Followed(CopiedInFull):
     def _repr_html_(self) -> str:
         """Notebooks show this: the settings, and the last step."""
         settings = {name: value for name, value in self.param_groups[0].items() if name != "params"}
-        count = sum(p.numel() for group in self.param_groups for p in group["params"])
+        count = sum(p.numel() for p in self._everything)
         groups = len(self.param_groups)
         title = f"{type(self).__name__}: {count:,} parameters" + (
             f" in {groups} groups; the first one's settings" if groups > 1 else ""

@@ -23,7 +23,6 @@ from ngd_optim.reading import read
 from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
-from ngd_optim.state import keep_precision
 from ngd_optim.stream import StreamState, check_stream_state, differentiate
 from ngd_optim.tracing import list_closures
 from ngd_optim.transaction import all_or_nothing
@@ -113,13 +112,9 @@ class KFAC(Followed):
         process_group: Any = None,
     ) -> None:
         given = locals()
-        if not isinstance(generator, torch.Generator | None):
-            raise TypeError(f"generator must be a torch.Generator or None, got {show(generator)}")
-        self.generator = generator
-        self.process_group = process_group
         defaults = {name: given[name] for name in KFACSettings.allowed()}
         KFACSettings.check_each(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, generator, process_group)
         self._complete()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,26 +125,6 @@ class KFAC(Followed):
         check_stream_state(state["state"])
         super().__setstate__(state)
         self._complete()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the settings and the state that :meth:`state_dict` gave.
-
-        What is not finite is dropped, with a warning.
-
-        Raises:
-            ValueError: it is the state of another optimizer, or of other parameters.
-        """
-        final: dict[str, Any] = {}
-        # The last hook sees what the user's leave.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        params = [p for group in self.param_groups for p in group["params"]]
-        saved = [i for group in final["param_groups"] for i in group["params"]]
-        entries = {p: final["state"].get(i, {}) for p, i in zip(params, saved, strict=True)}
-        keep_precision(self.state, entries)
 
     def _complete(self) -> None:
         self.begin_history()
@@ -167,14 +142,12 @@ class KFAC(Followed):
             first = self.param_groups[0]
             names = [name for name, one in KFACSettings.allowed().items() if not one.per_group]
             add_missing(param_group, {name: first[name] for name in names})
-        super().add_param_group(param_group)
-        try:
-            to_plain_numbers(self.param_groups[-1], tuple(KFACSettings.allowed()))
-            KFACSettings.check_each(self.param_groups[-1])
-            KFACSettings.of(self.param_groups)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+        self._add_if(self._check_group, param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        to_plain_numbers(group, tuple(KFACSettings.allowed()))
+        KFACSettings.check_each(group)
+        KFACSettings.of(self.param_groups)
 
     @overload
     def watch(self) -> AbstractContextManager[None]: ...

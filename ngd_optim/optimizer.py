@@ -41,7 +41,6 @@ from ngd_optim.settings import (
     check_settings,
     to_plain_numbers,
 )
-from ngd_optim.shown import show
 from ngd_optim.solvers import (
     ConjugateGradients,
     QuadraticModel,
@@ -49,7 +48,7 @@ from ngd_optim.solvers import (
     build_solver,
     curvature_diagonal,
 )
-from ngd_optim.state import check_state, complete_state, give_memory, join_keys, keep_precision
+from ngd_optim.state import check_state, complete_state, give_memory
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
 from ngd_optim.tracing import TracedClosure, list_closures
 from ngd_optim.transaction import all_or_nothing
@@ -214,13 +213,9 @@ class NaturalCG(Followed):
         process_group: Any = None,
     ) -> None:
         given = locals()
-        if not isinstance(generator, torch.Generator | None):
-            raise TypeError(f"generator must be a torch.Generator or None, got {show(generator)}")
-        self.generator = generator
-        self.process_group = process_group
         defaults = {name: given[name] for name in SETTINGS}
         check_settings(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, generator, process_group)
         self._complete()
         if max_damping == "auto" and damping > _USUAL_DAMPING:
             warnings.warn(
@@ -254,33 +249,6 @@ class NaturalCG(Followed):
         saved = super().state_dict()
         return {**saved, "state": give_memory(saved["state"])}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the settings and the state that :meth:`state_dict` gave.
-
-        Settings that this version has, and the one that saved did not have, have their defaults.
-        What is not finite is dropped, with a warning.
-
-        Raises:
-            ValueError: it is the state of another optimizer, or of other parameters.
-        """
-        final: dict[str, Any] = {}
-
-        def see(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            final.update(loaded, state=join_keys(loaded["state"]))
-            return final
-
-        # The last hook sees what the user's leave.
-        handle = self.register_load_state_dict_pre_hook(see)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        saved = [i for group in final["param_groups"] for i in group["params"]]
-        entries = {
-            p: final["state"].get(i, {}) for p, i in zip(self._everything, saved, strict=True)
-        }
-        keep_precision(self.state, entries)
-
     def _complete(self) -> None:
         self.begin_history()
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
@@ -299,21 +267,18 @@ class NaturalCG(Followed):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may set its own ``lr``, ``damping`` and ``weight_decay``."""
-        if (
-            "momentum" not in self.defaults
-        ):  # else it is one of those that the optimizer is made with
+        # Else it is one of those that the optimizer is made with.
+        if "momentum" not in self.defaults:
             first = self.param_groups[0]
             add_missing(param_group, {name: first[name] for name in COMMON_SETTINGS})
         # The limits of the damping are around it, as it is in the first group.
         add_missing(param_group, {"initial_damping": float(self.defaults["damping"])})
-        super().add_param_group(param_group)
-        try:
-            to_plain_numbers(self.param_groups[-1])
-            check_settings(self.param_groups[-1])
-            Settings.of(self.param_groups)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+        self._add_if(self._check_group, param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        to_plain_numbers(group)
+        check_settings(group)
+        Settings.of(self.param_groups)
 
     def register_gradient_hook(self, hook: Callable[["NaturalCG"], None]) -> RemovableHandle:
         """Have ``hook(optimizer)`` called once in every step: at the gradient, before the parameters move.
@@ -557,11 +522,6 @@ class NaturalCG(Followed):
         are set by hand are not noticed: give each fit an optimizer of its own.
         """
         return self._has_met and self.last_step is not None and self.last_step.converged
-
-    @property
-    def _everything(self) -> list[Tensor]:
-        """All parameters, frozen ones as well."""
-        return [p for group in self.param_groups for p in group["params"]]
 
     @property
     def _device(self) -> torch.device:
