@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
+from ngd_optim.convergence import Progress
 from ngd_optim.distributed import Ranks, ShardedModules
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.history import Followed
@@ -261,6 +262,7 @@ class NaturalCG(Followed):
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
         self._advice = Advice()
+        self._progress = Progress()
         self._experiences: Learnt = {}
         self._transaction: Any = None
         self._has_met = False
@@ -308,7 +310,9 @@ class NaturalCG(Followed):
             self._experiences,
         )
 
-    @all_or_nothing(attributes=("process_group", "_has_met", "_advice"), setting="damping")
+    @all_or_nothing(
+        attributes=("process_group", "_has_met", "_advice", "_progress"), setting="damping"
+    )
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
@@ -495,6 +499,9 @@ class NaturalCG(Followed):
         )
         self.last_step = report
         self._advice = self._advice.after(report, outcome, point)
+        self._progress = self._progress.after(
+            report.new_loss, is_new_data=not math.isnan(report.new_slope)
+        )
         if point.is_finite and outcome.solution.not_finite == "product":
             self._experiences.clear()  # another way to form products may do
         if outcome.trial.forgets:
@@ -522,8 +529,17 @@ class NaturalCG(Followed):
 
         False before the first step, and before the first one after ``load_state_dict``. Parameters that
         are set by hand are not noticed: give each fit an optimizer of its own.
+
+        Raises:
+            RuntimeError: for many steps on the same data the loss has not become lower, as where it is NaN or
+                ``lr=0``: ``while not optimizer.converged`` would never end.
         """
-        return self._has_met and self.last_step is not None and self.last_step.converged
+        if self.last_step is None:
+            return False
+        if self._has_met and self.last_step.converged:
+            return True
+        self._progress.check(self.last_step.reason)
+        return False
 
     @property
     def _device(self) -> torch.device:
