@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ngd_optim.common import Beginning
 from ngd_optim.distributed import Ranks, ShardedModules
 from ngd_optim.history import Followed
 from ngd_optim.kernels import without_autocast
@@ -23,7 +24,7 @@ from ngd_optim.reading import read
 from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
-from ngd_optim.stream import StreamState, check_stream_state, differentiate
+from ngd_optim.stream import NAMES, StreamState, check_stream_state, differentiate
 from ngd_optim.tracing import list_closures
 from ngd_optim.transaction import all_or_nothing
 from ngd_optim.watch import FactorWatch, WatchedModule
@@ -265,16 +266,36 @@ class KFAC(Followed):
         is_due = state.is_due(settings.renew_every, _AT_START)
 
         # 1. The gradient, and the factors of this batch if they are due.
-        loss, gradients = None, [p.grad for p in parameters.params]
         functions = [] if closure is None else list_closures(closure)
-        if functions:
-            with self._watching_for(state, settings.damping) if is_due else nullcontext():
-                loss, gradients = differentiate(functions, parameters)
-        reached = [g is not None for g in gradients]
+
+        tensors = [p for group in self.param_groups for p in group["params"]]
+
+        def find() -> tuple[tuple[Tensor | None, Sequence[Tensor | None]], list[bool]]:
+            loss, gradients = None, [p.grad for p in parameters.params]
+            if functions:
+                with self._watching_for(state, settings.damping) if is_due else nullcontext():
+                    loss, gradients = differentiate(functions, parameters)
+            found = dict(zip(parameters.params, gradients, strict=True))
+            return (loss, gradients), [found.get(p) is not None for p in tensors]
+
+        # DistributedDataParallel averages gradients itself; then there is no group given.
+        given = Ranks(self.process_group, parameters.device, follow_ddp=False)
+        beginning = Beginning(
+            groups=self.param_groups,
+            settings=settings,
+            tensors=parameters.params,
+            theta=None if modules or self.process_group is None else parameters.read(),
+            state=self.state,
+            whole_state=self._inverse is None,  # nothing was computed since it was loaded
+            generator=None,
+            calls=(len(functions), 0),
+            names=NAMES,
+        )
+        given.begin_with(Beginning.length, beginning.common)
+        (loss, gradients), flags = given.together_with_flags(find, len(tensors))
+        reached = [flag for p, flag in zip(tensors, flags, strict=True) if p.requires_grad]
         group = modules.group or self.process_group
         ranks = self._ranks or Ranks(group, parameters.device, follow_ddp=False)
-        if self.process_group is not None:
-            reached = ranks.any(reached)
         if not any(reached):
             raise ValueError(
                 "no parameter of the optimizer has a gradient; call loss.backward() before step(), or "

@@ -35,6 +35,8 @@ _DECREMENTS = 20
 _GO_WITH = {"momentum": "weight", "last_step": "slope"}
 _LAYER = ("layer_groups", "layer_flipped", "layer_bias")
 _TENSORS = ("momentum", "last_step", *_FACTORS)
+NAMES = (*_NUMBERS, *_LAYER, *_TENSORS)
+"""Those of all entries. Any others are the user's, and left alone."""
 
 
 class StreamState:

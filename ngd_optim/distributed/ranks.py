@@ -159,6 +159,27 @@ class Ranks:
         """What this rank has, in a vector of the step, of one that is whole on each rank."""
         return flat if self.division is None else self.division.part(flat)
 
+    def together_with_flags(
+        self, work: Callable[[], tuple[T, Sequence[bool]]], n: int
+    ) -> tuple[T, list[bool]]:
+        """As :meth:`together`, in the same exchange as ``n`` flags: for each, whether it is set on some rank."""
+        length, self._length = self._length, 0
+        try:
+            result, flags = work()
+        except BaseException as error:
+            if self.group is not None:
+                with suppress(Exception):
+                    self._meet([self._code_of(error), *[0] * n], [0] * length)
+            raise
+        if self.group is None:
+            return result, list(flags)
+        common = self._common()
+        numbers = [entry.number for entry in common]
+        (failed, *flags), agreed = self._meet([0, *flags], numbers)
+        _raise_if(failed)
+        _require(common, agreed)
+        return result, [bool(flag) for flag in flags]
+
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is set on some rank."""
         return list(flags) if self.group is None else [bool(v) for v in self._meet(flags, [])[0]]
@@ -204,18 +225,18 @@ class Ranks:
         """Tell the other ranks of an error, or be told of one; the first time, compare what must be common."""
         if self.group is None:
             return
-        failed = 0 if error is None else 1 + dist.get_rank(self.group)
+        failed = self._code_of(error)
         n, self._length = self._length, 0
         common = self._common() if n and not failed else ()
         self._common = tuple  # it may hold vectors
         (failed,), agreed = self._meet([failed], [entry.number for entry in common] or [0] * n)
         if error is not None:
             return
-        if failed:
-            raise RuntimeError(
-                f"rank {failed - 1} raised an exception in this step, so this rank did not move either"
-            )
+        _raise_if(failed)
         _require(common, agreed)
+
+    def _code_of(self, error: BaseException | None) -> int:
+        return 0 if error is None else 1 + dist.get_rank(self.group)
 
     @contextmanager
     def noticing_ddp(self, running: nn.Module | None = None) -> Iterator[None]:
@@ -234,6 +255,13 @@ class Ranks:
 
 
 ALONE = Ranks(None, torch.device("cpu"), follow_ddp=False)
+
+
+def _raise_if(failed: int) -> None:
+    if failed:
+        raise RuntimeError(
+            f"rank {failed - 1} raised an exception in this step, so this rank did not move either"
+        )
 
 
 def _require(common: Sequence[Common], agreed: Sequence[bool]) -> None:
