@@ -51,6 +51,7 @@ from ngd_optim.solvers import (
 )
 from ngd_optim.state import check_state, complete_state, give_memory
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
+from ngd_optim.tangent import Tangent
 from ngd_optim.tracing import TracedClosure, list_closures
 from ngd_optim.transaction import all_or_nothing
 
@@ -437,9 +438,14 @@ class NaturalCG(Followed):
                 reject=preconditioning.reject,
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
+            curvature: Callable[[Tensor], Tensor] = point.product
+            if point.writes_parameters and not solver.is_direct and ranks.group is None:
+                point.product.form(gradient)  # before the parameters are moved
+                tangent = Tangent(point, own, theta, gradient)
+                gradient, curvature = tangent(gradient), tangent.project(curvature)
             model = QuadraticModel(
                 gradient,
-                point.product,
+                curvature,
                 decay,
                 scale=self._damping_scale(
                     settings.damping_scale, solver, point, last, is_new=not math.isnan(new_slope)
