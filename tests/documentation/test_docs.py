@@ -18,6 +18,8 @@ from ngd_optim.linearization import linearization
 ROOT = Path(__file__).parents[2]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+NEEDS = {"transformers": ("transformers", "peft")}
+"""What pages need that the tests are not installed with."""
 PACKAGES = (
     "ngd_optim",
     "ngd_optim.factors",
@@ -39,6 +41,8 @@ hooks = load_script(ROOT / "docs" / "hooks.py")
 def test_code_blocks_of_a_page_run_one_after_another(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
