@@ -1,4 +1,4 @@
-"""Private names of torch, each with why it is used. All are in torch 2.7, the oldest supported, to 2.13, or say since when.
+"""Private names of torch, each with why it is used. All are in torch 2.7, the oldest supported, to 2.13, but for one.
 
 What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says which name it was.
 """
@@ -224,7 +224,9 @@ def is_in_compiled_call() -> bool:
 _WRAPPERS = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
+_top_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)  # since torch 2.8
 
 
 def saves_by_hooks() -> bool:
