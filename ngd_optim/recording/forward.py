@@ -6,7 +6,7 @@ code runs once, and whatever else it does happens once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -208,9 +208,10 @@ class ForwardRecorder(DispatchMode):
         return Trace(self._parameters, self._operations, self._places, self._cuts, about)
 
     def _note_place(self, slot: int, tensor: Tensor) -> None:
-        # Sparse tensors and wrappers have none.
-        with suppress(RuntimeError, NotImplementedError):
+        try:
             self._places[slot] = Place.of(tensor)
+        except (RuntimeError, NotImplementedError):
+            pass  # sparse tensors and wrappers have none
 
     def note_detached(self, tensor: Tensor) -> None:
         """A tensor is cut off from its history, which no operation tells."""
