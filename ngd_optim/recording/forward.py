@@ -18,6 +18,7 @@ from ngd_optim.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.autograd_graph import leaves
 from ngd_optim.program import (
     CannotReplayError,
+    Input,
     Operation,
     find_last_uses,
     release_held,
@@ -29,6 +30,7 @@ from ngd_optim.recording.trace import Place, Trace
 from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
 _aten = torch.ops.aten
+_DETACH, _DROPOUT = _aten.detach.default, _aten.native_dropout.default
 _RECORDERS = count(1)
 _NO_KWARGS: dict[str, Any] = {}
 """Of all operations without any: one object, and nobody writes to it."""
@@ -208,7 +210,7 @@ class ForwardRecorder(DispatchMode):
         return Trace(self._parameters, self._operations, self._places, self._cuts, about)
 
     def _note_place(self, slot: int, tensor: Tensor) -> None:
-        try:
+        try:  # noqa: SIM105  (a context takes longer than what is in it)
             self._places[slot] = Place.of(tensor)
         except (RuntimeError, NotImplementedError):
             pass  # sparse tensors and wrappers have none
@@ -265,7 +267,7 @@ class ForwardRecorder(DispatchMode):
             self._on_draw(kwargs.get("generator"))
         if self._paused or fact.asks_about_shapes:
             return func(*args, **kwargs)
-        if func is _aten.detach.default:  # autograd calls it too, for what it saves
+        if func is _DETACH:  # autograd calls it too, for what it saves
             return self._detach(args[0])
         written = find_written(fact, args, kwargs) if fact.written else []
         call = self._find_inputs(func, args, kwargs, written)
@@ -282,21 +284,20 @@ class ForwardRecorder(DispatchMode):
             if written:
                 self.fail(f"{func} changes what depends on the parameters at random")
             cut = "random"
-        if func in STATISTICS:
+        if fact.has_statistics:
             self._left_out += _leave_statistics_alone(operation)
         result = func(*args, **kwargs)
         tensors = tensors_of(result)
         if not tensors and not written:
             return self._note_reading(operation, result)
-        if func is _aten.native_dropout.default and cut == "random" and torch.is_grad_enabled():
+        if func is _DROPOUT and cut == "random" and torch.is_grad_enabled():
             _fix_mask(operation, result)
             tensors, cut = [(None, result[0])], ""
-        memory = self._memories[operation.slots[0]] if fact.shares_memory else None
+        memory = self._memories[operation.inputs[0][2]] if fact.shares_memory else None
         is_new = not written or fact.shares_memory
-        operation.outputs = [
-            (index, self._new_slot(tensor, memory, cut) if is_new else self._rewrite(tensor, cut))
-            for index, tensor in tensors
-        ]
+        for index, tensor in tensors:
+            slot = self._new_slot(tensor, memory, cut) if is_new else self._rewrite(tensor, cut)
+            operation.outputs.append((index, slot))
         self._operations.append(operation)
         return result
 
@@ -316,14 +317,14 @@ class ForwardRecorder(DispatchMode):
             found.append((tensor, mark[1]))
             return mark[0]
 
-        inputs: list[tuple[Any, Any, int]] = []
+        inputs: list[Input] = []
         own_args = take_slots_out(list(args), inputs, slot_of)
         own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else _NO_KWARGS
         if not found:
             return None
         cuts = {cut for _, cut in found}
         is_followed = torch.is_grad_enabled() and "" in cuts
-        held: Sequence[tuple[Any, Any, int]] = ()
+        held: Sequence[Input] = ()
         if is_followed and len(cuts) > 1:
             inputs, held = _put_back(inputs, found, written)
             self.held |= cuts - {""}
@@ -485,8 +486,8 @@ def _has_history(tensor: Tensor) -> bool:
 
 
 def _put_back(
-    inputs: list[tuple[Any, Any, int]], found: list[tuple[Tensor, str]], written: list[Tensor]
-) -> tuple[list[tuple[Any, Any, int]], list[tuple[Any, Any, int]]]:
+    inputs: list[Input], found: list[tuple[Tensor, str]], written: list[Tensor]
+) -> tuple[list[Input], list[Input]]:
     """The inputs that autograd follows or that are written to, and the others, put back as constants."""
     kept, held = [], []
     for (place, key, slot), (tensor, cut) in zip(inputs, found, strict=True):
