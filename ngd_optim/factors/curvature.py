@@ -64,7 +64,8 @@ class KroneckerCurvature:
 
     Attributes:
         layers: the blocks.
-        diagonals: for parameters that are in no layer, by name, shaped like the parameter.
+        diagonals: for parameters that are in no layer, by name, shaped like the parameter; (…, 2),
+            for its real and imaginary parts, like one that is complex.
 
     Examples:
         >>> import torch
@@ -195,7 +196,7 @@ class KroneckerCurvature:
             )
         self._check(damping, inverts=inverts)
         columns = v.unsqueeze(1) if v.ndim == 1 else v
-        sources = list(columns.T.to(self._parameters.dtype).split(self._sizes, 1))
+        sources = list(columns.T.to(self._parameters.dtype).split(self._parameters.sizes, 1))
         parts: dict[int, Tensor] = {}
         for layer, block in self._layers.items():
             left, right, values = block.decomposition
@@ -212,10 +213,6 @@ class KroneckerCurvature:
             parts[i] = function(value.flatten()) * sources[i]
         result = torch.cat([parts[i] for i in range(len(sources))], 1).T
         return result.squeeze(1) if v.ndim == 1 else result
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [p.numel() for p in self._parameters.tensors]
 
     def _join(self, layer: Layer, flat: Sequence[Tensor]) -> Tensor:
         """Vectors as rows → (vectors, groups, rows, columns), as :meth:`Layer.join` does it of one."""
