@@ -21,8 +21,8 @@ class LayerCurvature:
         bias: the bias's; None if there is none.
         left: the factor of the weight's rows, shape (groups, rows, rows); of a longer side than 4,096
             the diagonal, (groups, rows).
-        right: that of its columns, with one more for the bias, likewise. Where the weight is used as
-            ``x @ weight``, its columns are the rows here.
+        right: that of its columns, with one more for the bias, likewise.
+        flipped: whether the weight is used as ``x @ weight``: its columns are the rows here.
         eigenvalues: in the eigenvectors of both, shape (groups, rows, columns), that replace their
             products (EKFAC: George et al. 2018); None: their products.
 
@@ -44,6 +44,7 @@ class LayerCurvature:
     left: Tensor
     right: Tensor
     eigenvalues: Tensor | None = None
+    flipped: bool = False
 
     @cached_property
     def decomposition(self) -> tuple[Tensor | None, Tensor | None, Tensor]:

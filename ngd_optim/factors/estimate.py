@@ -254,6 +254,7 @@ class _Sums:
                 None if layer.bias is None else self._names[layer.bias],
                 left / self.size,
                 right / self._counts[layer],
+                flipped=layer.flipped,
             )
             for layer, (left, right) in self._sides.items()
         }
