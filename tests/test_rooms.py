@@ -38,6 +38,7 @@ BASE = [
     "names",
     "parameters",
     "reading",
+    "real_parts",
     "shown",
     "torch_internals",
 ]

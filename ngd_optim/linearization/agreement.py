@@ -17,6 +17,7 @@ from ngd_optim.layout import whole
 from ngd_optim.linearization.backend import Product, Way, explain_failure, reraise_own_kinds
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import real_parts
 from ngd_optim.recording import record
 
 logger = logging.getLogger("ngd_optim")
@@ -246,7 +247,8 @@ def _judge_hessian(
 def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
     """``⟨a, b⟩``, and how large it is for vectors of these norms that know nothing of each other."""
     x, y = (
-        torch.cat([whole(t.detach()).double().flatten() for t in tensors]) for tensors in (a, b)
+        torch.cat([real_parts(whole(t.detach())).double().flatten() for t in tensors])
+        for tensors in (a, b)
     )
     return torch.dot(x, y).item(), (x.norm() * y.norm() / max(1, len(x)) ** 0.5).item()
 
@@ -277,8 +279,9 @@ def find_problem_of_recording(
 
 
 def coarsest_eps(dtypes: Iterable[torch.dtype]) -> float:
-    """The largest rounding error of some dtypes; 0 if none is of floating point."""
-    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+    """The largest rounding error of some dtypes; 0 if all are of integers."""
+    inexact = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
+    return max((torch.finfo(dtype).eps for dtype in inexact), default=0.0)
 
 
 def are_close(a: Tensor, b: Tensor, tolerance: float, floor: float | Tensor) -> bool:
