@@ -40,6 +40,7 @@ BASE = [
     "parameters",
     "program",
     "reading",
+    "real_parts",
     "shown",
     "torch_internals",
 ]
