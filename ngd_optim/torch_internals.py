@@ -224,9 +224,8 @@ def is_in_compiled_call() -> bool:
 _WRAPPERS = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
-_top_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
-)  # since torch 2.8
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
 
 
 def saves_by_hooks() -> bool:
