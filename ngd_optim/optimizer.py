@@ -500,6 +500,8 @@ class NaturalCG(Followed):
         )
         self.last_step = report
         self._advice = self._advice.after(report, outcome, point)
+        if point.is_finite and outcome.solution.not_finite == "product":
+            self._experiences.clear()  # another way to form products may do
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
         damping.lower_floor(outcome.curvature(report.step_norm))

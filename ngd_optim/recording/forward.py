@@ -186,7 +186,7 @@ class ForwardRecorder(DispatchMode):
         if predicted:
             operations, twins, memories = release_held(operations, memories)
             n = len(outputs)
-            slots[n:] = [s if s is None else twins.get(s, s) for s in slots[n:]]
+            slots[n:] = [slot if slot is None else twins.get(slot, slot) for slot in slots[n:]]
         needed = [slot for slot in slots if slot is not None]
         kept = remove_dead_code(operations, needed, memories.__getitem__)
         values: list[Any] = [None] * len(memories)

@@ -58,8 +58,8 @@ class FixedCalls(Prepared):
             function: Any = operation.function
             args, kwargs, inputs = operation.filled(values)
             self.places += [
-                Place(place, key, slot - plan.size)
-                for place, key, slot in inputs
+                Place(arguments, key, slot - plan.size)
+                for arguments, key, slot in inputs
                 if slot >= plan.size
             ]
             fact, result = facts(function), None
