@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,9 +127,7 @@ class CPO(CostLimited):
         True
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.last_step: CPOReport | None = None
-        super().__init__(*args, **kwargs)
+    last_step: CPOReport | None = None
 
     def _check_settings(self) -> None:
         super()._check_settings()
