@@ -20,12 +20,10 @@ from ngd_optim.program import (
     CannotReplayError,
     Input,
     Operation,
-    find_last_uses,
     release_held,
-    remove_dead_code,
-    run,
     take_slots_out,
 )
+from ngd_optim.recording.forward_program import ForwardProgram
 from ngd_optim.recording.trace import Place, Trace
 from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
@@ -61,45 +59,6 @@ class _TensorMark(tuple[int, int, str]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return set, ()  # which torch.load takes with weights_only
-
-
-class ForwardProgram:
-    """``parameters ↦ tensors``, a pure function: it writes to nothing that was there before.
-
-    Args:
-        program: the operations, which fill slots; the parameters are in the first ones.
-        last_uses: of each operation, slots that are not needed after it.
-        values: of the slots that are constants, None in the others.
-        outputs: of each output, its slot, or its value if it is a constant.
-        has_functions: whether something is on the way whose derivatives need not be those of its
-            operations: an ``autograd.Function``, or an activation that is changed under ``no_grad``.
-    """
-
-    def __init__(
-        self,
-        program: list[Operation],
-        last_uses: list[Sequence[int]],
-        values: list[Any],
-        outputs: list[int | Tensor],
-        *,
-        has_functions: bool,
-    ) -> None:
-        self.has_functions = has_functions
-        self._program = program
-        self._last_uses = last_uses
-        self._values = values
-        self._outputs = outputs
-
-    def __call__(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs at other parameters, with a graph if gradients are enabled.
-
-        Raises:
-            CannotReplayError: a condition that the closure asks about does not hold there.
-            RuntimeError: an operation is not possible there.
-        """
-        values = [*parameters, *self._values[len(parameters) :]]
-        run(self._program, self._last_uses, values)
-        return [values[out] if isinstance(out, int) else out for out in self._outputs]
 
 
 class ForwardRecorder(DispatchMode):
@@ -187,21 +146,13 @@ class ForwardRecorder(DispatchMode):
             operations, twins, memories = release_held(operations, memories)
             n = len(outputs)
             slots[n:] = [slot if slot is None else twins.get(slot, slot) for slot in slots[n:]]
-        needed = [slot for slot in slots if slot is not None]
-        kept = remove_dead_code(operations, needed, memories.__getitem__)
-        values: list[Any] = [None] * len(memories)
-        for slot, constant in constants.items():
-            if slot is not None:
-                values[slot] = constant
         tensors = [*outputs, *predicted]
-        result = [
-            out.detach() if slot is None else slot for slot, out in zip(slots, tensors, strict=True)
-        ]
-        has_functions = any(
-            slot in self._of_functions for operation in kept for _, slot in operation.outputs
-        )
-        return ForwardProgram(
-            kept, find_last_uses(kept, needed), values, result, has_functions=has_functions
+        return ForwardProgram.of(
+            operations,
+            memories,
+            [t.detach() if slot is None else slot for slot, t in zip(slots, tensors, strict=True)],
+            {slot: constant for slot, constant in constants.items() if slot is not None},
+            self._of_functions,
         )
 
     def trace(self, about: Any) -> Trace:
