@@ -406,7 +406,9 @@ class NaturalCG(Followed):
                 smoothing=last.smoothing,
                 captures=settings.cuda_graphs,
             )
-            point = linearize(closures, None if others else preconditioning.observe)
+            # One closure's graph is at hand until products are formed: its metric is shown when it is known
+            # that there will be a preconditioner.
+            point = linearize(closures, None if others or is_alone else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters, own))
             if others:
                 other = linearize(others, preconditioning.observe)
@@ -438,6 +440,9 @@ class NaturalCG(Followed):
                 reject=preconditioning.reject,
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
+            if is_alone and not solver.is_direct:
+                with torch.enable_grad():
+                    ranks.together(lambda: preconditioning.observe(point.graph.get()[1]))
             curvature: Callable[[Tensor], Tensor] = point.product
             if point.writes_parameters and not solver.is_direct and ranks.group is None:
                 point.product.form(gradient)  # before the parameters are moved

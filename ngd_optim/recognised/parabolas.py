@@ -70,7 +70,7 @@ def irls_parabola(
         return slope / least, 0.0
     share = (size / bound).clamp(max=1.0) if bound else 1.0
     weight = slope / least * (flat_share(r, smoothing) if is_hinge else 1.0)
-    return weight, r - r.sign() * share * least
+    return weight, r - r.sgn() * share * least
 
 
 def flat_share(residual: Tensor, smoothing: float | None) -> Tensor | float:
