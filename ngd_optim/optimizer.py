@@ -446,7 +446,7 @@ class NaturalCG(Followed):
             curvature: Callable[[Tensor], Tensor] = point.product
             if point.writes_parameters and not solver.is_direct and ranks.group is None:
                 point.product.form(gradient)  # before the parameters are moved
-                tangent = Tangent(point, own, theta, gradient)
+                tangent = Tangent(point, parameters, theta, gradient)
                 gradient, curvature = tangent(gradient), tangent.project(curvature)
             model = QuadraticModel(
                 gradient,

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ngd_optim.distributed import ParametersInParts
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 
@@ -34,7 +33,7 @@ class Tangent:
     def __init__(
         self,
         point: Point,
-        parameters: FlatParameters | ParametersInParts,
+        parameters: FlatParameters,
         theta: Tensor,
         gradient: Tensor,
     ) -> None:
