@@ -98,6 +98,18 @@ def run(rank: int) -> dict[str, Any]:
             p.grad = None
         optimizer.step()
         results[name] = flatten(model.parameters())
+
+    def fails_on_rank_1() -> Any:
+        if rank == 1:
+            raise KeyError("no such batch")
+        return model(*batch(9, PARTS[rank]))
+
+    try:
+        optimizer.step(fails_on_rank_1)
+    except Exception as error:
+        results["error"] = repr(error), flatten(model.parameters())
+    by_loss(optimizer, model, 9, PARTS[rank])
+    results["after the error"] = flatten(model.parameters())
     model = make_model()
     ddp, optimizer = DistributedDataParallel(model), KFAC(model.parameters())
     optimizer.watch(model)  # and not ddp
@@ -203,6 +215,15 @@ def test_a_rank_whose_loss_is_not_finite_makes_all_skip_the_step(ranks):
 def test_parameters_that_one_rank_alone_has_reached_move_on_all(name, ranks):
     assert torch.equal(ranks[0][name], ranks[1][name])
     assert (ranks[0][name] != ranks[0]["group and watch"]).all()
+
+
+def test_an_error_on_one_rank_stops_all(ranks):
+    for result, said in zip(ranks, ("rank 1 raised an exception", "no such batch"), strict=True):
+        message, theta = result["error"]
+        assert said in message
+        assert torch.equal(theta, result["all"])
+        assert (result["after the error"] != theta).all()
+    assert torch.equal(ranks[0]["after the error"], ranks[1]["after the error"])
 
 
 def test_a_group_that_was_not_seen_is_asked_for(ranks):
