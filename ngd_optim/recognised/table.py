@@ -162,7 +162,11 @@ def _arguments(call: BoundArguments) -> dict[str, Any]:
 
 
 def _alias(z: Any) -> Any:
-    return z.view_as(z) if isinstance(z, Tensor) else z  # the loss function refuses what is none
+    if not isinstance(z, Tensor):
+        return z  # the loss function refuses it
+    view = z.view_as(z)
+    # Gradients at a subclass of tensors would be of that class, without what its own code sets.
+    return view if type(view) is Tensor else view.as_subclass(Tensor)
 
 
 @cache

@@ -25,7 +25,7 @@ from ngd_optim.recording.program import (
     take_slots_out,
 )
 from ngd_optim.recording.renewal import Place, Trace
-from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
+from ngd_optim.torch_internals import DispatchMode, memory_of
 
 _aten = torch.ops.aten
 _RECORDERS = count(1)
@@ -257,9 +257,8 @@ class ForwardRecorder(DispatchMode):
         finally:
             self._paused = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        func = materialize(func)
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note it."""
         fact = facts(func)
         if fact.random:
             self._on_draw(kwargs.get("generator"))

@@ -18,7 +18,7 @@ from ngd_optim.recording.forward import ForwardRecorder
 from ngd_optim.recording.program import CannotReplayError, Meta, Operation, take_slots_out
 from ngd_optim.recording.renewal import Origins, Renewal, Trace
 from ngd_optim.recording.replay import Plan, Recording
-from ngd_optim.torch_internals import DispatchMode, materialize
+from ngd_optim.torch_internals import DispatchMode
 
 logger = logging.getLogger("ngd_optim")
 
@@ -101,9 +101,8 @@ class Recorder(DispatchMode):
         """The slot of a tensor, None if it does not depend on the vector."""
         return self._read_mark(tensor, "_slot")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        func = materialize(func)
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note it."""
         fact = facts(func)
         if fact.asks_about_shapes:
             return func(*args, **kwargs)
