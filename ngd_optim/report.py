@@ -123,7 +123,7 @@ class KFACReport(Report):
         loss: loss before the step; NaN for a step without a closure.
         grad_norm: norm of the gradient.
         step_norm: norm of the step; 0 when refused.
-        kl: ``½ dᵀF d`` by the model of the Kronecker factors, at a rate of 1; 0 when refused.
+        kl: ``½ dᵀ(F + λI)d`` by the model of the Kronecker factors, at a rate of 1; 0 when refused.
         radius: the radius ``δ``, as adapted for this step.
         new_slope: the slope of the loss along the last step, as this step's data see it ÷ its
             steepness at that step's start; NaN at the first step.
@@ -155,7 +155,8 @@ class KFACReport(Report):
 
     def __str__(self) -> str:
         """One line, for a log."""
-        return f"loss {self.loss:.6g}, ‖d‖ {self.step_norm:.3g}, δ {self.radius:.3g}: {self.reason}"
+        loss = "" if math.isnan(self.loss) else f"loss {self.loss:.6g}, "
+        return f"{loss}‖d‖ {self.step_norm:.3g}, δ {self.radius:.3g}: {self.reason}"
 
 
 def build_report(

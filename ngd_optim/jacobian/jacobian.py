@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 from ngd_optim.autograd_graph import Edge
 from ngd_optim.jacobian.contractions import Contraction, contractions_of, shape_of
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import real_parts, real_shape
 from ngd_optim.torch_internals import outputs_of, variable_of
 
 logger = logging.getLogger("ngd_optim")
@@ -198,6 +199,7 @@ def _find_samples(
 ) -> tuple[slice, Tensor | None] | None:
     """The samples and places of terms at ``c`` and ``w c``; None if one belongs to several samples."""
     length, count = own.shape[1], len(weights)
+    own, weighted = (real_parts(t).flatten(2) for t in (own, weighted))
     weights = weights.unsqueeze(1)
     most = torch.finfo(own.dtype).eps ** 0.5 * torch.linalg.vector_norm(weighted)
 
@@ -231,7 +233,7 @@ def _find_samples(
 
 def _add_rows(block: Tensor, terms: Sequence[_Term], parameters: FlatParameters) -> None:
     """Add ``Σ lₙ rₙᵀ`` over the terms of each sample, and pull it back to parameters."""
-    columns = block.split([p.numel() for p in parameters.tensors], 1)
+    columns = block.split(parameters.sizes, 1)
     by_parameter = {id(p): part for p, part in zip(parameters.tensors, columns, strict=True)}
     by_target: dict[Edge, list[_Term]] = {}
     for term in terms:
@@ -239,19 +241,28 @@ def _add_rows(block: Tensor, terms: Sequence[_Term], parameters: FlatParameters)
     computed: dict[Edge, Tensor] = {}
     for target, own in by_target.items():
         variable = variable_of(target[0])
+        is_complex = any(term.back.is_complex() for term in own)
+        if variable is not None and not is_complex:
+            _add_sums(by_parameter[id(variable)], own)
+            continue
+        dtype = block.dtype.to_complex() if is_complex else block.dtype
+        sums = block.new_zeros(len(block), shape_of(target).numel(), dtype=dtype)
+        _add_sums(sums, own)
         if variable is None:
-            computed[target] = block.new_zeros(len(block), shape_of(target).numel())
-        _add_sums(computed[target] if variable is None else by_parameter[id(variable)], own)
+            computed[target] = sums
+        else:  # it may be real, and cast
+            sums = real_parts(sums).flatten(1) if variable.is_complex() else sums.real
+            by_parameter[id(variable)].add_(sums)
     if not computed:
         return
     metadata = [outputs_of(node)[number] for node, number in computed]  # pyright: ignore
     sums = [
-        t.view(len(block), *m.shape).to(m.dtype)
+        (t if m.dtype.is_complex else t.real).view(len(block), *m.shape).to(m.dtype)
         for t, m in zip(computed.values(), metadata, strict=True)
     ]
     gradients = _pull_rows([GradientEdge(*edge) for edge in computed], sums, parameters.tensors)
     for p, part, gradient in zip(parameters.tensors, columns, gradients, strict=True):
-        part.view(len(block), *p.shape).add_(gradient)
+        part.view(len(block), *real_shape(p)).add_(real_parts(gradient))
 
 
 def _add_sums(block: Tensor, terms: Sequence[_Term]) -> None:
@@ -289,9 +300,7 @@ def _wrong(block: Tensor, z: Tensor, measured: _Measured, parameters: FlatParame
     exact = measured.pulled
     # Jᵀ u, from the rows and from autograd: random u, so that no wrong row goes unseen.
     found = block.T @ measured.u.flatten().to(block.dtype)
-    parts = torch.stack([found - exact, exact, found]).split(
-        [p.numel() for p in parameters.tensors], 1
-    )
+    parts = torch.stack([found - exact, exact, found]).split(parameters.sizes, 1)
     error, size, filled = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], 1)
     eps = max(torch.finfo(t.dtype).eps for t in [z, *parameters.tensors])
     # A gradient may be zero but for rounding errors; columns that were not filled are just zero.
@@ -307,14 +316,15 @@ def _fill_by_rows(
     if not which:
         return
     tensors = [parameters.tensors[i] for i in which]
-    columns = block.split([p.numel() for p in parameters.tensors], 1)
+    columns = block.split(parameters.sizes, 1)
     for first in range(0, z.numel(), _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, z.numel() - first)
         u = torch.zeros(count, z.numel(), dtype=z.dtype, device=z.device)
         u[:, first : first + count].fill_diagonal_(1)
         gradients = _pull_rows([z], [u.view(count, *z.shape)], tensors)
         for i, p, gradient in zip(which, tensors, gradients, strict=True):
-            columns[i][first : first + count].view(count, *p.shape).copy_(gradient)
+            rows = columns[i][first : first + count]
+            rows.view(count, *real_shape(p)).copy_(real_parts(gradient))
 
 
 def _pull_rows(outputs: Any, u: Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -59,7 +59,8 @@ class CurvatureOperator:
         if not isinstance(v, Tensor) or v.is_complex():
             kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
             raise TypeError(
-                f"v must be a real tensor, got {kind}; use to_scipy() for arrays, and for complex vectors"
+                f"v must be a real tensor, got {kind}; use to_scipy() for arrays and for complex vectors, and "
+                "torch.view_as_real(v).flatten() for what belongs to complex parameters"
             )
         if v.ndim not in (1, 2) or len(v) != self.shape[0]:
             n = self.shape[0]
@@ -192,7 +193,7 @@ class CurvatureOperator:
         chosen = [index[id(p)] for p in params]
         if len(set(chosen)) < len(chosen):
             raise ValueError("params has a parameter twice")
-        sizes = [p.numel() for p in self._parameters.tensors]
+        sizes = self._parameters.sizes
         inner = FlatParameters([{"params": params}])
 
         def multiply(v: Tensor) -> Tensor:

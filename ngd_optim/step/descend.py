@@ -132,7 +132,9 @@ class Descent:
     @property
     def _solves_again(self) -> bool:
         """Whether another damping takes the place of a line search: a direct solver has the Jacobian."""
-        return self.damping.can_retry and self.max_backtracks > 0
+        # Near the minimum of a loss whose kinks are rounded no damping helps: the width has to fall.
+        is_rounded = self.point.bend is not None
+        return self.damping.can_retry and self.max_backtracks > 0 and not is_rounded
 
     def _descend(self, undamped: QuadraticModel, check: Callable[[], None]) -> Outcome:
         """The first damping, or the first one after it, with which the loss falls."""
