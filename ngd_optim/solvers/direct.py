@@ -80,13 +80,14 @@ class LeastSquares(RootSolver):
     def _solve_by_qr(self, shift: Tensor, rest: Tensor | None) -> Tensor:
         A, s, _ = self.square_root
         n = A.shape[1]
-        if self._triangle is None:
+        triangle = self._triangle
+        if triangle is None:
             # [A s] = Q R: R has all that min ‖A x + s‖² needs, with n rows in place of m.
-            triangle = torch.linalg.qr(torch.cat([A, s.unsqueeze(1)], 1), mode="r").R
-            self._triangle = triangle[:n]
+            triangle = torch.linalg.qr(torch.cat([A, s.unsqueeze(1)], 1), mode="r").R[:n]
+            self._triangle = triangle
         # The damping as n more residuals, √(W + λ) x (Moré 1978).
         damped = torch.cat([shift.sqrt().diag(), torch.zeros_like(shift).unsqueeze(1)], 1)
-        R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
+        R = torch.linalg.qr(torch.cat([triangle, damped]), mode="r").R
         R, c = R[:n, :n], R[:n, n:]
         self._factor = R
         if rest is not None:
