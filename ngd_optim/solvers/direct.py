@@ -61,7 +61,7 @@ class LeastSquares(RootSolver):
     def __init__(self, root: SqrtGGN) -> None:
         super().__init__(root)
         self._triangle: Tensor | None = None
-        self._factor = root.rows
+        self._factor = self._shift = root.rows
         self._refined = RefinedCholesky(root.rows) if root.rows.shape[1] >= _MANY else None
         self._is_refined = False
 
@@ -69,7 +69,7 @@ class LeastSquares(RootSolver):
         """By orthogonal transformations, or so that they would give the same."""
         A, s, _ = self.square_root
         shift, rest = model.shift, _find_remainder(self.square_root, model)
-        x = None
+        x, self._shift = None, shift
         if self._refined is not None and self._refined.factor(shift):
             x = self._refined.solve(s, rest)
         self._is_refined = x is not None
@@ -101,6 +101,8 @@ class LeastSquares(RootSolver):
             x = self._refined.solve(-u, None)
             if x is not None:
                 return x
+            self._solve_by_qr(self._shift, None)  # for its factor
+            self._is_refined = False
         right = (self.square_root.rows.T @ u).unsqueeze(1)
         half = torch.linalg.solve_triangular(self._factor.mT, right, upper=False)
         return torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)

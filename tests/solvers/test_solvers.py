@@ -167,6 +167,17 @@ def test_refined_solutions_are_as_exact_as_those_of_a_qr(damping, dtype, is_refi
     assert error < bound
 
 
+def test_a_pull_back_that_cannot_be_refined_takes_a_qr(monkeypatch):
+    A = torch.randn(300, 260, dtype=torch.float64)
+    solver = LeastSquares(SqrtGGN(A, A[:, 0], lambda: None))
+    solver.solve(QuadraticModel(A.T @ A[:, 0], lambda v: A.T @ (A @ v), 0.0, 0.5))
+    assert solver._is_refined
+    monkeypatch.setattr(direct.RefinedCholesky, "solve", lambda *_: None)
+    u = torch.randn(300, dtype=torch.float64)
+    truth = torch.linalg.solve(A.T @ A + 0.5 * identity(A.T), A.T @ u)
+    assert_near(solver.pull_back(u), truth, 1e-9)
+
+
 def test_few_parameters_are_left_to_a_qr():
     A = torch.randn(50, 20, dtype=torch.float64)
     solver = LeastSquares(SqrtGGN(A, A[:, 0], lambda: None))
