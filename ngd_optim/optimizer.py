@@ -493,6 +493,7 @@ class NaturalCG(Followed):
                 backtrack_ratio=settings.backtrack_ratio,
                 geodesic=settings.geodesic,
                 is_first=not last.exists,
+                on_new_data=not math.isnan(new_slope),
             )
             outcome = descent(model, check=ranks.check)
 

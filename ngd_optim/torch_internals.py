@@ -32,6 +32,15 @@ class DispatchMode(TorchDispatchMode):
     which two threads leave set.
     """
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # As below autograd without a mode: there, what is computed from subclasses of tensors is plain.
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.call(materialize(func), args, kwargs or {})
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives."""
+        return func(*args, **kwargs)
+
     def __enter__(self) -> Any:
         _push_mode(self)
         return self
@@ -68,9 +77,6 @@ class RealZeros(DispatchMode):
     In any other dispatch mode, a user's for example, an operation on them ends the process (torch
     2.13: ``mul`` by a number, in what ``mse_loss`` is differentiated by).
     """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return materialize(func)(*args, **(kwargs or {}))
 
 
 def materialize(operation: Any) -> Any:
@@ -165,8 +171,12 @@ def outputs_of(node: Any) -> Any:
 
 
 def saved_by(node: Any, name: str) -> Any:
-    """``Node._saved_<name>``: what a node keeps for its backward pass; None if it has no such thing."""
-    return getattr(node, f"_saved_{name}", None)
+    """``Node._saved_<name>``: what a node keeps for its backward pass; None if it has no such thing.
+
+    Of a subclass of tensors it is the plain one: what the subclass adds is not saved.
+    """
+    value = getattr(node, f"_saved_{name}", None)
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
 
 def variable_of(node: Node | None) -> Tensor | None:

@@ -141,8 +141,12 @@ def fresh(batch: Any, *, clones: bool = False) -> Any:
         clones: whether its tensors are its own as well.
     """
     if isinstance(batch, Tensor | Mapping | Sequence) or is_dataclass(batch):
-        return apply_to_collection(batch, Tensor, Tensor.clone if clones else _same)
+        return apply_to_collection(batch, Tensor, _clone if clones else _same)
     return copy(batch)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.clone()  # a subclass has its own, which keeps its attributes
 
 
 def _same(tensor: Tensor) -> Tensor:

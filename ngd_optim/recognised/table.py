@@ -161,7 +161,9 @@ def _alias(z: Any, outputs: list[Tensor]) -> Any:
     """What the loss function is given for an output of the model, which is added to the outputs: real ones."""
     if not isinstance(z, Tensor):
         return z  # the loss function refuses it
-    outputs.append(real_parts(z) if z.is_complex() else z.view_as(z))
+    view = real_parts(z) if z.is_complex() else z.view_as(z)
+    # Gradients at a subclass of tensors would be of that class, without what its own code sets.
+    outputs.append(view if type(view) is Tensor else view.as_subclass(Tensor))
     return torch.view_as_complex(outputs[-1]) if z.is_complex() else outputs[-1]
 
 

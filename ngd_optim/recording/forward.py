@@ -25,7 +25,7 @@ from ngd_optim.program import (
 )
 from ngd_optim.recording.forward_program import ForwardProgram
 from ngd_optim.recording.trace import Place, Trace
-from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
+from ngd_optim.torch_internals import DispatchMode, memory_of
 
 _aten = torch.ops.aten
 _DETACH, _DROPOUT = _aten.detach.default, _aten.native_dropout.default
@@ -210,9 +210,8 @@ class ForwardRecorder(DispatchMode):
         finally:
             self._paused = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        func = materialize(func)
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note it."""
         fact = facts(func)
         if fact.random:
             self._on_draw(kwargs.get("generator"))

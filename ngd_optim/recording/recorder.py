@@ -16,7 +16,7 @@ from ngd_optim.program import CannotReplayError, Meta, Operation, take_slots_out
 from ngd_optim.recording.renewal import Origins, Renewal
 from ngd_optim.recording.trace import Trace
 from ngd_optim.replaying import Plan, Recording
-from ngd_optim.torch_internals import DispatchMode, materialize
+from ngd_optim.torch_internals import DispatchMode
 
 Function = Callable[[Tensor], Tensor]
 
@@ -97,9 +97,8 @@ class Recorder(DispatchMode):
         """The slot of a tensor, None if it does not depend on the vector."""
         return self._read_mark(tensor, "_slot")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        func = materialize(func)
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note it."""
         fact = facts(func)
         if fact.asks_about_shapes:
             return func(*args, **kwargs)

@@ -50,7 +50,7 @@ class Plan:
         self.output = output
         self.views: list[Operation] = []
         self.program: list[Operation] = []
-        self.zero = torch.zeros_like(result) if output is None else None
+        self.zero = torch.zeros_like(result.as_subclass(Tensor)) if output is None else None
         if output is not None and optimises:
             self.views, self.program = optimise(program, metas, output, zeros)
         elif output is not None:

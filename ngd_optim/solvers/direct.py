@@ -16,6 +16,7 @@ from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.linalg import LinearSolution
 from ngd_optim.reading import read
 from ngd_optim.solvers.quadratic_model import QuadraticModel
+from ngd_optim.solvers.refined import RefinedCholesky, gram
 from ngd_optim.solvers.solver import RootSolver, Solver
 
 logger = logging.getLogger("ngd_optim")
@@ -25,6 +26,9 @@ _LONG = 30.0
 
 _SPEED = {"cpu": 1e10}
 """Operations a second of a modest device; of others than these 1e12."""
+
+_MANY = 256
+"""Of so many parameters on Cholesky factors are tried before a QR, which is as quick for fewer."""
 
 _TIMED = 3
 """The product whose time is that of each: the first ones are recorded."""
@@ -49,44 +53,61 @@ def tell_if_long(name: str, operations: float, like: Tensor, seconds: float = 0.
 
 
 class LeastSquares(RootSolver):
-    """The damped least-squares problem ``min ‖A x + s‖² + xᵀ(W + λ)x + 2 xᵀrest`` by QR, for few parameters.
+    """The damped least-squares problem ``min ‖A x + s‖² + xᵀ(W + λ)x + 2 xᵀrest``, for few parameters.
 
-    ``A`` is reduced to a triangle once; each damping then costs the QR of that triangle and a
-    diagonal, as in MINPACK (Moré 1978). The condition number is that of ``A``, where normal
-    equations would square it.
+    By QR: ``A`` is reduced to a triangle once; each damping then costs the QR of that triangle and
+    a diagonal, as in MINPACK (Moré 1978). The condition number is that of ``A``, where normal
+    equations would square it. Of many parameters that is slow, and
+    :class:`~ngd_optim.solvers.refined.RefinedCholesky` comes first.
     """
 
     name = "dense"
 
     def __init__(self, root: SqrtGGN) -> None:
-        n = root.rows.shape[1]
         super().__init__(root)
-        self._factor = root.rows
-        # [A s] = Q R: R has all that min ‖A x + s‖² needs, with n rows in place of m.
-        triangle = torch.linalg.qr(torch.cat([root.rows, root.slope.unsqueeze(1)], 1), mode="r").R
-        self._triangle = triangle[:n]
+        self._triangle: Tensor | None = None
+        self._factor = self._shift = root.rows
+        self._refined = RefinedCholesky(root.rows) if root.rows.shape[1] >= _MANY else None
+        self._is_refined = False
 
     def solve(self, model: QuadraticModel) -> LinearSolution:
-        """By orthogonal transformations."""
-        n = self.square_root.rows.shape[1]
-        shift = model.shift
+        """By orthogonal transformations, or so that they would give the same."""
+        A, s, _ = self.square_root
+        shift, rest = model.shift, _find_remainder(self.square_root, model)
+        x, self._shift = None, shift
+        if self._refined is not None and self._refined.factor(shift):
+            x = self._refined.solve(s, rest)
+        self._is_refined = x is not None
+        if x is None:
+            x = self._solve_by_qr(shift, rest)
+        return _solution_from_rows(x, A, model)
+
+    def _solve_by_qr(self, shift: Tensor, rest: Tensor | None) -> Tensor:
+        A, s, _ = self.square_root
+        n = A.shape[1]
+        triangle = self._triangle
+        if triangle is None:
+            # [A s] = Q R: R has all that min ‖A x + s‖² needs, with n rows in place of m.
+            triangle = torch.linalg.qr(torch.cat([A, s.unsqueeze(1)], 1), mode="r").R[:n]
+            self._triangle = triangle
         # The damping as n more residuals, √(W + λ) x (Moré 1978).
         damped = torch.cat([shift.sqrt().diag(), torch.zeros_like(shift).unsqueeze(1)], 1)
-        R = torch.linalg.qr(torch.cat([self._triangle, damped]), mode="r").R
+        R = torch.linalg.qr(torch.cat([triangle, damped]), mode="r").R
         R, c = R[:n, :n], R[:n, n:]
         self._factor = R
-        rest = _find_remainder(self.square_root, model)
         if rest is not None:
             # A part of the gradient that is not Aᵀs, such as weight decay's: Rᵀc = rest.
             c = c + torch.linalg.solve_triangular(R.mT, rest.unsqueeze(1), upper=False)
-        return _solution_from_rows(
-            -torch.linalg.solve_triangular(R, c, upper=True).squeeze(1),
-            self.square_root.rows,
-            model,
-        )
+        return -torch.linalg.solve_triangular(R, c, upper=True).squeeze(1)
 
     def pull_back(self, u: Tensor) -> Tensor:
         """``(F + W + λ)⁻¹ Aᵀ u`` for what was last solved."""
+        if self._is_refined and self._refined is not None:
+            x = self._refined.solve(-u, None)
+            if x is not None:
+                return x
+            self._solve_by_qr(self._shift, None)  # for its factor
+            self._is_refined = False
         right = (self.square_root.rows.T @ u).unsqueeze(1)
         half = torch.linalg.solve_triangular(self._factor.mT, right, upper=False)
         return torch.linalg.solve_triangular(self._factor, half, upper=True).squeeze(1)
@@ -113,7 +134,7 @@ class SampleSpace(RootSolver):
         size = model.shift.mean()
         unit = model.shift / size
         if self._unit is None or not torch.allclose(unit, self._unit, rtol=1e-12, atol=0):
-            self._unit, self._gram = unit, _gram(A * unit.rsqrt())
+            self._unit, self._gram = unit, gram(A * unit.rsqrt())
         rest = _find_remainder(self.square_root, model)
         pulled = None if rest is None else rest / model.shift
         # (A D⁻¹Aᵀ + I) times `size`.
@@ -163,20 +184,6 @@ class Matrix(Solver):
         x = torch.cholesky_solve(model.right_side.unsqueeze(1), L).squeeze(1)
         image = self._matrix @ x + model.shift * x
         return _solution_of(x, model, image, torch.dot(x, image))
-
-
-def _gram(A: Tensor) -> Tensor:
-    """``A Aᵀ``, of which only a half is computed."""
-    if len(A) < 256:
-        return A @ A.T
-    # It is symmetric: the upper right block is the lower left one, transposed.
-    half = len(A) // 2
-    K = A.new_empty(len(A), len(A))
-    K[:half, :half] = _gram(A[:half])
-    K[half:, half:] = _gram(A[half:])
-    torch.mm(A[half:], A[:half].T, out=K[half:, :half])
-    K[:half, half:] = K[half:, :half].T
-    return K
 
 
 def _find_remainder(root: SqrtGGN, model: QuadraticModel) -> Tensor | None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from ngd_optim.names import DampingLimit
 
+TRUSTED = 0.1
+"""Least reduction ratio of a step for which a direct solver looks whether a longer one is as good."""
+
 _GROW_REJECTED = 4.0
 _GROW = 2.0
 _SHRINK = 1 / 2
@@ -77,6 +80,7 @@ class Damping:
         self._exact = exact
         self._is_floor_open = lowest == "auto"
         self._falls = True
+        self._is_least = False
 
     def adapt_to_new_data(self, slope: float) -> None:
         """Before a step; see :func:`new_data_factor`. The step's own data then no longer lower the damping."""
@@ -100,6 +104,18 @@ class Damping:
         self._multiply(retry_factor(attempt))
         return self.values != before
 
+    def lower(self, attempt: int) -> list[float]:
+        """What the first, second, … solution with less damping has; :attr:`values` stay until :meth:`accept`."""
+        return self._times(lowering_factor(attempt))
+
+    def accept(self, values: list[float]) -> None:
+        """Go on with less."""
+        self.values = values
+
+    def refuse(self) -> None:
+        """Less was tried, and is too little: the rule after the step does not lower it either."""
+        self._is_least = True
+
     @property
     def can_grow(self) -> bool:
         """Whether :meth:`retry` would change anything."""
@@ -115,13 +131,18 @@ class Damping:
             factor = damping_factor(reduction_ratio, accepted=accepted, overshot=overshot)
         elif accepted:
             factor = nielsen_factor(reduction_ratio)
+            if self._is_least:
+                factor = max(factor, 1.0)
         self._multiply(factor if self._falls else max(factor, 1.0))
         for group, value in zip(self._groups, self.values, strict=True):
             group["damping"] = value
 
     def _multiply(self, factor: float) -> None:
+        self.values = self._times(factor)
+
+    def _times(self, factor: float) -> list[float]:
         lowest, highest = self._limits
-        self.values = [min(max(value * factor, lowest), highest) for value in self.values]
+        return [min(max(value * factor, lowest), highest) for value in self.values]
 
 
 def nielsen_factor(reduction_ratio: float) -> float:
@@ -142,6 +163,11 @@ def nielsen_factor(reduction_ratio: float) -> float:
 def retry_factor(attempt: int) -> float:
     """Factor for the damping after the first, second, … solution that did not lower the loss: 2, 4, 8."""
     return 2.0**attempt
+
+
+def lowering_factor(attempt: int) -> float:
+    """Factor for the damping after the first, second, … solution that was good: 1/4, 1/16, 1/64."""
+    return 4.0**-attempt
 
 
 def damping_factor(reduction_ratio: float, *, accepted: bool, overshot: bool) -> float:

@@ -15,13 +15,16 @@ from ngd_optim.names import TrustRegion
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
 from ngd_optim.solvers import QuadraticModel, RootSolver, Solver
-from ngd_optim.step.damping import Damping
+from ngd_optim.step.damping import TRUSTED, Damping
 from ngd_optim.step.geodesic import apply_geodesic_correction
 from ngd_optim.step.line_search import Trial, line_search
 from ngd_optim.step.trust_region import Step, scale_step
 
 _FIRST = 10.0
 """Longest first step ÷ the parameters, of the factors from 0.1 to 100 that Moré recommends (1978)."""
+
+_MORE = 1.01
+"""Least growth of what the model promises for which still less damping is tried."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Outcome:
     solution: LinearSolution
     step: Step
     trial: Trial
+
+    @property
+    def promised(self) -> float:
+        """What the model says that the loss falls by."""
+        return self.step.predicted_decrease(self.trial.fraction)
 
     def curvature(self, step_norm: float) -> float:
         """``dᵀF d / ‖d‖²`` of the step that was taken, of this norm; 0 if none was."""
@@ -86,6 +94,7 @@ class Descent:
         backtrack_ratio: likewise.
         geodesic: likewise.
         is_first: whether no step before tells how far one may go.
+        on_new_data: whether the point has other data than the last step, whose noise a longer step fits.
     """
 
     point: Point
@@ -100,6 +109,7 @@ class Descent:
     backtrack_ratio: float
     geodesic: bool
     is_first: bool
+    on_new_data: bool
 
     def __call__(self, undamped: QuadraticModel, check: Callable[[], None]) -> Outcome:
         """Move the parameters to a lower point, or leave them where they are.
@@ -108,9 +118,27 @@ class Descent:
             undamped: the quadratic model at the point, before its damping is known.
             check: raises what other processes met while the system was solved.
         """
+        outcome = self._descend(undamped, check)
+        goes_further = (
+            self._solves_again
+            and not self.on_new_data
+            and not outcome.trial.backtracks  # else less damping was too little
+            and isinstance(self.solver, RootSolver)
+            and self.point.is_least_squares
+            and not self.point.writes_parameters
+        )
+        return self._go_further(outcome, undamped) if goes_further else outcome
+
+    @property
+    def _solves_again(self) -> bool:
+        """Whether another damping takes the place of a line search: a direct solver has the Jacobian."""
         # Near the minimum of a loss whose kinks are rounded no damping helps: the width has to fall.
         is_rounded = self.point.bend is not None
-        solves_again = self.damping.can_retry and self.max_backtracks > 0 and not is_rounded
+        return self.damping.can_retry and self.max_backtracks > 0 and not is_rounded
+
+    def _descend(self, undamped: QuadraticModel, check: Callable[[], None]) -> Outcome:
+        """The first damping, or the first one after it, with which the loss falls."""
+        solves_again = self._solves_again
         problem = self._find_problem_of_loss()  # which the graph tells; a solve may let that go
         attempt = 0
         while True:
@@ -129,8 +157,7 @@ class Descent:
                     step, solution, max_backtracks=0 if solves_again else self.max_backtracks
                 )
             )
-            # A direct solver has the Jacobian: another damping costs no product, a shorter step is
-            # worse.
+            # Another damping costs no product; a shorter step is worse.
             is_over = (
                 trial.accepted
                 or trial.forgets
@@ -142,6 +169,33 @@ class Descent:
                     step, trial = self._as_taken(step, model), replace(trial, fraction=1.0)
                 trial = replace(trial, backtracks=trial.backtracks + attempt - 1)
                 return Outcome(damping, model, solution, step, trial)
+
+    def _go_further(self, outcome: Outcome, undamped: QuadraticModel) -> Outcome:
+        """With less and less damping, as long as the model can be trusted and promises more."""
+        attempt, promised = 0, 0.0
+        while self._is_trusted(outcome) and outcome.promised > _MORE * promised:
+            attempt, promised = attempt + 1, outcome.promised
+            damping = self.damping.lower(attempt)
+            model = undamped.with_damping(self.parameters.spread(damping), is_first=False)
+            solution = self.solver.solve(model)
+            step = self._scale(solution, model)
+            trial = self._search(step, solution, max_backtracks=0)
+            longer = Outcome(damping, model, solution, step, trial)
+            if not self._is_trusted(longer):
+                self.parameters.move(self.theta, outcome.step.direction, outcome.trial.fraction)
+                self.damping.refuse()
+                break
+            self.damping.accept(damping)
+            outcome = replace(longer, trial=replace(trial, backtracks=outcome.trial.backtracks))
+        return outcome
+
+    def _is_trusted(self, outcome: Outcome) -> bool:
+        """Whether it was taken, and the loss fell by a part of what was promised, which is more than rounding."""
+        return (
+            outcome.trial.accepted
+            and outcome.promised > self.point.rounding
+            and self.point.value - outcome.trial.objective >= TRUSTED * outcome.promised
+        )
 
     def _as_taken(self, step: Step, model: QuadraticModel) -> Step:
         """The step to where the closure has put the parameters, such as back into their bounds.

@@ -71,6 +71,13 @@ class Evaluation:
         return bool(self.losses) and all(c.loss is LOSSES[least_squares] for c in self.losses)
 
 
+_NOT_MADE = "Creating a new Tensor subclass"
+_MAKE_OTHERWISE = (
+    "the closure makes tensors of a subclass by Tensor.__new__, which torch refuses wherever "
+    "operations are recorded; let the subclass's __new__ return x.as_subclass(cls)"
+)
+
+
 class TracedClosure:
     """A closure that runs once a step. Where it must run again, it has the side effects of running once.
 
@@ -132,7 +139,12 @@ class TracedClosure:
         self._effects.begin()
         places = self._places()
         with recorder:
-            traced = self._run(mode, accumulation, graph=True, broadcast=True)
+            try:
+                traced = self._run(mode, accumulation, graph=True, broadcast=True)
+            except RuntimeError as error:
+                if _NOT_MADE in str(error):
+                    raise RuntimeError(_MAKE_OTHERWISE) from error
+                raise
         if not self._is_alone:
             self._effects.end()
             for tensor in self._effects.tensors:

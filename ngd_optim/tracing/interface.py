@@ -54,7 +54,7 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             )
         metric = metric.reshape(())
     if roots and isinstance(loss, Tensor | Number):
-        return torch.stack([root.reshape(()) for root in roots]).sum(), metric
+        return _plain(torch.stack([root.reshape(()) for root in roots]).sum()), metric
     if isinstance(loss, Distribution):
         raise TypeError(
             "the closure must return the loss first, then the distribution: (loss, distribution)"
@@ -73,7 +73,12 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by "
             "mean()"
         )
-    return loss.reshape(()), metric
+    return _plain(loss.reshape(())), metric
+
+
+def _plain(loss: Tensor) -> Tensor:
+    # The gradients of a subclass of tensors would be of that class.
+    return loss if type(loss) is Tensor else loss.as_subclass(Tensor)
 
 
 def _what_to_return(returned: Any) -> str:

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from torch import nn
 from torch.distributions import Categorical, Normal
 
-from ngd_optim import NaturalCG, Nystrom, linearize
+from ngd_optim import NaturalCG, Nystrom, least_squares, linearize
 
 DTYPE = torch.float64
 
@@ -949,3 +949,67 @@ def test_a_penalty_whose_weight_is_zero_at_first_is_judged_when_it_is_there(kind
     assert torch.equal(whole, late)
     # As if the closure had been seen with the penalty alone.
     assert torch.equal(run(schedule, resumed_at=3), whole)
+
+
+class Labelled(torch.Tensor):
+    """A tensor whose methods need a label, which only its own code sets, as in libraries of fields."""
+
+    def __new__(cls, x, label):
+        return x.as_subclass(cls)
+
+    def __init__(self, x, label):
+        super().__init__()
+        self.label = label
+
+    def clone(self, **options):
+        return Labelled(super().clone(**options), self.label)
+
+    def to(self, *args, **options):
+        return Labelled(super().to(*args, **options), self.label)
+
+
+LOSSES_OF_SUBCLASSES = {
+    "ggn by cg": (F.mse_loss, {}),
+    "ggn by kfac": (F.mse_loss, {"preconditioner": "kfac"}),
+    "ggn, dense": (F.mse_loss, {"solver": "dense"}),
+    "least squares": (lambda z, y: least_squares(z - y), {}),
+    "hessian": (lambda z, y: (z - y).pow(4).mean(), {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"), LOSSES_OF_SUBCLASSES.values(), ids=[*LOSSES_OF_SUBCLASSES]
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_subclass_of_tensors_takes_the_step_of_plain_ones(loss, settings, backward):
+    steps = []
+    for wrap in (lambda t: t, lambda t: Labelled(t, "x")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        x, y = wrap(real(20, 3)), real(20, 1)
+        optimizer = NaturalCG(model.parameters(), **settings)
+
+        def closure(model=model, x=x, y=y, wrap=wrap, optimizer=optimizer):
+            optimizer.zero_grad()
+            found = loss(wrap(model(x.clone())), y)
+            if backward:
+                found.backward()
+            return found
+
+        for _ in range(3):
+            result = optimizer.step(closure)
+        assert type(result) is torch.Tensor
+        assert all(p.grad is None or type(p.grad) is torch.Tensor for p in model.parameters())
+        steps.append([p.detach().clone() for p in model.parameters()])
+    for plain, labelled in zip(*steps, strict=True):
+        torch.testing.assert_close(labelled, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_a_subclass_of_tensors_that_torch_cannot_make_while_operations_are_recorded():
+    class Made(torch.Tensor):
+        def __new__(cls, x):
+            return super().__new__(cls, x)
+
+    w = nn.Parameter(real(3))
+    with pytest.raises(RuntimeError, match=r"return x.as_subclass\(cls\)"):
+        NaturalCG([w]).step(lambda: Made(w[:2]).square().sum())

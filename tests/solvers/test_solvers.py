@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import jacrev
 
 from ngd_optim import NaturalCG, least_squares, linearize
+from ngd_optim.jacobian import SqrtGGN
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.solvers import direct
 from ngd_optim.solvers.direct import LeastSquares, Matrix, SampleSpace
@@ -122,6 +123,66 @@ def test_more_damping_needs_no_new_jacobian():
             assert result.x_dot_ax == pytest.approx(
                 (result.solution @ system @ result.solution).item(), rel=1e-10
             )
+
+
+@pytest.mark.parametrize(
+    ("damping", "dtype", "is_refined"),
+    [
+        (1.0, torch.float64, True),
+        (1e-6, torch.float64, True),
+        (1e-12, torch.float64, True),
+        (1e-16, torch.float64, False),
+        (1e-20, torch.float64, False),
+        (1e-1, torch.float32, True),
+        (1e-9, torch.float32, False),
+    ],
+)
+@pytest.mark.parametrize("decays", [False, True])
+def test_refined_solutions_are_as_exact_as_those_of_a_qr(damping, dtype, is_refined, decays):
+    """Singular values from 1 to 1e-9; with little damping the normal equations are singular, and a QR solves."""
+    m, n = 400, 260
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(k, n, dtype=torch.float64)).Q for k in (m, n))
+    A = (left * torch.logspace(0, -9, n, dtype=torch.float64) @ right.T).to(dtype)
+    s, theta = torch.randn(m, dtype=torch.float64).to(dtype), torch.randn(n).to(dtype)
+    decay = 1e-3 * damping if decays else 0.0
+    model = QuadraticModel(A.T @ s + decay * theta, lambda v: A.T @ (A @ v), decay, damping)
+    solver = LeastSquares(SqrtGGN(A, s, lambda: None))
+    found = solver.solve(model)
+    assert solver._is_refined == is_refined
+    # ‖A x + s‖² + ‖√(W + λ) x + √(W + λ)⁻¹ W θ‖², a least-squares problem with more rows.
+    root = (damping + decay) ** 0.5
+    rows = torch.cat([A.double(), root * torch.eye(n, dtype=torch.float64)])
+    right_side = torch.cat([s.double(), decay / root * theta.double()])
+    truth = -torch.linalg.lstsq(rows, right_side.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    # That of a backward stable solution: the condition number of the rows is 1 / root.
+    bound = 100 * torch.finfo(dtype).eps / min(root, 1.0)
+    error = (rows @ (found.solution.double() - truth)).norm() / (rows @ truth).norm()
+    assert error < bound
+    u = torch.randn(m, dtype=torch.float64).to(dtype)
+    pulled = torch.linalg.lstsq(
+        rows, torch.cat([u, torch.zeros(n, dtype=dtype)]).double().unsqueeze(1), driver="gelsd"
+    ).solution.squeeze(1)
+    error = (rows @ (solver.pull_back(u).double() - pulled)).norm() / (rows @ pulled).norm()
+    assert error < bound
+
+
+def test_a_pull_back_that_cannot_be_refined_takes_a_qr(monkeypatch):
+    A = torch.randn(300, 260, dtype=torch.float64)
+    solver = LeastSquares(SqrtGGN(A, A[:, 0], lambda: None))
+    solver.solve(QuadraticModel(A.T @ A[:, 0], lambda v: A.T @ (A @ v), 0.0, 0.5))
+    assert solver._is_refined
+    monkeypatch.setattr(direct.RefinedCholesky, "solve", lambda *_: None)
+    u = torch.randn(300, dtype=torch.float64)
+    truth = torch.linalg.solve(A.T @ A + 0.5 * identity(A.T), A.T @ u)
+    assert_near(solver.pull_back(u), truth, 1e-9)
+
+
+def test_few_parameters_are_left_to_a_qr():
+    A = torch.randn(50, 20, dtype=torch.float64)
+    solver = LeastSquares(SqrtGGN(A, A[:, 0], lambda: None))
+    solver.solve(QuadraticModel(A.T @ A[:, 0], lambda v: A.T @ (A @ v), 0.0, 1.0))
+    assert not solver._is_refined
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 from ngd_optim import NaturalCG, least_squares
 from ngd_optim.step.damping import (
     damping_factor,
+    lowering_factor,
     new_data_factor,
     nielsen_factor,
     retry_factor,
@@ -77,8 +78,64 @@ def test_rule_of_direct_solvers(ratio, factor):
     assert nielsen_factor(ratio) == pytest.approx(factor, rel=1e-12)
 
 
-def test_the_damping_grows_faster_the_more_often_a_system_is_solved():
+def test_the_damping_changes_faster_the_more_often_a_system_is_solved():
     assert [retry_factor(attempt) for attempt in (1, 2, 3, 4)] == [2, 4, 8, 16]
+    assert [lowering_factor(attempt) for attempt in (1, 2, 3)] == [1 / 4, 1 / 16, 1 / 64]
+
+
+def least_squares_of(residuals, start, **settings):
+    theta = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = NaturalCG([theta], damping_scale="identity", geodesic=False, **settings)
+    return theta, optimizer, lambda: least_squares(residuals(theta))
+
+
+def test_the_damping_falls_within_a_step_as_long_as_the_model_is_right():
+    """On linear residuals it always is: one step ends at the minimum, to the digits of the damping that was tried."""
+    A, b = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    theta, optimizer, closure = least_squares_of(lambda t: A @ t - b, [1.0, 2.0, 3.0], damping=10.0)
+    optimizer.step(closure)
+    report = optimizer.last_step
+    assert report.backtracks == 0
+    attempts = report.n_forward - 2
+    assert attempts >= 2
+    # 1/4, 1/16, 1/64: each time it falls further.
+    assert report.damping == pytest.approx(10 * 4.0 ** (-attempts * (attempts + 1) / 2))
+    truth = torch.linalg.lstsq(A, b.unsqueeze(1)).solution.squeeze(1)
+    assert (theta.detach() - truth).norm() < 1e-2 * truth.norm()
+    # Where the damping is too small to matter, one more try tells.
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert optimizer.last_step.n_forward <= 3
+
+
+def growth(theta):
+    return (2 * theta).exp() - 1
+
+
+def test_of_the_dampings_within_a_step_the_last_is_taken_with_which_the_model_is_right_in_part():
+    """Where the next one is not, the parameters are those of the one before, and the damping is."""
+    theta, optimizer, closure = least_squares_of(growth, [-1.5], damping=1.0)
+    optimizer.step(closure)
+    report, taken = optimizer.last_step, []
+    assert report.n_forward == 4  # the second of two more was turned down
+    assert report.reduction_ratio >= 0.1
+    assert optimizer.param_groups[0]["damping"] == report.damping == 1 / 4
+    for damping in (1 / 4, 1 / 64):
+        other, one, its_closure = least_squares_of(
+            growth, [-1.5], damping=damping, adapt_damping=False, max_backtracks=0
+        )
+        one.step(its_closure)
+        taken.append((other.detach(), one.last_step.reduction_ratio))
+    assert torch.equal(theta.detach(), taken[0][0])
+    assert taken[0][1] >= 0.1 > taken[1][1]
+
+
+@pytest.mark.parametrize("settings", [{"adapt_damping": False}, {"max_backtracks": 0}])
+def test_a_damping_that_is_given_is_the_only_one(settings):
+    _, optimizer, closure = least_squares_of(growth, [-1.5], damping=1.0, **settings)
+    optimizer.step(closure)
+    assert optimizer.last_step.n_forward == 2
+    assert optimizer.last_step.damping == 1
 
 
 def test_a_kl_just_above_its_bound_does_not_speak_against_the_model():
@@ -341,7 +398,7 @@ def test_residuals_that_can_all_vanish_are_not_held_back():
         y = teacher(x).detach()
         optimizer.step(lambda x=x, y=y: least_squares(student(x) - y))
         report = optimizer.last_step
-        assert report.damping == before or report.backtracks
+        assert report.damping == before or report.backtracks or math.isnan(report.new_slope)
         before = optimizer.param_groups[0]["damping"]
     assert not math.isnan(report.new_slope)
 
