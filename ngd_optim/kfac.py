@@ -259,8 +259,8 @@ class KFAC(Followed):
 
     def _step(self, closure: Any) -> Tensor | None:
         settings = self._settings()
-        self._transaction.cover(FlatParameters(self.param_groups))
         parameters, modules = self._parameters()
+        self._transaction.cover(FlatParameters(self.param_groups) if modules else parameters)
         state = StreamState(parameters, self.state)
         is_due = state.is_due(settings.renew_every, _AT_START)
 
@@ -322,11 +322,12 @@ class KFAC(Followed):
 
         # 5. What the next step needs, and the report. Of a step that is refused nothing is left.
         if accepted:
-            self._move(parameters, d, settings, reached)
+            changes = parameters.lay_out(d)
+            self._move(parameters, changes, settings, reached)
             state.keep(
                 momentum=momentum,
                 weight=weight,
-                step=d,
+                changes=changes,
                 slope=-scale * slope_of_step,
                 decrement=decrement,
                 factors=factors,
@@ -391,12 +392,15 @@ class KFAC(Followed):
 
     @staticmethod
     def _move(
-        parameters: FlatParameters, d: Tensor, settings: KFACSettings, reached: Sequence[bool]
+        parameters: FlatParameters,
+        changes: Sequence[Tensor],
+        settings: KFACSettings,
+        reached: Sequence[bool],
     ) -> None:
         decays = [lr * decay for lr, decay in zip(settings.lr, settings.weight_decay, strict=True)]
         parts = zip(
             parameters.params,
-            parameters.lay_out(d),
+            changes,
             parameters.by_parameter(decays),
             reached,
             strict=True,

@@ -56,22 +56,23 @@ class FlatParameters:
             )
         (self.device,) = devices
         self.dtype = torch.float32
-        for p in self.params:
-            if p.is_complex():
+        for dtype in {p.dtype for p in self.params}:
+            if dtype.is_complex:
                 raise TypeError(
-                    f"complex parameters are not supported, got one of dtype {p.dtype}; use real "
+                    f"complex parameters are not supported, got one of dtype {dtype}; use real "
                     "parts: a Parameter whose last dimension is (real, imaginary), torch.view_as_real(p), and "
                     "read it by torch.view_as_complex"
                 )
-            if p.dtype is torch.float16:
+            if dtype is torch.float16:
                 raise TypeError(
                     "float16 parameters are not supported: float16 has too little range for "
                     "curvature products, and a GradScaler cannot scale them; use bfloat16 or "
                     "float32"
                 )
-            self.dtype = torch.promote_types(self.dtype, p.dtype)
+            self.dtype = torch.promote_types(self.dtype, dtype)
         # A flat step would move shared memory twice.
-        parts = [local_part(p) for p in self.params]
+        self._is_spread = any(map(is_spread, self.params))
+        parts = [local_part(p) for p in self.params] if self._is_spread else self.params
         places = [part.data_ptr() for part in parts if part.numel()]
         if len(set(places)) < len(places) or any(
             0 in part.stride() and part.numel() > 1 for part in parts
@@ -81,7 +82,6 @@ class FlatParameters:
                 "for both"
             )
         self._weight_of = weight_of
-        self._is_spread = any(map(is_spread, self.params))
         self._sizes = [p.numel() for p in self.params]
         starts = itertools.accumulate(self._sizes, initial=0)
         self._odd_pairs = [
@@ -154,10 +154,11 @@ class FlatParameters:
 
     def lay_out(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, as it lies over ranks; a view where it is whole."""
-        return [
-            spread_like(p, piece.to(p.dtype))
-            for p, piece in zip(self.params, self.views(flat), strict=True)
-        ]
+        pairs = zip(self.params, self.views(flat), strict=True)
+        pieces = [piece.to(p.dtype) for p, piece in pairs]
+        if not self._is_spread:
+            return pieces
+        return [spread_like(p, piece) for p, piece in zip(self.params, pieces, strict=True)]
 
     def by_parameter(self, per_group: Sequence[float]) -> list[float]:
         """One value per group → one per parameter."""

@@ -104,7 +104,7 @@ class StreamState:
         *,
         momentum: Tensor,
         weight: float,
-        step: Tensor,
+        changes: Sequence[Tensor],
         slope: float,
         decrement: float,
         factors: KroneckerFactors | None,
@@ -114,7 +114,7 @@ class StreamState:
         Args:
             momentum: flat.
             weight: of all gradients in it.
-            step: flat.
+            changes: of the parameters, as they lie over ranks.
             slope: of the loss along the step.
             decrement: the average of ``mᵀ (F + λI)⁻¹ m``.
             factors: if they were renewed.
@@ -122,12 +122,16 @@ class StreamState:
         parts = zip(
             self.parameters.params,
             self.parameters.lay_out(momentum),
-            self.parameters.lay_out(step),
+            changes,
             strict=True,
         )
-        for entry in self._state.values():
-            for name in (*_NUMBERS, "last_step"):
-                entry.pop(name, None)  # of a step of other parameters
+        ours = set(map(id, self.parameters.params))
+        for p, entry in self._state.items():  # what is of a step of other parameters
+            if id(p) not in ours:
+                entry.pop("last_step", None)
+            if "steps" in entry:
+                for name in _NUMBERS:
+                    entry.pop(name, None)
         for p, m, d in parts:
             self._state[p] |= {"momentum": m, "last_step": d}
         if factors is not None:
