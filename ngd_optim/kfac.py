@@ -36,7 +36,7 @@ _AT_START = (1, 2, 3, 4, 6, 8, 14)
 _OLD = 3
 """Factors that have served so many times as many steps as they were to are told of."""
 
-_RATE, _UPHILL = 0.2, 0.25
+_RATE, _UPHILL = 0.35, 0.25
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is while ``lr`` is 1."""
 
 
@@ -216,7 +216,10 @@ class KFAC(Followed):
         self._ranks = Ranks(group, state.parameters.device, follow_ddp=True)
         if self._drawing is None:  # one for all batches of a step
             self._drawing = self.generator or state.generator()
-        known = self._invert(None, state, damping).pairs if state.factors else {}
+        known = {}
+        if state.factors is not None:
+            pairs = self._invert(None, state, damping).pairs
+            known = {layer: pairs[layer] for layer in state.factors.estimated.layers}
         watching = self._watch.watching(state.parameters, self._drawing, known)
         with self._ranks.noticing_ddp(module), watching:
             yield
@@ -376,8 +379,9 @@ class KFAC(Followed):
             return None
         # At the start they change fast, and the older count less.
         share = min(settings.factor_decay, state.draws / (state.draws + 2))
-        mean = mean.normalise(known=older.layers).with_layers_of(older)
-        return KroneckerFactors(mean.layers, mean.mix(older.values, share))
+        estimated = older.estimated
+        mean = mean.normalise(known=estimated.layers).with_layers_of(older)
+        return KroneckerFactors(mean.layers, mean.mix(estimated.values, share))
 
     def _invert(
         self, factors: KroneckerFactors | None, state: StreamState, damping: float

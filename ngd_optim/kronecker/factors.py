@@ -41,6 +41,24 @@ class KroneckerFactors:
         # The host waits once for all: such factors are not mixed with the older ones.
         return all(read(*(value.isfinite().all() for value in self.values.values())))
 
+    @property
+    def estimated(self) -> "KroneckerFactors":
+        """Without the layers whose factors are zero.
+
+        Such a layer had no curvature, as one behind a weight of zeros. That says nothing of the
+        curvature that it has later: it is as if the layer had not been seen.
+        """
+        traces = [
+            trace_of(unpack_factor(self.values[layer.weight, side])).sum()
+            for layer in self.layers
+            for side in ("left", "right")
+        ]
+        positive = iter(read(*(trace > 0 for trace in traces)))  # the host waits once for all
+        layers = tuple(layer for layer in self.layers if next(positive) & next(positive))
+        left_out = {layer.weight for layer in self.layers} - {layer.weight for layer in layers}
+        values = {key: value for key, value in self.values.items() if key[0] not in left_out}
+        return KroneckerFactors(layers, values)
+
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether they are of some parameters: of their shapes, and of all that are in no layer."""
         shapes: dict[tuple[int, str], tuple[tuple[int, ...], ...]] = {}
