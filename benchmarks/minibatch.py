@@ -184,9 +184,15 @@ class Run(NamedTuple):
 
 
 def train(
-    task: str, method: str, seed: int, lr: float, seconds: float, steps: float = math.inf
+    task: str,
+    method: str,
+    seed: int,
+    lr: float,
+    seconds: float,
+    steps: float = math.inf,
+    points: int = 40,
 ) -> Run:
-    """Until the time is up or all steps are taken. The score is measured some forty times, outside the time."""
+    """Until the time is up or all steps are taken. The score is measured at some points, outside the time."""
     data = TASKS[task]
     torch.manual_seed(seed)
     model = data.make()
@@ -198,14 +204,16 @@ def train(
         spent += process_time() - start
         if (progress := max(spent / seconds, len(losses) / steps)) >= due:
             curve.append((spent, len(losses), data.score(model)))
-            due = progress + 1 / 40
+            due = progress + 1 / points
     curve.append((spent, len(losses), data.score(model)))
     return Run(task, method, seed, lr, curve, max(losses[len(losses) // 10 :]))
 
 
 def tuned(task: str, method: str, seconds: float) -> float:
     """The best learning rate for a quarter of the time, on the first seed; NaN where there is none to choose."""
-    trials = {lr: train(task, method, 0, lr, seconds / 4).final for lr in rates_of(method)}
+    trials = {
+        lr: train(task, method, 0, lr, seconds / 4, points=1).final for lr in rates_of(method)
+    }
     sign = 1 if TASKS[task].higher_is_better else -1
     return max(
         trials,
