@@ -5,6 +5,7 @@ A page may have these lines:
     <!-- README -->                 the README's beginning, up to its first section
     <!-- README: name -->           a section of the README, without its heading
     <!-- CONTRIBUTING: name -->     likewise of CONTRIBUTING.md
+    <!-- CHANGELOG -->              CHANGELOG.md without its title
     <!-- examples -->               all examples: what they do, their pictures and their code
     <!-- benchmarks -->             all results of the benchmarks: tables and figures
 """
@@ -23,7 +24,9 @@ EXAMPLES, BENCHMARKS, RESULTS = (
     ROOT / "benchmarks" / "results",
 )
 SHOWN = (*EXAMPLES.glob("*.p[ny]*"), *RESULTS.glob("*.png"))
-PLACE = re.compile(r"^<!-- (README|CONTRIBUTING|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE)
+PLACE = re.compile(
+    r"^<!-- (README|CONTRIBUTING|CHANGELOG|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -42,6 +45,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def _filled(what: str, name: str | None) -> str:
     if what in ("README", "CONTRIBUTING"):
         return _linked_within_the_site(section_of(what, name))
+    if what == "CHANGELOG":
+        return _linked_within_the_site((ROOT / "CHANGELOG.md").read_text().partition("\n")[2])
     if what == "examples":
         return "\n".join(map(_example, sorted(EXAMPLES.glob("*.py"))))
     return "\n".join(map(_benchmark, sorted(RESULTS.glob("*.md"))))

@@ -38,7 +38,8 @@ class Advice:
         logger.warning(
             "each of the last %d steps had other data: for a stream of small batches "
             "ngd_optim.KFAC is made, whose step costs little more than a gradient; NaturalCG is "
-            "for batches that are large, or come again",
+            "for batches that are large, or come again. If the data are the same and dropout makes "
+            "them differ, switch it off by model.eval(): a step fits one mask as it fits data",
             _STREAM,
         )
         return replace(self, on_stream=self.on_stream + 1, has_told_of_streams=True)

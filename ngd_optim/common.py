@@ -15,6 +15,7 @@ from torch import Tensor
 from ngd_optim.distributed import Common
 from ngd_optim.layout import is_spread
 from ngd_optim.preconditioners import Diagonal, Nystrom
+from ngd_optim.real_parts import real_parts
 from ngd_optim.settings import Settings
 from ngd_optim.state import NAMES
 
@@ -117,7 +118,7 @@ def _describe(value: Any) -> Any:
 
 def checksum(tensor: Tensor) -> Tensor:
     """A number that is the same for the same bits in the same places, 0-dim; rounding has no part in it."""
-    flat = tensor.detach().contiguous().view(-1)
+    flat = real_parts(tensor.detach()).contiguous().view(-1)
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()  # integers of 64 bits begin at every eighth byte
     row = _WIDTH * 8 // flat.element_size()

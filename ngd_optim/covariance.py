@@ -30,7 +30,8 @@ class Covariance:
         matrix: the covariance of the parameters, shape ``(n, n)``.
         standard_errors: the roots of its diagonal, shape ``(n,)``.
         variance: that of a residual of weight 1, 0-dim: ``Σ r² / (m − n)`` for ``m`` residuals in
-            one tensor; 1 with ``absolute_sigma``, NaN with a robust loss.
+            one tensor; 1 with ``absolute_sigma``, NaN with a robust loss. Of complex ones both parts
+            count in ``m`` and have half of it each.
         degrees_of_freedom: ``m − n``; residuals of weight 0 do not count in ``m``.
 
     Examples:
@@ -77,9 +78,9 @@ def estimate_covariance(
     Raises:
         TypeError: ``params`` are no tensors, or pairs of a name and a tensor.
         ValueError: the loss is of another kind or not finite, there are no more residuals than
-            parameters, the residuals do not determine the parameters, or ``absolute_sigma`` is asked
-            for where residuals of several tensors, a robust loss, or a factor of the loss do not say
-            what a variance of 1 is.
+            parameters, the residuals do not determine the parameters, complex ones have a robust
+            loss, or ``absolute_sigma`` is asked for where residuals of several tensors, a robust
+            loss, or a factor of the loss do not say what a variance of 1 is.
 
     Examples:
         >>> import torch
@@ -199,8 +200,14 @@ def _true_over_model(point: Point, counts: Tensor) -> Tensor | None:
     """The second derivatives of a robust loss in its residuals ÷ those of the parabolas; None: it is none."""
     traced, metric = point.graph.get()
     assert isinstance(metric, OutputMetric)
-    if all(call.arguments.arguments.get("loss", "linear") == "linear" for call in traced.losses):
+    robust = [c for c in traced.losses if c.arguments.arguments.get("loss", "linear") != "linear"]
+    if not robust:
         return None
+    if any(r.is_complex() for call in robust for r in call.arguments.arguments["residuals"]):
+        raise ValueError(
+            "a robust loss of complex residuals couples their two parts, and the errors do not know that; "
+            "estimate them with loss='linear', or fit residuals by torch.view_as_real"
+        )
     slopes = torch.autograd.grad(traced.loss, metric.outputs, create_graph=True)
     total = torch.stack([slope.sum() for slope in slopes]).sum()
     # Each residual has its own term: the matrix of second derivatives is diagonal.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ngd_optim.layout import is_spread, local_part, spread_like, whole
+from ngd_optim.real_parts import from_real_parts, real_parts, real_shape, real_size
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import copy_all, flatten_dense, keep_versions, unflatten_dense
 
@@ -19,6 +20,7 @@ class FlatParameters:
 
     Frozen parameters (``requires_grad=False``) are left out. The vector has the widest of the
     parameters' dtypes, and float32 at least; parameters of other dtypes are converted on the way.
+    It is real, and has two numbers for each of a complex parameter: nothing else knows of them.
     Of parameters that are spread over ranks it has all elements, on each rank.
 
     Args:
@@ -29,7 +31,7 @@ class FlatParameters:
         params: the parameters that the optimizer was given: its state is theirs, and ``.grad``.
 
     Raises:
-        TypeError: a parameter is complex, or float16.
+        TypeError: a parameter is of half precision other than bfloat16.
         ValueError: no parameter is trainable, or they live on several devices.
     """
 
@@ -57,19 +59,14 @@ class FlatParameters:
         (self.device,) = devices
         self.dtype = torch.float32
         for dtype in {p.dtype for p in self.params}:
-            if dtype.is_complex:
+            if dtype.to_real() is torch.float16:
+                way_out = "complex64" if dtype.is_complex else "bfloat16 or float32"
+                name = str(dtype).removeprefix("torch.")
                 raise TypeError(
-                    f"complex parameters are not supported, got one of dtype {dtype}; use real "
-                    "parts: a Parameter whose last dimension is (real, imaginary), torch.view_as_real(p), and "
-                    "read it by torch.view_as_complex"
+                    f"{name} parameters are not supported: float16 has too little range for "
+                    f"curvature products, and a GradScaler cannot scale them; use {way_out}"
                 )
-            if dtype is torch.float16:
-                raise TypeError(
-                    "float16 parameters are not supported: float16 has too little range for "
-                    "curvature products, and a GradScaler cannot scale them; use bfloat16 or "
-                    "float32"
-                )
-            self.dtype = torch.promote_types(self.dtype, dtype)
+            self.dtype = torch.promote_types(self.dtype, dtype.to_real())
         # A flat step would move shared memory twice.
         self._is_spread = any(map(is_spread, self.params))
         parts = [local_part(p) for p in self.params] if self._is_spread else self.params
@@ -82,14 +79,16 @@ class FlatParameters:
                 "for both"
             )
         self._weight_of = weight_of
-        self._sizes = [p.numel() for p in self.params]
-        starts = itertools.accumulate(self._sizes, initial=0)
+        self._has_complex = any(p.is_complex() for p in self.params)
+        self.sizes = [real_size(p) for p in self.params]
+        """How many numbers of the vector each parameter has."""
+        starts = itertools.accumulate(self.sizes, initial=0)
         self._odd_pairs = [
             i
             for i, (p, start) in enumerate(zip(self.params, starts, strict=False))
-            if start % 2 and p.ndim and p.shape[-1] == 2
+            if start % 2 and p.ndim and p.shape[-1] == 2 and not p.is_complex()
         ]
-        self.size = sum(self._sizes)
+        self.size = sum(self.sizes)
         """How many numbers the vector has."""
 
     @cached_property
@@ -104,7 +103,7 @@ class FlatParameters:
 
     @cached_property
     def _converts(self) -> bool:
-        return any(is_spread(t) or t.dtype != self.dtype for t in self.tensors)
+        return any(is_spread(t) or t.dtype.to_real() != self.dtype for t in self.tensors)
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """One tensor per parameter, of its shape, or None for zeros → a new flat vector.
@@ -120,10 +119,10 @@ class FlatParameters:
                 )
         with torch.no_grad():
             parts = [
-                torch.zeros(p.shape, dtype=self.dtype, device=self.device)
+                torch.zeros(size, dtype=self.dtype, device=self.device)
                 if t is None
-                else whole(t)
-                for p, t in zip(self.params, given, strict=True)
+                else real_parts(whole(t))
+                for size, t in zip(self.sizes, given, strict=True)
             ]
             if any(part.dtype != self.dtype for part in parts):
                 parts = [part.to(self.dtype) for part in parts]
@@ -135,15 +134,27 @@ class FlatParameters:
         return tuple(map(id, self.params))
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """A flat vector → one view of it per parameter, of its shape."""
-        return unflatten_dense(flat, self.tensors)
+        """A flat vector → one view of it per parameter, of its shape; (…, 2) of one that is complex."""
+        if not self._has_complex:
+            return unflatten_dense(flat, self.tensors)
+        return [
+            part.view(real_shape(t))
+            for part, t in zip(flat.split(self.sizes), self.tensors, strict=True)
+        ]
+
+    def _complex_where_they_are(self, flat: Tensor) -> list[Tensor]:
+        """The same, with the shapes of the parameters: copies of those that are complex."""
+        views = self.views(flat)
+        if not self._has_complex:
+            return views
+        return [from_real_parts(t, view) for t, view in zip(self.tensors, views, strict=True)]
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per weight, of its shape and dtype; a view where the dtype agrees.
 
         A copy for ``torch.view_as_complex`` where it must be one: that reads pairs at even places only.
         """
-        pieces = self.views(flat)
+        pieces = self._complex_where_they_are(flat)
         for i in self._odd_pairs:
             pieces[i] = pieces[i].clone()
         if not self._converts and flat.dtype == self.dtype:
@@ -154,7 +165,7 @@ class FlatParameters:
 
     def lay_out(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, as it lies over ranks; a view where it is whole."""
-        pairs = zip(self.params, self.views(flat), strict=True)
+        pairs = zip(self.params, self._complex_where_they_are(flat), strict=True)
         pieces = [piece.to(p.dtype) for p, piece in pairs]
         if not self._is_spread:
             return pieces
@@ -181,7 +192,7 @@ class FlatParameters:
         """One value per parameter → the flat vector that has it at the parameter's elements, or a number."""
         if len(set(values)) == 1:
             return values[0]
-        repeats = torch.tensor(self._sizes, device=self.device)
+        repeats = torch.tensor(self.sizes, device=self.device)
         return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(
             repeats, output_size=self.size
         )
@@ -222,15 +233,15 @@ class FlatParameters:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set the values, bit for bit."""
-        views = self.views(values)
-        if not self._is_spread:
-            copy_all(self.tensors, views)
+        pieces = self._complex_where_they_are(values)
+        if not (self._is_spread or self._has_complex):
+            copy_all(self.tensors, pieces)
             return
         for targets in (self.params, self.tensors):
-            for target, view in zip(targets, views, strict=True):
+            for target, piece in zip(targets, pieces, strict=True):
                 place = local_part(target)
                 if place.untyped_storage().size():  # else it was given up
-                    place.copy_(local_part(spread_like(target, view)))
+                    place.copy_(local_part(spread_like(target, piece)))
 
 
 def name_parameters(params: Iterable[Any]) -> tuple[FlatParameters, list[str]]:

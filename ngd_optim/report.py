@@ -155,7 +155,8 @@ class KFACReport(Report):
 
     def __str__(self) -> str:
         """One line, for a log."""
-        return f"loss {self.loss:.6g}, ‖d‖ {self.step_norm:.3g}, δ {self.radius:.3g}: {self.reason}"
+        loss = "" if math.isnan(self.loss) else f"loss {self.loss:.6g}, "
+        return f"{loss}‖d‖ {self.step_norm:.3g}, δ {self.radius:.3g}: {self.reason}"
 
 
 def build_report(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ngd_optim.shown import show
-from ngd_optim.state import join_keys, keep_precision
+from ngd_optim.state import join_keys, keep_precision, refuse_complex_for_real
 
 
 class SavedInFull(Optimizer):
@@ -62,6 +62,9 @@ class SavedInFull(Optimizer):
 
         def see(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
             final.update(loaded, state=join_keys(loaded["state"]))
+            saved = (i for group in final["param_groups"] for i in group["params"])
+            pairs = zip(self._everything, saved, strict=False)
+            refuse_complex_for_real({p: final["state"].get(i) for p, i in pairs})
             return final
 
         # The last hook sees what the user's leave.

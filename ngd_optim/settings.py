@@ -272,8 +272,10 @@ def check_shapes(state: Mapping[Any, Mapping[str, Any]], names: Sequence[str]) -
     # By parameter once the optimizer has mapped them; before that the keys are numbers.
     for p, entry in state.items():
         for saved in (entry[name] for name in names if name in entry):
-            if isinstance(p, Tensor) and saved.shape != p.shape:
+            if not isinstance(p, Tensor):
+                continue
+            if saved.shape != p.shape or saved.is_complex() != p.is_complex():
                 raise ValueError(
-                    f"the state was saved of other parameters: one of shape {tuple(p.shape)} had "
-                    f"{tuple(saved.shape)}"
+                    f"the state was saved of other parameters: one of shape {tuple(p.shape)}, {p.dtype}, had "
+                    f"{tuple(saved.shape)}, {saved.dtype}"
                 )

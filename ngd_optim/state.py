@@ -18,6 +18,7 @@ from torch import Tensor
 from ngd_optim.layout import is_spread, local_part, zeros_spread_like
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.preconditioners import Diagonal, Nystrom, find_sizes_of_factors
+from ngd_optim.real_parts import real_size
 from ngd_optim.settings import Settings
 from ngd_optim.shown import show
 
@@ -53,15 +54,19 @@ def _has_dimensions(*allowed: int) -> Callable[[Any, Tensor], bool]:
 
 
 def _has_rows(value: Any, p: Tensor) -> bool:
-    return _has_dimensions(2)(value, p) and len(value) == p.numel()
+    return _has_dimensions(2)(value, p) and len(value) == real_size(p)
+
+
+def _is_like(value: Any, p: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    is_inexact = value.is_complex() if p.is_complex() else value.is_floating_point()
+    return is_inexact and value.shape == p.shape
 
 
 _NUMBER = "a number", _is_number
 _INTEGER = "an integer, at least -1", _is_integer
-_LIKE_IT = (
-    "a tensor of its shape",
-    lambda v, p: _has_dimensions(p.ndim)(v, p) and v.shape == p.shape,
-)
+_LIKE_IT = "a tensor of its shape, complex if it is", _is_like
 _FACTOR = "a tensor of one to three dimensions", _has_dimensions(1, 2, 3)
 
 _ENTRIES = {
@@ -172,7 +177,7 @@ def _tensors(
             yield name, shape, wide
     columns = min(_sketch_columns(settings), parameters.size)
     if columns:
-        yield "sketch", (p.numel(), columns), parameters.dtype
+        yield "sketch", (real_size(p), columns), parameters.dtype
         if p is parameters.params[0]:
             has_values = isinstance(settings.preconditioner, Nystrom)
             yield "sketch_values", (columns * has_values,), parameters.dtype
@@ -250,6 +255,21 @@ def join_keys(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return joined
 
 
+def refuse_complex_for_real(state: Mapping[Tensor, Any]) -> None:
+    """Refuse a saved state whose imaginary parts torch would drop.
+
+    Raises:
+        ValueError: it has complex tensors for a real parameter.
+    """
+    for p, entry in state.items():
+        values = entry.values() if isinstance(entry, Mapping) else ()
+        if any(isinstance(v, Tensor) and v.is_complex() for v in values) and not p.is_complex():
+            raise ValueError(
+                f"this state cannot be loaded, it was saved of a complex parameter of shape {tuple(p.shape)}, "
+                f"and this one is real ({p.dtype}); make it complex, or begin without a state"
+            )
+
+
 def keep_precision(
     state: Mapping[Any, dict[str, Any]], saved: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
@@ -261,7 +281,7 @@ def keep_precision(
     """
     widest = torch.float32
     for p in saved:
-        widest = torch.promote_types(widest, p.dtype)
+        widest = torch.promote_types(widest, p.dtype.to_real())
     for p, entry in saved.items():
         for name, value in state.get(p, {}).items():
             part = _ENTRIES[name].part_of if name in _ENTRIES else ""

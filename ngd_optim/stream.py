@@ -21,6 +21,7 @@ from torch import Tensor
 from ngd_optim.jacobian import Layer
 from ngd_optim.kronecker import KroneckerFactors
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import from_real_parts, real_parts
 from ngd_optim.settings import check_shapes
 from ngd_optim.shown import show
 from ngd_optim.torch_internals import version_of
@@ -76,7 +77,7 @@ class StreamState:
             if "layer_groups" in entry:
                 groups, flipped, bias = (entry[name] for name in _LAYER)
                 layers.append(Layer(i, index.get(bias), bool(flipped), groups))
-            values |= {(i, name): entry[name] for name in _FACTORS if name in entry}
+            values |= {(i, name): real_parts(entry[name]) for name in _FACTORS if name in entry}
         factors = KroneckerFactors(tuple(layers), values)
         return factors if factors.fits(params) else None
 
@@ -155,7 +156,9 @@ class StreamState:
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in _FACTORS:
                 if (i, name) in factors.values:
-                    entry[name] = factors.values[i, name].to(dtype)
+                    value = factors.values[i, name]
+                    is_like_it = name == "diagonal"
+                    entry[name] = (from_real_parts(p, value) if is_like_it else value).to(dtype)
             if i in layers:
                 _, bias, flipped, groups = layers[i]
                 place = -1 if bias is None else self.parameters.positions[bias]

@@ -13,6 +13,7 @@ ROOMS = [
     "distributed",
     "linalg",
     "operators",
+    "replaying",
     "recording",
     "own_losses",
     "recognised",
@@ -37,7 +38,9 @@ BASE = [
     "lstm",
     "names",
     "parameters",
+    "program",
     "reading",
+    "real_parts",
     "shown",
     "torch_internals",
 ]

@@ -1,7 +1,9 @@
 """TRPO with sb3-contrib's interface and NaturalCG's step."""
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -13,12 +15,14 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
 from ngd_optim import NaturalCG
+from ngd_rl.critic import all_at_once, minibatches
 
 Closure = Callable[[], tuple[Tensor, Any]]
 
@@ -258,21 +262,29 @@ class TRPO(sb3_contrib.TRPO):
             )
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        report = self._update_policy()
+        with self._letting_go_of_graph():
+            report = self._update_policy()
         value_losses = self._update_critic()
-        self._let_go_of_graph()
         self._n_updates += 1
         self._record(report, value_losses)
 
-    def _let_go_of_graph(self) -> None:
+    @contextmanager
+    def _letting_go_of_graph(self) -> Iterator[None]:
         """The policy keeps its last distribution: let that be one without a graph, or it cannot be copied."""
-        self.policy.set_training_mode(False)
-        with torch.no_grad():
-            self._distribution(*self._example_inputs())
-        self.policy.set_training_mode(True)
+        kept = getattr(self.policy, "action_dist", None)
+        before = {**vars(kept)} if isinstance(kept, Distribution) else {}
+        yield
+        if before:
+            vars(kept).clear()
+            vars(kept).update(before)
+        if not before or _holds_graph(self.policy):
+            self.policy.set_training_mode(False)
+            with torch.no_grad():
+                self._distribution(*self._example_inputs())
+            self.policy.set_training_mode(True)
 
     def _update_policy(self) -> Any:
-        data = next(self.rollout_buffer.get(batch_size=None))
+        data = self._rollout()
         samples = self._samples(data, every=self.sub_sampling_factor)
         self.policy_optimizer.param_groups[0].update(self._settings())
         self.policy_optimizer.step(
@@ -282,6 +294,18 @@ class TRPO(sb3_contrib.TRPO):
         assert report is not None
         return report
 
+    def _rollout(self) -> Any:
+        """The rollout, shuffled, or where all of it is used in the memory of the buffer, whose order means nothing."""
+        buffer = self.rollout_buffer
+        is_whole = self.sub_sampling_factor == 1 and self.curvature_fraction == 1
+        if not (is_whole and type(buffer) is RolloutBuffer):
+            return next(buffer.get(batch_size=None))
+        next(buffer.get(batch_size=1))  # lays samples out in rows, and draws as many random numbers
+        actions = buffer.actions.astype(np.float32, copy=False)
+        columns = (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)
+        arrays = (buffer.observations, actions, *(column.ravel() for column in columns))
+        return RolloutBufferSamples(*(buffer.to_torch(array, copy=False) for array in arrays))
+
     def _curvature_closure(self, data: Any) -> Closure | None:
         """What the products are formed on, if that is a part of the samples."""
         if self.curvature_fraction == 1:
@@ -290,7 +314,10 @@ class TRPO(sb3_contrib.TRPO):
         return self._closure(self._samples(data, every))
 
     def _samples(self, data: Any, every: float) -> Samples:
-        """A part of the rollout, whose rows the buffer has shuffled."""
+        """A part of the rollout, whose rows the buffer has shuffled, or all of it."""
+        if every == 1:
+            columns = (data.actions, data.old_log_prob, data.advantages)
+            return Samples((data.observations,), *columns)
         index = evenly_spaced(len(data.actions), every)
         inputs = (rows_of(data.observations, index),)
         return Samples(
@@ -323,23 +350,26 @@ class TRPO(sb3_contrib.TRPO):
     def _fit_values(self, critic: Any, buffer: RolloutBuffer) -> list[float]:
         """Have a policy's values follow the returns in a buffer; the losses."""
         value_losses = []
-        for value_loss in self._value_losses(critic, buffer):
-            value_losses.append(value_loss.item())
-            if not value_loss.isfinite():  # rewards whose squares overflow
-                continue
-            critic.optimizer.zero_grad()
-            value_loss.backward()
-            # A shared features extractor is the policy step's: else the KL has no bound.
-            for p in self._actor:
-                p.grad = None
-            critic.optimizer.step()
+        stepped = [p for group in critic.optimizer.param_groups for p in group["params"]]
+        with all_at_once(critic.optimizer):
+            for value_loss in self._value_losses(critic, buffer):
+                value_losses.append(value_loss.item())
+                if not math.isfinite(value_losses[-1]):  # rewards whose squares overflow
+                    continue
+                for p in stepped:
+                    p.grad = None
+                value_loss.backward()
+                # A shared features extractor is the policy step's: else the KL has no bound.
+                for p in self._actor:
+                    p.grad = None
+                critic.optimizer.step()
         return value_losses
 
     def _value_losses(self, critic: Any, buffer: RolloutBuffer) -> Iterator[Tensor]:
-        for _ in range(self.n_critic_updates):
-            for data in buffer.get(self.batch_size):
-                values = critic.predict_values(data.observations).flatten()
-                yield torch.nn.functional.mse_loss(values, data.returns)
+        batches = minibatches(buffer, self.batch_size, self.n_critic_updates)
+        for observations, returns in batches:
+            values = critic.predict_values(observations).flatten()
+            yield torch.nn.functional.mse_loss(values, returns)
 
     def _record(self, report: Any, value_losses: list[float]) -> None:
         buffer = self.rollout_buffer
@@ -472,6 +502,12 @@ def _joint(distribution: Distribution) -> Any:
     if isinstance(inner, Normal | Bernoulli):
         return Independent(inner, 1)
     return inner
+
+
+def _holds_graph(policy: torch.nn.Module) -> bool:
+    """Whether a module keeps what it computed, with the graph that leads there."""
+    values = (value for module in policy.modules() for value in vars(module).values())
+    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in values)
 
 
 def _refuse_not_finite(what: str, values: Any, cause: Exception | None = None) -> None:

@@ -21,7 +21,8 @@ from ngd_optim.curvature.vector_products import (
 )
 from ngd_optim.names import Backend, Curvature
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import CannotReplayError, ForwardProgram, ForwardRecorder
+from ngd_optim.program import CannotReplayError
+from ngd_optim.recording import ForwardProgram, ForwardRecorder
 from ngd_optim.torch_internals import hooks_of
 from ngd_optim.tracing import Evaluation, TracedClosure
 
@@ -65,7 +66,6 @@ class Graph:
         self._recorder: ForwardRecorder | None = None
         self._trial: ForwardProgram | None = None
         self._outputs: ForwardProgram | None = None
-        self._prediction: ForwardProgram | None = None
         self._around: ForwardProgram | None = None
         self._returned: object = None
         self._was_empty = False
@@ -107,11 +107,12 @@ class Graph:
         if self._trial is not None or not self._is_at_hand:
             return
         (traced, _), returned = self.get(), tensors_of(self._returned)
-        self._trial = self.recorder.program([traced.loss, *returned], conditions=True)
-        if self._trial.holds and not isinstance(self._returned, Tensor) and returned:
-            # The loss holds fixed what autograd does. A prediction is what it is.
-            self._trial = self.recorder.program([traced.loss], conditions=True)
-            self._prediction = self.recorder.program(returned, conditions=True, follows_all=True)
+        # The loss holds fixed what autograd does. A prediction is what it is.
+        self._trial = (
+            self.recorder.program([traced.loss, *returned], conditions=True)
+            if isinstance(self._returned, Tensor)
+            else self.recorder.program([traced.loss], predicted=returned, conditions=True)
+        )
 
     def _program_of_outputs(self) -> ForwardProgram | None:
         """The metric's outputs; None if they are not recorded, or no longer."""
@@ -200,10 +201,7 @@ class Graph:
         self._build_trial()
         if self._trial is None:
             raise CannotReplayError(self.problem)
-        params = self._parameters.tensors
-        loss, *tensors = self._trial(params)
-        if self._prediction is not None:
-            tensors = self._prediction(params)
+        loss, *tensors = self._trial(self._parameters.tensors)
         return Evaluation(loss, with_tensors(self._returned, tensors))
 
     @torch.no_grad()

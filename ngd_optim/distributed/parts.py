@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ngd_optim.layout import is_spread, local_part, spread_part_like
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import from_real_parts, real_parts, real_shape, real_size
 
 # Their names since torch 2.13, which warns of the former ones.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -138,7 +139,7 @@ class Division:
         self._world, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self.follows_shards = all(_has_rows_of(p, group) for p in params)
         shapes = [
-            (len(p), p.numel() // max(1, len(p))) if self.follows_shards else (p.numel(), 1)
+            (len(p), real_size(p) // max(1, len(p))) if self.follows_shards else (real_size(p), 1)
             for p in params
         ]
         self._shapes = shapes
@@ -168,7 +169,8 @@ class Division:
 
     def from_shards(self, shards: Iterable[Tensor | None], like: Tensor) -> Part:
         """Of what this rank has of each parameter; None for zeros."""
-        pieces = zip(shards, self._lengths, strict=True)
+        parts = [None if t is None else real_parts(t) for t in shards]
+        pieces = zip(parts, self._lengths, strict=True)
         return Part.of(
             torch.cat(
                 [
@@ -184,9 +186,15 @@ class Division:
     def to_shards(self, part: Part, like: Sequence[Tensor]) -> list[Tensor]:
         """What this rank has of each parameter: copies."""
         pieces = part.local.split(self._lengths)
+        shards = [(p, local_part(p)) for p in like]
         return [
-            spread_part_like(p, piece[: local_part(p).numel()].to(p.dtype, copy=True))
-            for p, piece in zip(like, pieces, strict=True)
+            spread_part_like(
+                p,
+                from_real_parts(shard, piece[: real_size(shard)].view(real_shape(shard))).to(
+                    p.dtype, copy=True
+                ),
+            )
+            for (p, shard), piece in zip(shards, pieces, strict=True)
         ]
 
     def _padded(self, flat: Tensor) -> Tensor:

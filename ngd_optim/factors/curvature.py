@@ -21,8 +21,8 @@ class LayerCurvature:
         bias: the bias's; None if there is none.
         left: the factor of the weight's rows, shape (groups, rows, rows); of a longer side than 4,096
             the diagonal, (groups, rows).
-        right: that of its columns, with one more for the bias, likewise. Where the weight is used as
-            ``x @ weight``, its columns are the rows here.
+        right: that of its columns, with one more for the bias, likewise.
+        flipped: whether the weight is used as ``x @ weight``: its columns are the rows here.
         eigenvalues: in the eigenvectors of both, shape (groups, rows, columns), that replace their
             products (EKFAC: George et al. 2018); None: their products.
 
@@ -44,6 +44,7 @@ class LayerCurvature:
     left: Tensor
     right: Tensor
     eigenvalues: Tensor | None = None
+    flipped: bool = False
 
     @cached_property
     def decomposition(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -64,7 +65,8 @@ class KroneckerCurvature:
 
     Attributes:
         layers: the blocks.
-        diagonals: for parameters that are in no layer, by name, shaped like the parameter.
+        diagonals: for parameters that are in no layer, by name, shaped like the parameter; (…, 2),
+            for its real and imaginary parts, like one that is complex.
 
     Examples:
         >>> import torch
@@ -195,7 +197,7 @@ class KroneckerCurvature:
             )
         self._check(damping, inverts=inverts)
         columns = v.unsqueeze(1) if v.ndim == 1 else v
-        sources = list(columns.T.to(self._parameters.dtype).split(self._sizes, 1))
+        sources = list(columns.T.to(self._parameters.dtype).split(self._parameters.sizes, 1))
         parts: dict[int, Tensor] = {}
         for layer, block in self._layers.items():
             left, right, values = block.decomposition
@@ -212,10 +214,6 @@ class KroneckerCurvature:
             parts[i] = function(value.flatten()) * sources[i]
         result = torch.cat([parts[i] for i in range(len(sources))], 1).T
         return result.squeeze(1) if v.ndim == 1 else result
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [p.numel() for p in self._parameters.tensors]
 
     def _join(self, layer: Layer, flat: Sequence[Tensor]) -> Tensor:
         """Vectors as rows → (vectors, groups, rows, columns), as :meth:`Layer.join` does it of one."""

@@ -26,6 +26,7 @@ from ngd_optim.kernels import twice_differentiable
 from ngd_optim.kronecker import LARGEST_FACTOR
 from ngd_optim.names import Curvature
 from ngd_optim.parameters import FlatParameters, name_parameters
+from ngd_optim.real_parts import real_parts
 from ngd_optim.shown import show
 from ngd_optim.tracing import TracedClosure
 
@@ -223,7 +224,7 @@ class _Sums:
                     _add_moment(right, into)
                     self._counts[layer] += back.shape[1]
             for i, gradient in pulled.outside.items():
-                square = gradient.to(self._parameters.dtype).square()
+                square = real_parts(gradient).to(self._parameters.dtype).square()
                 self._diagonals[i] = self._diagonals[i] + square if i in self._diagonals else square
 
     def is_table(self, layer: Layer) -> bool:
@@ -253,6 +254,7 @@ class _Sums:
                 None if layer.bias is None else self._names[layer.bias],
                 left / self.size,
                 right / self._counts[layer],
+                flipped=layer.flipped,
             )
             for layer, (left, right) in self._sides.items()
         }

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 from ngd_optim.autograd_graph import Edge
 from ngd_optim.jacobian.contractions import Contraction, contractions_of, shape_of
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import real_parts, real_shape
 from ngd_optim.torch_internals import outputs_of, variable_of
 
 logger = logging.getLogger("ngd_optim")
@@ -231,7 +232,7 @@ def _find_samples(
 
 def _add_rows(block: Tensor, terms: Sequence[_Term], parameters: FlatParameters) -> None:
     """Add ``Σ lₙ rₙᵀ`` over the terms of each sample, and pull it back to parameters."""
-    columns = block.split([p.numel() for p in parameters.tensors], 1)
+    columns = block.split(parameters.sizes, 1)
     by_parameter = {id(p): part for p, part in zip(parameters.tensors, columns, strict=True)}
     by_target: dict[Edge, list[_Term]] = {}
     for term in terms:
@@ -251,7 +252,7 @@ def _add_rows(block: Tensor, terms: Sequence[_Term], parameters: FlatParameters)
     ]
     gradients = _pull_rows([GradientEdge(*edge) for edge in computed], sums, parameters.tensors)
     for p, part, gradient in zip(parameters.tensors, columns, gradients, strict=True):
-        part.view(len(block), *p.shape).add_(gradient)
+        part.view(len(block), *real_shape(p)).add_(real_parts(gradient))
 
 
 def _add_sums(block: Tensor, terms: Sequence[_Term]) -> None:
@@ -289,9 +290,7 @@ def _wrong(block: Tensor, z: Tensor, measured: _Measured, parameters: FlatParame
     exact = measured.pulled
     # Jᵀ u, from the rows and from autograd: random u, so that no wrong row goes unseen.
     found = block.T @ measured.u.flatten().to(block.dtype)
-    parts = torch.stack([found - exact, exact, found]).split(
-        [p.numel() for p in parameters.tensors], 1
-    )
+    parts = torch.stack([found - exact, exact, found]).split(parameters.sizes, 1)
     error, size, filled = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], 1)
     eps = max(torch.finfo(t.dtype).eps for t in [z, *parameters.tensors])
     # A gradient may be zero but for rounding errors; columns that were not filled are just zero.
@@ -307,14 +306,15 @@ def _fill_by_rows(
     if not which:
         return
     tensors = [parameters.tensors[i] for i in which]
-    columns = block.split([p.numel() for p in parameters.tensors], 1)
+    columns = block.split(parameters.sizes, 1)
     for first in range(0, z.numel(), _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, z.numel() - first)
         u = torch.zeros(count, z.numel(), dtype=z.dtype, device=z.device)
         u[:, first : first + count].fill_diagonal_(1)
         gradients = _pull_rows([z], [u.view(count, *z.shape)], tensors)
         for i, p, gradient in zip(which, tensors, gradients, strict=True):
-            columns[i][first : first + count].view(count, *p.shape).copy_(gradient)
+            rows = columns[i][first : first + count]
+            rows.view(count, *real_shape(p)).copy_(real_parts(gradient))
 
 
 def _pull_rows(outputs: Any, u: Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -111,9 +111,9 @@ def uses_of(
 ) -> list[Use]:
     """Every use of a parameter in a matrix product or a convolution, in the graph that leads to some tensors.
 
-    With ``tables``, also of embeddings that are used in no other way.
+    With ``tables``, also of embeddings that are used in no other way. Complex parameters have no uses.
     """
-    index = {id(p): i for i, p in enumerate(params)}
+    index = {id(p): i for i, p in enumerate(params) if not p.is_complex()}
     uses = (_use(node, index, params) for node in nodes(roots))
     found = [use for use in uses if use is not None and params[use.layer.weight].numel()]
     layers: dict[int, Layer] = {}

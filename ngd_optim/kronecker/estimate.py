@@ -23,6 +23,7 @@ from ngd_optim.jacobian import Layer, Use
 from ngd_optim.kronecker.factors import KroneckerFactors, pack_factor, scale_factor, trace_of
 from ngd_optim.kronecker.sampling import draw
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import real_parts, real_size
 
 LARGEST_FACTOR = 4096
 """A longer side of a weight has only the diagonal of its factor."""
@@ -86,7 +87,7 @@ def estimate_factors(
         }
     for i, gradient in zip(outside, pulled[len(uses) :], strict=True):
         found = torch.zeros_like(params[i]) if gradient is None else gradient
-        values[i, "diagonal"] = found.to(parameters.dtype).square()
+        values[i, "diagonal"] = real_parts(found).to(parameters.dtype).square()
     return KroneckerFactors(tuple(by_layer), values)
 
 
@@ -101,7 +102,7 @@ def is_worthwhile(uses: Sequence[Use], params: Sequence[Tensor]) -> bool:
     # Two multiplications forward and two back for each element of a weight and each row.
     product = sum(4 * use.length * sizes[use.layer] for use in uses)
     solve = sum(sizes[layer] * (rows + columns) for layer, (_, rows, columns) in shapes.items())
-    return 2 * sum(sizes.values()) >= sum(p.numel() for p in params) and solve <= 2 * product
+    return 2 * sum(sizes.values()) >= sum(map(real_size, params)) and solve <= 2 * product
 
 
 def _choose_rows(

@@ -17,6 +17,7 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.jacobian import Layer
 from ngd_optim.linalg import pack, unpack
 from ngd_optim.reading import read
+from ngd_optim.real_parts import real_shape
 
 Values = Mapping[tuple[int, str], Tensor]
 """By index of a parameter and name.
@@ -24,7 +25,7 @@ Values = Mapping[tuple[int, str], Tensor]
 For the weight of a layer ``"left"``, a packed matrix with as many rows and columns as the weight
 has rows, for each group, and ``"right"``, likewise for its columns; their diagonals, (groups, rows)
 or (groups, columns), where they are too large. For what is in no layer ``"diagonal"``, shaped like
-the parameter.
+the parameter's real parts.
 """
 
 
@@ -67,7 +68,9 @@ class KroneckerFactors:
             for name, n in (("left", rows), ("right", columns)):
                 shapes[layer.weight, name] = (groups, n), (groups, *_packed_shape(n))
         inside = {i for layer in self.layers for i in (layer.weight, layer.bias)}
-        shapes |= {(i, "diagonal"): (p.shape,) for i, p in enumerate(params) if i not in inside}
+        shapes |= {
+            (i, "diagonal"): (real_shape(p),) for i, p in enumerate(params) if i not in inside
+        }
         return shapes.keys() == self.values.keys() and all(
             self.values[key].shape in allowed for key, allowed in shapes.items()
         )

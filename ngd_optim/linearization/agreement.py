@@ -17,6 +17,7 @@ from ngd_optim.layout import whole
 from ngd_optim.linearization.backend import Product, Way, explain_failure, reraise_own_kinds
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import real_parts
 from ngd_optim.recording import record
 
 logger = logging.getLogger("ngd_optim")
@@ -30,6 +31,9 @@ pushes through a graph that is there, is almost as fast as a replay.
 
 _SLOPE_TOLERANCE = 1e-3
 """A slope agrees with the gradient, and a replay with a run, to this part."""
+
+_COARSE_EPS = 1e-4
+"""Between float32's and those of float16 and bfloat16."""
 
 _COARSE = 0.05
 """Products by differences are as exact as this, in float32 and along kinks."""
@@ -126,13 +130,15 @@ class _Walk:
         self._direction = direction.div_(direction.norm())
         self._slope = torch.dot(gradient, self._direction).item()
         self._length = max(eps ** (1 / 3) * self._theta.norm().item(), eps**0.5)
+        # Rounding falls with the length, and what is not linear grows: a difference that stays the
+        # same is neither. In bfloat16 the first length is a fifth of the parameters, where no deep
+        # model is linear any more.
+        self._factors = (1, 4, 16) if eps < _COARSE_EPS else (1 / 64, 1 / 16, 1 / 4, 1, 4, 16)
 
     def compare(self, *, by_replay: bool) -> str | None:
         """How the slope of the loss differs from that of the gradient; None if it does not, or nobody can tell."""
         slopes: list[float] = []
-        # Rounding falls with the length, and what is not linear grows: a difference that stays the
-        # same is neither.
-        for factor in (1, 4, 16):
+        for factor in self._factors:
             ahead, behind = (self._loss(side * factor, by_replay=by_replay) for side in (1, -1))
             if not math.isfinite(ahead - behind):
                 return None
@@ -144,7 +150,9 @@ class _Walk:
         closest = min(abs(slope - self._slope) for slope in slopes)
         if closest <= 3 * (max(slopes) - min(slopes)):
             return None
-        return f"its slope is {slopes[1]:.3g} where its gradient says {self._slope:.3g}"
+        return (
+            f"its slope is {slopes[len(slopes) // 2]:.3g} where its gradient says {self._slope:.3g}"
+        )
 
     def agree(self) -> bool:
         """Whether replaying and running give the same loss beside the parameters as they are."""
@@ -239,7 +247,8 @@ def _judge_hessian(
 def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
     """``⟨a, b⟩``, and how large it is for vectors of these norms that know nothing of each other."""
     x, y = (
-        torch.cat([whole(t.detach()).double().flatten() for t in tensors]) for tensors in (a, b)
+        torch.cat([real_parts(whole(t.detach())).double().flatten() for t in tensors])
+        for tensors in (a, b)
     )
     return torch.dot(x, y).item(), (x.norm() * y.norm() / max(1, len(x)) ** 0.5).item()
 
@@ -270,8 +279,9 @@ def find_problem_of_recording(
 
 
 def coarsest_eps(dtypes: Iterable[torch.dtype]) -> float:
-    """The largest rounding error of some dtypes; 0 if none is of floating point."""
-    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+    """The largest rounding error of some dtypes; 0 if all are of integers."""
+    inexact = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
+    return max((torch.finfo(dtype).eps for dtype in inexact), default=0.0)
 
 
 def are_close(a: Tensor, b: Tensor, tolerance: float, floor: float | Tensor) -> bool:

@@ -13,7 +13,8 @@ from ngd_optim.distributed import Ranks
 from ngd_optim.kernels import twice_differentiable
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import CannotReplayError, record
+from ngd_optim.program import CannotReplayError
+from ngd_optim.recording import record
 from ngd_optim.torch_internals import version_of
 
 logger = logging.getLogger("ngd_optim")

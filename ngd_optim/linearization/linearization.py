@@ -1,9 +1,10 @@
 """A closure at one point, for users: loss, gradient, curvature products."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -162,6 +163,31 @@ class Linearization:
             point.product.record_for_several(point.gradient)  # pyright: ignore[reportAttributeAccessIssue]
             point.product.form(point.gradient)
         return cls(point, runs)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _FORMER:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            find, instead = _FORMER[name]
+            message = f"Linearization.{name} is deprecated since 0.2.0; use {instead}"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return find(self)
+
+
+_FORMER: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "product": (lambda self: self.curvature, "curvature"),
+    "quick_diagonal": (lambda self: self.diagonal, "diagonal()"),
+    "rounding": (
+        lambda self: 10 * torch.finfo(self.loss.dtype).eps * abs(self.loss.item()),
+        "10 * torch.finfo(loss.dtype).eps * abs(loss)",
+    ),
+    "has_kl": (lambda self: self._point.has_kl, "measure()[1] is not None"),
+    "is_least_squares": (lambda self: self._point.is_least_squares, "what the closure calls"),
+    "reached": (lambda self: self._point.reached, "ngd_optim.testing.check_closure(...).unused"),
+    "used": (lambda self: self._point.used, "ngd_optim.testing.check_closure(...).unused"),
+}
+"""Attributes of version 0.1.0: how they are found, and what to use instead."""
 
 
 def linearize(

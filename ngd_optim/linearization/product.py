@@ -19,7 +19,8 @@ from ngd_optim.linearization.backend import (
 from ngd_optim.linearization.checks import Checked
 from ngd_optim.names import Backend
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.recording import Recording, record
+from ngd_optim.recording import record
+from ngd_optim.replaying import Recording
 
 _BYTES_AT_ONCE = 2**26
 """That a replay for several vectors computes."""

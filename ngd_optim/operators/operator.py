@@ -192,7 +192,7 @@ class CurvatureOperator:
         chosen = [index[id(p)] for p in params]
         if len(set(chosen)) < len(chosen):
             raise ValueError("params has a parameter twice")
-        sizes = [p.numel() for p in self._parameters.tensors]
+        sizes = self._parameters.sizes
         inner = FlatParameters([{"params": params}])
 
         def multiply(v: Tensor) -> Tensor:

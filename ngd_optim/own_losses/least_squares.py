@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ngd_optim.real_parts import squared_modulus
 from ngd_optim.shown import show
 
 RobustLoss = Literal["linear", "soft_l1", "huber", "cauchy", "arctan"]
@@ -23,7 +24,7 @@ def least_squares(
 ) -> Tensor:
     """``½ Σᵢ mean(wᵢ c² ρ((rᵢ / c)²))``, a 0-dim tensor, whose Gauss-Newton metric is recognised.
 
-    By default it is ``½ Σᵢ wᵢ mean(rᵢ²)``, with the metric ``Σᵢ wᵢ JᵢᵀJᵢ / numel(rᵢ)``. It is used
+    By default it is ``½ Σᵢ wᵢ mean(|rᵢ|²)``, with the metric ``Σᵢ wᵢ JᵢᵀJᵢ / numel(rᵢ)``. It is used
     in a closure like any loss of ``torch.nn.functional``: alone or in a sum, with or without
     ``backward``. The residuals may hold derivatives of a network: by ``torch.func``, or by
     ``torch.autograd.grad`` with ``create_graph=True``.
@@ -34,7 +35,8 @@ def least_squares(
     not, add two calls.
 
     Args:
-        residuals: real tensors of any shapes, one for each equation, boundary or data set.
+        residuals: real or complex tensors of any shapes, one for each equation, boundary or data
+            set.
         weights: for each residual tensor a number, or a tensor that broadcasts to its shape, at
             least 0; None: 1 for each. To one residual tensor its weights may be given alone.
         loss: ``ρ(z)``. ``"linear"``: ``z``, ordinary least squares. ``"soft_l1"``:
@@ -45,7 +47,7 @@ def least_squares(
             are no outliers.
 
     Raises:
-        TypeError: a residual is not a real floating-point tensor.
+        TypeError: a residual is no tensor, or one of integers.
         ValueError: there is no residual, one is empty, or the weights, the loss or the scale do not
             fit.
 
@@ -69,10 +71,10 @@ def least_squares(
         )
     _check(residuals, weights, loss, scale)
     if loss == "linear":
-        costs = [r.square() for r in residuals]
+        costs = [squared_modulus(r) for r in residuals]
     else:
         rho = _ROBUST[loss].value
-        costs = [scale**2 * rho((r / scale).square()) for r in residuals]
+        costs = [scale**2 * rho(squared_modulus(r / scale)) for r in residuals]
     terms = [
         0.5 * ((w * cost).mean() if isinstance(w, Tensor) and w.numel() > 1 else w * cost.mean())
         for w, cost in zip(weights_of(residuals, weights), costs, strict=True)
@@ -99,7 +101,7 @@ def robust_weight(r: Tensor, loss: RobustLoss, scale: float | Tensor) -> Tensor:
     negative. Triggs' correction ``ρ′ + 2 z ρ″``, which scipy makes, vanishes where the loss is
     concave: on NIST's problems with outliers it takes 1.3 to 5 times as many steps.
     """
-    return _ROBUST[loss].slope((r.detach() / scale).square())
+    return _ROBUST[loss].slope(squared_modulus(r.detach() / scale))
 
 
 class _Rho(NamedTuple):
@@ -130,11 +132,9 @@ def _check(
     if not residuals:
         raise ValueError("least_squares() needs at least one tensor of residuals")
     for r in residuals:
-        if not isinstance(r, Tensor) or not r.is_floating_point():
+        if not isinstance(r, Tensor) or not (r.is_floating_point() or r.is_complex()):
             kind = r.dtype if isinstance(r, Tensor) else type(r).__name__
-            is_complex = isinstance(r, Tensor) and r.is_complex()
-            way_out = "; use torch.view_as_real(r)" if is_complex else ""
-            raise TypeError(f"residuals must be real floating-point tensors, got {kind}{way_out}")
+            raise TypeError(f"residuals must be floating-point or complex tensors, got {kind}")
         if not r.numel():
             raise ValueError(f"residuals must not be empty, got one of shape {tuple(r.shape)}")
     if not isinstance(loss, str) or loss not in get_args(RobustLoss):

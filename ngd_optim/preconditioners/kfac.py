@@ -33,6 +33,7 @@ from ngd_optim.layout import is_spread, spread_like, whole
 from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.preconditioners.base import Preconditioning, Solve
+from ngd_optim.real_parts import from_real_parts, real_parts
 from ngd_optim.solvers import QuadraticModel
 
 logger = logging.getLogger("ngd_optim")
@@ -181,7 +182,7 @@ def _gathered(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def find_sizes_of_factors(p: Tensor) -> dict[str, tuple[int, ...]]:
     """The shapes of what a parameter's state has of Kronecker factors and diagonals."""
-    if p.ndim < 2 or not p.numel():  # never a layer's weight
+    if p.ndim < 2 or not p.numel() or p.is_complex():  # never a layer's weight
         return {"diagonal": tuple(p.shape)}
     # One row more, for a bias; a matrix for each row of a weight that may be of a depthwise convolution.
     matrices = len(p) if p.ndim > 2 and p.shape[1] == 1 else 1
@@ -207,7 +208,7 @@ def _to_saved(name: str, value: Tensor, layer: Layer | None, p: Tensor) -> dict[
     sizes, flat = find_sizes_of_factors(p), value.flatten()
     if layer is None or name == "diagonal":
         if "diagonal" in sizes:
-            return {"diagonal": value}
+            return {"diagonal": from_real_parts(p, value)}
         left, right = sizes["left"][0], sizes["right"][0]
         both = F.pad(flat, (0, left + right - len(flat)))
         return {"left": both[:left].clone(), "right": both[left:].clone()}
@@ -219,7 +220,8 @@ def _to_saved(name: str, value: Tensor, layer: Layer | None, p: Tensor) -> dict[
 def _diagonal(entry: Mapping[str, Any], p: Tensor) -> Tensor | None:
     sizes = find_sizes_of_factors(p)
     if "diagonal" in sizes or "diagonal" in entry:
-        return entry.get("diagonal")
+        kept = entry.get("diagonal")
+        return None if kept is None else real_parts(kept)
     parts = [entry.get(name) for name in ("left", "right")]
     if any(part is None or part.shape != sizes[n] for n, part in zip(sizes, parts, strict=True)):
         return None

@@ -287,7 +287,7 @@ class Sketched(Preconditioning):
         forget(self._state, _SKETCH)
         basis, values, age = self._sketch
         tensors = self._parameters.params
-        for p, part in zip(tensors, basis.split([p.numel() for p in tensors]), strict=True):
+        for p, part in zip(tensors, basis.split(self._parameters.sizes), strict=True):
             self._state[p]["sketch"] = part
         self._state[tensors[0]] |= {
             "sketch_values": values,

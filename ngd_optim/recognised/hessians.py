@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ngd_optim.real_parts import squared_modulus
+
 Metric = Sequence[tuple[Tensor, Tensor, Tensor | float]]
-"""Coordinates ``u``, computed from the outputs, weights ``h`` and shifts ``s``: what ``½ Σ h (u − u₀ + s)²`` adds."""
+"""Coordinates ``u``, computed from the outputs, weights ``h`` and shifts ``s``: what ``½ Σ h |u − u₀ + s|²`` adds."""
 
 
 def replace_hessian(
@@ -36,9 +38,10 @@ def replace_hessian(
 
 
 def add_hessian(loss: Tensor, metric: Metric, sample_dims: tuple[int, ...] = ()) -> Tensor:
-    """``loss + ½ Σ h (u − u₀ + s)²``, summed over each sample: without shifts no other value and gradient."""
+    """``loss + ½ Σ h |u − u₀ + s|²``, summed over each sample: without shifts no other value and gradient."""
     for u, h, s in metric:
-        loss = loss + _sum_to(0.5 * h.detach() * (_change(u) + s).square(), loss, sample_dims)
+        term = 0.5 * h.detach() * squared_modulus(_change(u) + s)
+        loss = loss + _sum_to(term, loss, sample_dims)
     return loss
 
 

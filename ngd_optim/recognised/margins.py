@@ -60,10 +60,15 @@ def l1(
     weight: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """``l1_loss``."""
+    """``l1_loss``; of complex numbers the modulus, whose own curvature goes."""
     r = input - target
-    share = shares_of(torch.ones_like(r) if weight is None else weight, reduction)
-    return add_hessian(loss, [_kink(r, share, smoothing)])
+    ones = torch.ones_like(r, dtype=r.dtype.to_real())
+    share = shares_of(ones if weight is None else weight, reduction)
+    metric = [_kink(r, share, smoothing)]
+    if not r.is_complex():
+        return add_hessian(loss, metric)
+    loss = F.l1_loss(r, torch.zeros_like(r), reduction=reduction)
+    return replace_hessian(loss, [r], metric)
 
 
 def huber(

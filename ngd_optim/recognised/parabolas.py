@@ -62,7 +62,7 @@ def irls_parabola(
     if smoothing is None:
         return slope / least, 0.0
     share = (size / bound).clamp(max=1.0) if bound else 1.0
-    return slope / least, r - r.sign() * share * least
+    return slope / least, r - r.sgn() * share * least
 
 
 def _floored(size: Tensor, smoothing: float | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngd_optim.own_losses import least_squares, variational_energy
+from ngd_optim.real_parts import real_parts
 from ngd_optim.recognised.likelihoods import ctc, energy, gaussian_nll, kl_div, nll
 from ngd_optim.recognised.margins import (
     cosine_embedding,
@@ -139,14 +140,9 @@ def call_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> LossCall:
     for name in loss.outputs:
         z = call.arguments.get(name)
         if isinstance(z, tuple):
-            call.arguments[name] = tuple(_alias(part) for part in z)
-            outputs += call.arguments[name]
-        elif isinstance(z, Tensor) and z.is_complex():  # its real and imaginary parts
-            outputs.append(torch.view_as_real(z.resolve_conj()))
-            call.arguments[name] = torch.view_as_complex(outputs[-1])
-        elif isinstance(z, Tensor):
-            call.arguments[name] = _alias(z)
-            outputs.append(call.arguments[name])
+            call.arguments[name] = tuple(_alias(part, outputs) for part in z)
+        elif name in call.arguments:
+            call.arguments[name] = _alias(z, outputs)
     result = func(*call.args, **call.kwargs)
     return LossCall(loss, call, tuple(outputs), result, func.__name__)
 
@@ -161,8 +157,12 @@ def _arguments(call: BoundArguments) -> dict[str, Any]:
     return dict(call.arguments)
 
 
-def _alias(z: Any) -> Any:
-    return z.view_as(z) if isinstance(z, Tensor) else z  # the loss function refuses what is none
+def _alias(z: Any, outputs: list[Tensor]) -> Any:
+    """What the loss function is given for an output of the model, which is added to the outputs: real ones."""
+    if not isinstance(z, Tensor):
+        return z  # the loss function refuses it
+    outputs.append(real_parts(z) if z.is_complex() else z.view_as(z))
+    return torch.view_as_complex(outputs[-1]) if z.is_complex() else outputs[-1]
 
 
 @cache

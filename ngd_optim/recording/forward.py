@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ngd_optim.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.autograd_graph import leaves
-from ngd_optim.recording.program import (
+from ngd_optim.program import (
     CannotReplayError,
     Operation,
     find_last_uses,
+    release_held,
     remove_dead_code,
     run,
     take_slots_out,
 )
-from ngd_optim.recording.renewal import Place, Trace
+from ngd_optim.recording.trace import Place, Trace
 from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
 _aten = torch.ops.aten
@@ -70,7 +71,6 @@ class ForwardProgram:
         outputs: of each output, its slot, or its value if it is a constant.
         has_functions: whether something is on the way whose derivatives need not be those of its
             operations: an ``autograd.Function``, or an activation that is changed under ``no_grad``.
-        holds: whether it holds something fixed that depends on the parameters.
     """
 
     def __init__(
@@ -81,10 +81,8 @@ class ForwardProgram:
         outputs: list[int | Tensor],
         *,
         has_functions: bool,
-        holds: bool,
     ) -> None:
         self.has_functions = has_functions
-        self.holds = holds
         self._program = program
         self._last_uses = last_uses
         self._values = values
@@ -156,51 +154,52 @@ class ForwardRecorder(DispatchMode):
         self,
         outputs: Sequence[Tensor],
         *,
+        predicted: Sequence[Tensor] = (),
         fixed: Sequence[Tensor] = (),
         conditions: bool = False,
-        follows_all: bool = False,
     ) -> ForwardProgram:
         """What computes some tensors of the run.
 
         Args:
-            outputs: those tensors.
+            outputs: tensors that it computes as autograd takes them.
+            predicted: further ones, of which it also computes what autograd holds fixed.
             fixed: tensors that it takes as constants.
             conditions: whether a replay fails where the closure would go another way.
-            follows_all: whether it computes anew what autograd holds fixed.
 
         Raises:
             CannotReplayError: there is a problem; the message says which.
         """
-        slots = [self._slot(out) if follows_all else self._followed_slot(out) for out in outputs]
+        slots = [self._followed_slot(out) for out in outputs]
+        slots += [self._slot(out) for out in predicted]
         constants = {self._followed_slot(t): t.detach() for t in fixed}
         if self.problem is not None:
             raise CannotReplayError(self.problem)
-        needed = [slot for slot in slots if slot is not None]
-        candidates = [
-            operation.following_all() if follows_all and operation.held else operation
+        operations = [
+            operation
             for operation in self._operations
             if (operation.expected is None or conditions)
             and not any(slot in constants for _, slot in operation.outputs)
         ]
-        kept = remove_dead_code(candidates, needed, self._memories.__getitem__)
-        values: list[Any] = [None] * len(self._memories)
+        memories = self._memories
+        if predicted:
+            operations, twins, memories = release_held(operations, memories)
+            n = len(outputs)
+            slots[n:] = [twins.get(slot, slot) for slot in slots[n:]]
+        needed = [slot for slot in slots if slot is not None]
+        kept = remove_dead_code(operations, needed, memories.__getitem__)
+        values: list[Any] = [None] * len(memories)
         for slot, constant in constants.items():
             if slot is not None:
                 values[slot] = constant
+        tensors = [*outputs, *predicted]
         result = [
-            out.detach() if slot is None else slot for slot, out in zip(slots, outputs, strict=True)
+            out.detach() if slot is None else slot for slot, out in zip(slots, tensors, strict=True)
         ]
         has_functions = any(
             slot in self._of_functions for operation in kept for _, slot in operation.outputs
         )
-        holds = any(operation.held for operation in kept)
         return ForwardProgram(
-            kept,
-            find_last_uses(kept, needed),
-            values,
-            result,
-            has_functions=has_functions,
-            holds=holds,
+            kept, find_last_uses(kept, needed), values, result, has_functions=has_functions
         )
 
     def trace(self, about: Any) -> Trace:

@@ -108,7 +108,9 @@ class Descent:
             undamped: the quadratic model at the point, before its damping is known.
             check: raises what other processes met while the system was solved.
         """
-        solves_again = self.damping.can_retry and self.max_backtracks > 0
+        # Near the minimum of a loss whose kinks are rounded no damping helps: the width has to fall.
+        is_rounded = self.point.bend is not None
+        solves_again = self.damping.can_retry and self.max_backtracks > 0 and not is_rounded
         problem = self._find_problem_of_loss()  # which the graph tells; a solve may let that go
         attempt = 0
         while True:

@@ -1,10 +1,7 @@
 """The user's closure: run, seen, and undone."""
 
-from ngd_optim.tracing.closure import (
-    Evaluation,
-    TracedClosure,
-    list_closures,
-)
+from ngd_optim.tracing.closure import Evaluation, TracedClosure
+from ngd_optim.tracing.interface import list_closures
 from ngd_optim.tracing.mode import LossWatch
 
 __all__ = [

@@ -1,40 +1,32 @@
 """Run a training closure, once a step, and record it."""
 
-import logging
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
-from ngd_optim.autograd_graph import leaves
 from ngd_optim.distributed import quiet_ddp
 from ngd_optim.kernels import AUTOCAST_KINDS
-from ngd_optim.layout import is_spread, whole
+from ngd_optim.layout import is_spread
 from ngd_optim.own_losses import least_squares
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.recognised import LOSSES, LossCall
 from ngd_optim.recording import ForwardRecorder
-from ngd_optim.shown import show
 from ngd_optim.torch_internals import keep_versions, version_of
+from ngd_optim.tracing.gradients import GradientAccumulation
+from ngd_optim.tracing.interface import Closure, split_returned
 from ngd_optim.tracing.kinks import Kink, find_last_kinks
 from ngd_optim.tracing.mode import Hook, Tracing
 from ngd_optim.tracing.side_effects import SideEffects
 
-logger = logging.getLogger("ngd_optim")
-
 _ON_OTHER_RANKS = (
     "a part of each operation on weights that lie over ranks (tensor parallel) is done by others"
 )
-
-Closure = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -216,7 +208,7 @@ class TracedClosure:
                 tensor.grad = gradient
 
     def _run(
-        self, mode: Tracing, accumulation: "GradientAccumulation", *, graph: bool, broadcast: bool
+        self, mode: Tracing, accumulation: GradientAccumulation, *, graph: bool, broadcast: bool
     ) -> Evaluation:
         # An autocast around the step keeps casts of weights, of where they were at the last run.
         torch.clear_autocast_cache()
@@ -230,7 +222,7 @@ class TracedClosure:
                 # Its backward was for something else: norms of gradients, an attack on the inputs.
                 accumulation.forget()
                 mode.roots = []
-            loss, metric = _split_returned(returned, mode.roots)
+            loss, metric = split_returned(returned, mode.roots)
             results = [call.result.grad_fn for call in mode.losses]
             kinks, is_all = find_last_kinks(loss, mode.kinks, results)
         return Evaluation(
@@ -264,141 +256,6 @@ class TracedClosure:
         self._effects.rewind()
 
 
-class GradientAccumulation:
-    """Carries out ``backward`` while a closure runs, so that it finds ``.grad`` as torch leaves it.
-
-    Args:
-        parameters: whose gradients they are.
-
-    Attributes:
-        total: the sum of what was computed since the closure last cleared the gradients, flat; None
-            if nothing was.
-        roots: what that is the gradient of. What depends on none of the parameters is no part of
-            it: an attack on the inputs, the step of another optimizer.
-    """
-
-    def __init__(self, parameters: FlatParameters) -> None:
-        self._parameters = parameters
-        self._found = [(p.grad, _version(p.grad)) for p in parameters.tensors]
-        self._before: list[Tensor | None] = []
-        self.total: Tensor | None = None
-        self.roots: list[Tensor] = []
-        self._called_on: list[Tensor] = []
-
-    def add(self, root: Tensor) -> list[Tensor]:
-        """Differentiate a scalar, whose graph is kept, and give the roots that count from then on."""
-        params = self._parameters.tensors
-        self._called_on.append(root)
-        now = [p.grad for p in params]
-        for p in params:
-            p.grad = None
-        root.backward(retain_graph=True)
-        new = [p.grad for p in params]
-        for p, old in zip(params, now, strict=True):
-            if old is not None:
-                p.grad = old if p.grad is None else old + p.grad
-        if all(g is None for g in new):
-            return self.roots
-        if self.total is None or not any(g is not None and g.any() for g in now):
-            self.total, self.roots, self._before = None, [], now  # else it adds to what is there
-        flat = self._parameters.flatten(new)
-        self.total = flat if self.total is None else self.total + flat
-        self.roots = [*self.roots, root]
-        return self.roots
-
-    def was_cleared(self) -> bool:
-        """Whether the closure cleared the gradients, and computed none since."""
-        left = [p.grad for p in self._parameters.tensors]
-        return (
-            self.total is not None
-            and not any(g is not None and g.any() for g in left)
-            and bool(self.total.any())
-        )
-
-    def forget(self) -> None:
-        """Let nothing count that was computed so far."""
-        self.total, self.roots = None, []
-
-    def adopt(self, loss: Tensor) -> None:
-        """After the run: gradients that the closure set itself must be those of its loss as well."""
-        if self._called_on or not loss.requires_grad:
-            return
-        left = [p.grad for p in self._parameters.tensors]
-        is_set = any(
-            g is not None and not (g is old and _version(g) == version) and bool(g.any())
-            for g, (old, version) in zip(left, self._found, strict=True)
-        )
-        if not is_set:
-            return
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                loss, self._parameters.tensors, retain_graph=True, allow_unused=True
-            )
-        self.total, self.roots = self._parameters.flatten(gradients), [loss]
-        self._before = [None] * len(left)
-
-    def find_others(self) -> list[Tensor]:
-        """The tensors whose ``.grad`` it set, beside the parameters."""
-        reached = {id(t): t for root in self._called_on for t in leaves(root)}
-        for p in self._parameters.tensors:
-            reached.pop(id(p), None)
-        return list(reached.values())
-
-    def finish(self) -> list[Tensor | None]:
-        """After the run: put ``.grad`` to where it was before what counts, and return that.
-
-        Raises:
-            RuntimeError: the closure changed the gradients after ``backward``.
-        """
-        params = self._parameters.tensors
-        if self.total is None:
-            return [p.grad for p in params]
-        left = [p.grad for p in params]
-        for p, old in zip(params, self._before, strict=True):
-            p.grad = old
-        expected = self._parameters.unflatten(self.total)
-        difference = total = 0.0
-        for found, old, new in zip(left, self._before, expected, strict=True):
-            right = new if old is None else old + new
-            # It may clear them again.
-            if found is None or torch.equal(found, right):
-                continue
-            found, right = whole(found), whole(right)
-            difference += (found - right).norm().item() ** 2
-            total += right.norm().item() ** 2
-        if difference > 1e-10 * total:
-            raise RuntimeError(
-                "the closure changes the gradients after backward, by "
-                f"{math.sqrt(difference / total):.2g} (relative): a step is made for a loss, and "
-                "they are no longer the gradient of one; use max_kl, the trust region, in place of "
-                "clipping, and write all that is to be minimised into the loss"
-            )
-        return self._before
-
-
-def _version(gradient: Tensor | None) -> int:
-    return 0 if gradient is None else version_of(gradient)
-
-
-def list_closures(closure: Any) -> list[Closure]:
-    """A closure, or each of a list of them.
-
-    Raises:
-        TypeError: there is something that is no function.
-        ValueError: the list is empty.
-    """
-    closures = list(closure) if isinstance(closure, list | tuple) else [closure]
-    if not closures:
-        raise ValueError("step() needs at least one closure, got an empty list")
-    for function in closures:
-        if not callable(function):
-            raise TypeError(
-                "step() needs a closure that computes the loss, or a list of them, such as "
-                f"optimizer.step(lambda: F.mse_loss(model(x), y)), got {show(function)}"
-            )
-    return closures
-
-
 def _find_autocast() -> list[Callable[[], torch.autocast]]:
     """What makes each kind of device's autocast as it is now."""
     return [
@@ -411,55 +268,3 @@ def _find_autocast() -> list[Callable[[], torch.autocast]]:
         for kind in AUTOCAST_KINDS
         if torch.is_autocast_enabled(kind)
     ]
-
-
-def _split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
-    loss, metric = returned, None
-    if isinstance(returned, tuple):
-        if len(returned) != 2:
-            raise TypeError(
-                f"the closure must return a loss or (loss, metric), got a tuple of {len(returned)}"
-            )
-        loss, metric = returned
-    if isinstance(metric, Tensor):
-        if metric.numel() != 1:
-            raise ValueError(
-                "a tensor returned as the metric must be a scalar KL, got shape "
-                f"{tuple(metric.shape)}; of logits return the distribution, "
-                "torch.distributions.Categorical(logits=...)"
-            )
-        metric = metric.reshape(())
-    if roots and isinstance(loss, Tensor | Number):
-        return torch.stack([root.reshape(()) for root in roots]).sum(), metric
-    if isinstance(loss, Distribution):
-        raise TypeError(
-            "the closure must return the loss first, then the distribution: (loss, distribution)"
-        )
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"the closure must return the loss as a tensor, got {type(loss).__name__}{_what_to_return(loss)}"
-        )
-    if loss.is_complex():
-        raise TypeError(f"the closure must return a real loss, got one of dtype {loss.dtype}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by "
-            "mean()"
-        )
-    return loss.reshape(()), metric
-
-
-def _what_to_return(returned: Any) -> str:
-    """What was probably meant, as the end of a sentence."""
-    if returned is None:
-        return "; add `return loss` at its end"
-    if isinstance(returned, Number):
-        return "; return the tensor itself, not its item()"
-    if isinstance(returned, list):
-        return "; of a list of residuals return ngd_optim.least_squares(*residuals)"
-    # As the outputs of models of transformers, which are dicts with attributes.
-    if isinstance(getattr(returned, "loss", None), Tensor):
-        return "; return its loss, outputs.loss"
-    if isinstance(returned, dict) and "loss" in returned:
-        return "; return its loss, outputs['loss']"
-    return ""

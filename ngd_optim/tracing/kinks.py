@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngd_optim.autograd_graph import find_linear_ends
+from ngd_optim.real_parts import real_parts
 from ngd_optim.recognised import irls_weight
 
 Weigh = Callable[[Tensor, float | None], Tensor]
@@ -68,6 +69,8 @@ _LARGEST = 2**20
 def call_with_kink(func: Any, args: Any, kwargs: Any) -> tuple[Any, Kink | None]:
     """Call one of :data:`KINKS`; also give the kink, unless it is of no use."""
     reading = None
+    if args and isinstance(args[0], Tensor) and args[0].is_complex():
+        return _call_with_modulus(func, *args, **kwargs)
     if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
         try:
             reading = KINKS[func](*args, **kwargs)
@@ -90,6 +93,17 @@ def call_with_kink(func: Any, args: Any, kwargs: Any) -> tuple[Any, Kink | None]
     curved = tuple([t for t in inputs if t.requires_grad])
     form = partial(reading.form, *inputs)
     return result, Kink(result.grad_fn, curved, form, reading.takes_memory, reading.is_smooth)
+
+
+def _call_with_modulus(func: Any, z: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Kink | None]:
+    """Of ``|z|``, the norm of both parts; no other kink is looked for in complex numbers."""
+    if KINKS[func] is not _abs or not z.requires_grad:
+        return func(z, *args, **kwargs), None
+    parts = real_parts(z)
+    result, reading = func(torch.view_as_complex(parts), *args, **kwargs), _norm(parts, dim=-1)
+    assert reading is not None
+    form = partial(reading.form, parts)
+    return result, Kink(result.grad_fn, (parts,), form, takes_memory=False, is_smooth=False)
 
 
 def _abs(x: Tensor) -> Reading:

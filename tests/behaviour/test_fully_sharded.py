@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from helpers.problems import assert_near
 from helpers.ranks import on_ranks, on_two_ranks, outcomes_of, results_of, try_each
 from helpers.scripts import EXAMPLES, run_python
-from helpers.sharded import SOLVED, data_of, join, make_mlp, make_tied, shard, train, with_backward
+from helpers.sharded import (
+    SOLVED,
+    data_of,
+    join,
+    make_complex,
+    make_mlp,
+    make_tied,
+    shard,
+    train,
+    with_backward,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -54,6 +64,8 @@ def clears_the_module(
 SAME_STEPS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "tied": {"make": make_tied},
+    "complex": {"make": make_complex},
+    "complex in parts": {"make": make_complex, "parts": True},
     "kept after forward": {"shard": {"reshard_after_forward": False}},
     "cleared by the module": {"closure": clears_the_module},
     "kfac": {"preconditioner": "kfac"},

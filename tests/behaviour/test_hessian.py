@@ -111,6 +111,7 @@ class TestNegativeCurvature:
         found = conjugate_gradient(torch.zeros_like, b, boundary=math.inf)
         assert torch.equal(found.solution, b)
 
+    @pytest.mark.filterwarnings("ignore:damping=1e.07 is above:UserWarning")
     @pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
     def test_leaves_a_saddle_whatever_the_unit_of_the_loss(self, unit):
         x = nn.Parameter(torch.tensor([0.5, 1e-3]).double())

@@ -117,3 +117,15 @@ def test_html_is_escaped():
     precondition.__qualname__ = "<script>"
     shown = NaturalCG(model.parameters(), preconditioner=precondition)._repr_html_()
     assert "<script>" not in shown
+
+
+def test_a_line_has_no_loss_where_none_is_known():
+    model, closure = problem()
+    optimizer = KFAC(model.parameters())
+    optimizer.step(closure)
+    assert str(optimizer.last_step).startswith("loss 1.")
+    with optimizer.watch():
+        loss = closure()
+    loss.backward()
+    optimizer.step()
+    assert str(optimizer.last_step).startswith("‖d‖ ")

@@ -126,6 +126,7 @@ CYCLES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("origin", ["new", "copied", "loaded", "with a second group"])
 @pytest.mark.parametrize("name", CYCLES)
 def test_momentum_is_not_what_schedulers_cycle(name, origin):

@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 from helpers.scripts import load_script, run_python
 
+import ngd_optim
 from ngd_optim import KFAC, NaturalCG, StepReport
+from ngd_optim.linearization import linearization
 
 ROOT = Path(__file__).parents[2]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+NEEDS = {"transformers": ("transformers", "peft")}
+"""What pages need that the tests are not installed with."""
 PACKAGES = (
     "ngd_optim",
     "ngd_optim.factors",
@@ -36,6 +41,8 @@ hooks = load_script(ROOT / "docs" / "hooks.py")
 def test_code_blocks_of_a_page_run_one_after_another(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
@@ -47,7 +54,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     run_python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, folder=ROOT)
     for page in PAGES:
         html = (tmp_path / page.with_suffix(".html").name).read_text()
-        assert not re.search(r"<!-- (README|CONTRIBUTING)|:(class|func|meth|attr):", html)
+        assert not re.search(r"<!-- (README|CONTRIBUTING|CHANGELOG)|:(class|func|meth|attr):", html)
         assert not re.findall(r'(?:src|<link[^>]* href)="?(https?:[^" >]*)', html)
         for picture in re.findall(r'<img[^>]* src="?([^" >]+)', html):
             assert (tmp_path / picture).is_file()
@@ -83,6 +90,33 @@ def test_every_option_and_every_field_of_a_report_is_explained():
     assert {name: ast.literal_eval(default) for name, default in explained.items()} == options
     fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", reports, re.MULTILINE)))
     assert sorted(fields) == sorted(StepReport.__dataclass_fields__)
+
+
+def test_the_version_is_the_same_everywhere():
+    newest = re.findall(r"^## (\S+) - (?:unreleased|\d{4}-\d\d-\d\d)$", CHANGELOG, re.MULTILINE)
+    assert newest[0] == ngd_optim.__version__
+    assert f"\nversion: {ngd_optim.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_changelog_is_one():
+    """As Keep a Changelog has it: versions, newest first, with the kinds of changes in its order."""
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    _, *versions = re.split(r"^## ", CHANGELOG, flags=re.MULTILINE)
+    numbers = [tuple(map(int, text.split(" - ")[0].split("."))) for text in versions]
+    assert numbers == sorted(numbers, reverse=True)
+    for text in versions:
+        found = re.findall(r"^### (.+)$", text, re.MULTILINE)
+        assert found
+        assert [kind for kind in kinds if kind in found] == found
+
+
+def test_what_is_deprecated_is_told_with_what_to_use():
+    page = (ROOT / "docs" / "migration.md").read_text()
+    _, _, told = CHANGELOG.partition("### Deprecated")
+    told, _, _ = told.partition("### Removed")
+    for name in ("CGResult", *linearization._FORMER):
+        assert f"`{name}`" in told
+        assert re.search(rf"[`.]{name}\b", page)
 
 
 def test_every_option_of_kfac_is_explained():

@@ -37,6 +37,24 @@ def make_mlp() -> nn.Module:
     return nn.Sequential(*first, nn.Tanh(), nn.Linear(1, CLASSES)).double()
 
 
+class Moduli(nn.Module):
+    """Complex layers, of which a rank may have nothing, and a real parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.first = nn.Linear(4, 3, dtype=torch.complex128)
+        self.last = nn.Linear(3, CLASSES, dtype=torch.complex128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.scale * self.first(x.to(torch.complex128)).tanh()).abs()
+
+
+def make_complex() -> nn.Module:
+    torch.manual_seed(0)
+    return Moduli()
+
+
 def make_tied() -> nn.Module:
     torch.manual_seed(0)
     return Tied().double()

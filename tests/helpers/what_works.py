@@ -16,8 +16,8 @@ REFUSED = [
     ("`Embedding(sparse=True)`", "use `sparse=False`"),
     ("float16, GradScaler", "use bfloat16"),
     (
-        "Complex parameters; parameters on several devices; `DataParallel`",
-        "use real parts; one device; DDP",
+        "Parameters on several devices; `DataParallel`",
+        "use one device; DDP",
     ),
 ]
 BACKENDS = {"torch.func": "double-backward, torch.func", "double-backward": "double-backward"}

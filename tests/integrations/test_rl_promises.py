@@ -350,6 +350,7 @@ def test_what_is_logged(tmp_path):
     for model in (ours, theirs):
         model.set_logger(configure(str(tmp_path / type(model).__module__), ["csv"]))
         model.learn(128, log_interval=2)  # nothing is dumped
+        model.logger.close()
     names = {name for name in theirs.logger.name_to_value if name.startswith("train/")}
     assert names <= set(ours.logger.name_to_value)
 

@@ -640,3 +640,34 @@ def test_differences_are_right_for_every_metric(kind):
     point = linearize(closure, [w], curvature=curvature, backend="differences")
     assert (point.kind, point.backend) == (exact.kind, "differences")
     assert_near(matrix_of(point), matrix_of(exact), 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_deep_models_in_bfloat16_are_not_accused(seed, caplog):
+    """Its rounding asks for walks along which no deep model is linear."""
+    torch.manual_seed(seed)
+    layers = [(nn.LayerNorm(16), nn.Linear(16, 16), nn.Tanh()) for _ in range(8)]
+    model = nn.Sequential(*[part for layer in layers for part in layer], nn.Linear(16, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    x, y = torch.randn(32, 16), torch.arange(32) % 3
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x), y)
+
+    NaturalCG(model.parameters()).step(closure)
+    assert not warned(caplog)
+
+
+def test_a_gradient_of_the_other_sign_is_seen_in_bfloat16(caplog):
+    net = make_net(torch.float32)
+    x, y = data(torch.float32)
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.mse_loss(Reversed.apply(net(x)), y + 3)
+
+    NaturalCG(net.parameters()).step(closure)
+    assert warned(caplog)

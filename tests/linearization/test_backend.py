@@ -13,7 +13,7 @@ from ngd_optim import NaturalCG, linearize
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization.backend import Way, form_product
 from ngd_optim.linearization.product import ClosureProduct
-from ngd_optim.recording import Recording
+from ngd_optim.replaying import Recording
 
 BACKENDS = ["torch.func", "double-backward"]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.problems import real
 from torch import nn
 
-from ngd_optim import NaturalCG, linearize
+from ngd_optim import NaturalCG, least_squares, linearize
 from ngd_optim.distributed import ALONE
 from ngd_optim.linearization import linearize_mean
 from ngd_optim.parameters import FlatParameters
@@ -244,19 +244,20 @@ def test_the_gradient_of_the_model_is_that_of_the_rounded_loss(name, closures):
         assert point.hidden_by_rounding == pytest.approx(hidden, rel=1e-9)
 
 
-def test_the_lasso_is_solved():
-    """Of an orthogonal design: shrinkage by λ, with zeros."""
+@pytest.mark.parametrize("solver", ["cg", "dense", "sample"])
+def test_the_lasso_is_solved(solver):
+    """Of an orthogonal design: shrinkage by λ, with zeros; by least squares too, which direct solvers are for."""
     target, shrinkage = torch.linspace(-2, 2, 21, dtype=torch.float64), 0.5
-    w = nn.Parameter(real(21))
-    optimizer = NaturalCG([w])
-
-    def closure():
-        return 0.5 * F.mse_loss(w, target, reduction="sum") + shrinkage * w.abs().sum()
-
-    for _ in range(60):
-        optimizer.step(closure)
-    expected = target.sign() * (target.abs() - shrinkage).relu()
-    assert (w - expected).abs().max() < 1e-3
+    for fit in (
+        lambda w: 0.5 * F.mse_loss(w, target, reduction="sum"),
+        lambda w: 21 * least_squares(w - target),
+    ):
+        w = nn.Parameter(torch.ones(21, dtype=torch.float64))
+        optimizer = NaturalCG([w], solver=solver)
+        for _ in range(60):
+            optimizer.step(lambda fit=fit, w=w: fit(w) + shrinkage * w.abs().sum())
+        expected = target.sign() * (target.abs() - shrinkage).relu()
+        assert (w - expected).abs().max() < 1e-3
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ngd_optim.aten import facts, find_out_variant
-from ngd_optim.recording.program import Meta, Operation, Sharing, remove_dead_code
+from ngd_optim.program import Meta, Operation, Sharing, remove_dead_code
 
 _aten = torch.ops.aten
 _MATMUL_AND_ADD = {_aten.mm.default: _aten.addmm.default, _aten.bmm.default: _aten.baddbmm.default}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ngd_optim.recording import passes, record
-from ngd_optim.recording import replay as replaying
+from ngd_optim.recording import record
+from ngd_optim.replaying import fixed, passes
 
 A, B = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
 PASSES = {
@@ -69,7 +69,7 @@ class Counted(TorchDispatchMode):
 
 def replay(function, monkeypatch, without=()):
     """The result for a vector, and the operations of a replay on a vector that comes again."""
-    monkeypatch.setattr(replaying, "_HELD", 0)  # else views are made once, and so is memory
+    monkeypatch.setattr(fixed, "_HELD", 0)  # else views are made once, and so is memory
     for name in without:
         monkeypatch.setattr(passes, name, PASSES[name])
     _, recording = record(function, torch.randn(9).double())

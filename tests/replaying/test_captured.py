@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ngd_optim import NaturalCG
-from ngd_optim.recording import Recording, record, replay
+from ngd_optim.recording import record
+from ngd_optim.replaying import Recording, captured
 
 MATRIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
 
@@ -50,8 +51,8 @@ def capture(graph: Graph, pool: Any = None) -> Iterator[None]:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(replay, "_share_pool", lambda: None)
-    monkeypatch.setattr(replay, "_is_cuda", lambda v: True)
+    monkeypatch.setattr(captured, "_share_pool", lambda: None)
+    monkeypatch.setattr(captured, "_is_cuda", lambda v: True)
     monkeypatch.setattr(Graph, "replays", 0)
     return Graph
 

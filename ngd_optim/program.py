@@ -42,6 +42,10 @@ class Meta(NamedTuple):
         return self.shape, self.stride, self.offset
 
 
+Input = tuple[Any, Any, int]
+"""The list or dict of arguments, the index or key in it, and the slot whose tensor goes there."""
+
+
 @dataclass(slots=True)
 class Operation:
     """One call. Tensors that the program computes are in numbered slots; everything else stands in the arguments.
@@ -49,7 +53,7 @@ class Operation:
     Attributes:
         function: an aten overload.
         args, kwargs: its arguments, with None where a slot goes.
-        inputs: the list or dict in them, the index or key, and the slot.
+        inputs: where slots go in them.
         outputs: the index in the result, or None where that is one tensor, and the slot.
         held: as ``inputs``, for slots that it does not read, because autograd takes what was in them
             as constants; these stand in the arguments.
@@ -59,9 +63,9 @@ class Operation:
     function: Any
     args: list[Any]
     kwargs: dict[str, Any]
-    inputs: list[tuple[Any, Any, int]]
+    inputs: list[Input]
     outputs: list[tuple[int | None, int]]
-    held: Sequence[tuple[Any, Any, int]] = ()
+    held: Sequence[Input] = ()
     expected: bool | None = None
 
     @property
@@ -70,8 +74,22 @@ class Operation:
         # Not kept: a list more for each operation of a run, for the garbage collector to look at.
         return [slot for _, _, slot in self.inputs]
 
-    def following_all(self) -> "Operation":
-        """The same, reading what it holds fixed as well; its arguments are copies."""
+    def twin(self, twins: dict[int, int]) -> "Operation":
+        """The same of other slots, reading what it holds fixed as well; its arguments are copies."""
+        args, kwargs, inputs = self._copy([*self.inputs, *self.held])
+        inputs = [(place, key, twins.get(slot, slot)) for place, key, slot in inputs]
+        outputs = [(index, twins.get(slot, slot)) for index, slot in self.outputs]
+        return Operation(self.function, args, kwargs, inputs, outputs, expected=self.expected)
+
+    def filled(self, values: list[Any]) -> tuple[list[Any], dict[str, Any], list[Input]]:
+        """Copies of its arguments, with what is in the slots, and where in them that is."""
+        args, kwargs, inputs = self._copy(self.inputs)
+        for place, key, slot in inputs:
+            place[key] = values[slot]
+        return args, kwargs, inputs
+
+    def _copy(self, inputs: Sequence[Input]) -> tuple[list[Any], dict[str, Any], list[Input]]:
+        """Copies of its arguments, and inputs in these in place of inputs in its own."""
         places: dict[int, Any] = {}
 
         def copy(place: Any) -> Any:
@@ -83,19 +101,7 @@ class Operation:
             return places[id(place)]
 
         args, kwargs = copy(self.args), copy(self.kwargs)
-        read = [*self.inputs, *self.held]
-        inputs = [(places[id(place)], key, slot) for place, key, slot in read]
-        return Operation(self.function, args, kwargs, inputs, self.outputs, expected=self.expected)
-
-    def filled(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Copies of its arguments, with what is in the slots."""
-        for place, key, slot in self.inputs:
-            place[key] = values[slot]
-        args = [list(value) if isinstance(value, list) else value for value in self.args]
-        kwargs = dict(self.kwargs)
-        for place, key, _ in self.inputs:
-            place[key] = None
-        return args, kwargs
+        return args, kwargs, [(places[id(place)], key, slot) for place, key, slot in inputs]
 
     @property
     def writes(self) -> bool:
@@ -160,6 +166,33 @@ def remove_dead_code(
     return kept[::-1]
 
 
+def release_held(
+    program: list[Operation], memories: Sequence[int]
+) -> tuple[list[Operation], dict[int, int], Sequence[int]]:
+    """The same operations, and twins of some that hold nothing fixed; of slots, the twins; of all slots, the memory.
+
+    An operation has a twin if it holds something fixed, or reads what a twin computes; each has one if
+    some of these write to memory.
+    """
+    found, affected = list[Operation](), set[int]()
+    for operation in program:
+        if operation.held or not affected.isdisjoint(operation.slots):
+            found.append(operation)
+            affected.update(slot for _, slot in operation.outputs)
+    if any(operation.writes for operation in found):
+        found = program
+        affected = {slot for operation in program for _, slot in operation.outputs}
+    twins = {slot: len(memories) + i for i, slot in enumerate(sorted(affected))}
+    memory = {memories[slot]: number for slot, number in reversed(twins.items())}
+    has_twin = {id(operation) for operation in found}
+    result = list[Operation]()
+    for operation in program:
+        result.append(operation)
+        if id(operation) in has_twin:
+            result.append(operation.twin(twins))
+    return result, twins, [*memories, *(memory[memories[slot]] for slot in twins)]
+
+
 def find_last_uses(
     program: list[Operation], outputs: Iterable[int], below: float = math.inf
 ) -> list[Sequence[int]]:
@@ -203,9 +236,7 @@ def run(program: list[Operation], last_uses: Sequence[Sequence[int]], values: li
             values[slot] = None
 
 
-def take_slots_out(
-    place: Any, inputs: list[tuple[Any, Any, int]], slot_of: Callable[[Tensor], int | None]
-) -> Any:
+def take_slots_out(place: Any, inputs: list[Input], slot_of: Callable[[Tensor], int | None]) -> Any:
     """Nested arguments, with None where a tensor has a slot; such places are added to ``inputs``.
 
     Args:
