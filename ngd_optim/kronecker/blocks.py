@@ -10,7 +10,6 @@ from ngd_optim.jacobian import Layer
 from ngd_optim.kronecker.factors import KroneckerFactors, trace_of, unpack_factor
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
-from ngd_optim.torch_internals import copy_all
 
 _ROUNDING = 10
 """Factors are singular up to this multiple of their rounding errors."""
@@ -68,12 +67,8 @@ class KroneckerInverse:
         sources, targets = self._parameters.views(r), self._parameters.views(result)
         for stack, (left, right) in zip(self._stacks, self._inverses, strict=True):
             _solve(stack, left, right, sources, targets)
-        if self._diagonals:
-            places = list(self._diagonals)
-            quotients = torch._foreach_div(
-                [sources[i] for i in places], [*self._diagonals.values()]
-            )
-            copy_all([targets[i] for i in places], quotients)
+        for i, diagonal in self._diagonals.items():
+            torch.div(sources[i], diagonal, out=targets[i])
         return result
 
 
