@@ -36,7 +36,7 @@ _AT_START = (1, 2, 3, 4, 6, 8, 14)
 _OLD = 3
 """Factors that have served so many times as many steps as they were to are told of."""
 
-_RATE, _UPHILL = 0.35, 0.25
+_RATE, _UPHILL = 0.35, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is while ``lr`` is 1."""
 
 
