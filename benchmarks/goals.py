@@ -107,7 +107,7 @@ def update_goals(results: dict[str, Any]) -> Iterator[Goal]:
     for task, ms in results["updates"].items():
         found = ms["sb3-contrib"] / ms["ngd_rl"]
         what = f"times as fast a TRPO policy update as sb3-contrib, {task}"
-        yield Goal(what, "≥ 2.5", f"{found:.2f}", found >= 2.5, WHY["TRPO"])
+        yield Goal(what, "≥ 3", f"{found:.2f}", found >= 3, WHY["TRPO"])
 
 
 INTRODUCTION = """# What was aimed at, and what was measured
@@ -123,7 +123,17 @@ NOTES = """
 No GPU was at hand. On an accelerator the solver's scalars stay on the device and the host waits at every eighth
 iteration; products may be replayed by CUDA graphs. Both were tested on the CPU alone, with a stand-in for the device.
 
-Tried and left out: recomputing the true residual during a solve, which in float32 delayed it (300 unknowns, condition
+Where an LSTM's product goes: of 28 steps of 64 samples with 64 units it is 1,275 operations of 42 kB, at 9 µs each,
+beside one fused kernel for the gradient's forward pass. Forward mode takes 15 % less than double-backward, whose
+derivatives of `stack` and `unbind` add up whole sequences; to record it takes so long that it pays after some thirty
+steps.
+
+Tried and left out: one convolution over `[x | δx]` with weights `[δW; W]` in place of two (0.78 to 1.33 times their
+time on seven shapes, with strides and without, in either memory format); `channels_last` within a recorded program
+alone, where views of what is recorded ask for the other format: let the model and its batch have it, which products
+follow; sums right after what they sum up (no difference); keeping recordings of more than 400 small operations by
+double-backward, which is what steps on many tiny tensors are made of (9 gradients in place of 12, and 85 more in the
+first three steps); recomputing the true residual during a solve, which in float32 delayed it (300 unknowns, condition
 1e3, every 50 iterations: after 250 products an error of 1.1e-5 beside 4.5e-6, and it grew from there); one reduction
 for the two scalar products of a preconditioned iteration, which needs a copy of a vector.
 """

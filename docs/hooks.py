@@ -28,6 +28,9 @@ PLACE = re.compile(
     r"^<!-- (README|CONTRIBUTING|CHANGELOG|examples|benchmarks)(?:: (.+))? -->$", re.MULTILINE
 )
 
+CELL = re.compile(r"(?<=<t[dh]>)[^<]+|(?<=<t[dh] style=\"text-align: right;\">)[^<]+")
+HYPHENATED = re.compile(r"\b(?:[\d.]+e-\d+|L-BFGS)\b")
+
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Pictures and example files lie in the site where they lie in the repository."""
@@ -40,6 +43,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill in the places of a page."""
     return PLACE.sub(lambda place: _filled(*place.groups()), markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Numbers and names in cells do not break at their hyphen: 1.1e-4, L-BFGS."""
+    return CELL.sub(
+        lambda cell: HYPHENATED.sub(r'<span class="unbroken">\g<0></span>', cell[0]), html
+    )
 
 
 def _filled(what: str, name: str | None) -> str:

@@ -41,6 +41,7 @@ class Facts(NamedTuple):
         looks_at_shapes_only: it gives new tensors, whose values do not depend on its arguments'.
         replayable: it does the same for other values of its arguments (of the first, if
             ``by_constants``).
+        has_statistics: it is one of :data:`STATISTICS`.
         by_constants: the shape of its result depends on the values of all arguments but the first.
     """
 
@@ -52,6 +53,7 @@ class Facts(NamedTuple):
     asks_about_shapes: bool
     looks_at_shapes_only: bool
     replayable: bool
+    has_statistics: bool
     by_constants: bool
 
 
@@ -93,6 +95,7 @@ def _facts(func: Any) -> Facts:
         asks_about_shapes=not (gives_tensors or reads_values or in_place),
         looks_at_shapes_only=name.endswith("_like") or name.startswith("new_"),
         replayable=not (reads_values or random or _TAGS.dynamic_output_shape in func.tags),
+        has_statistics=func in STATISTICS,
         by_constants=func in _BY_CONSTANTS,
     )
 

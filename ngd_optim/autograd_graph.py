@@ -49,8 +49,14 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
 
 def dtypes(roots: Sequence[Tensor]) -> set[torch.dtype]:
     """Of all that was computed on the way from leaves to some tensors."""
-    metadata = (one for node in nodes(roots) for one in outputs_of(node))
-    return {one.dtype for one in metadata if one is not None}
+    found = {root.dtype for root in roots}
+    for node in nodes(roots):
+        for parent, number in node.next_functions:
+            # Only what is used: what a derivative does not compute counts as float32.
+            metadata = outputs_of(parent) if parent is not None else ()
+            if number < len(metadata) and metadata[number] is not None:
+                found.add(metadata[number].dtype)
+    return found
 
 
 def has_empty_tensors(roots: Sequence[Tensor]) -> bool:

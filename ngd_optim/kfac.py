@@ -46,7 +46,7 @@ class KFAC(Followed):
     For endless streams of small batches: a step costs little more than a gradient. Every few steps
     the Kronecker factors of the layers (Martens & Grosse 2015) are renewed by one more pull-back, of
     a random draw, through the graph that the loss is differentiated in. The step is scaled to where
-    their model of the KL, ``½ dᵀF d``, is the radius; and the radius follows what the next batch
+    their model of the KL, ``½ dᵀ(F + λI)d``, is the radius; and the radius follows what the next batch
     thinks of it.
 
     Args:
@@ -54,7 +54,7 @@ class KFAC(Followed):
         lr: factor for the scaled step; for schedulers.
         momentum: of the gradients, in Nesterov's form.
         damping: ``λ`` relative to the mean eigenvalue of each layer's curvature.
-        radius: ``δ`` at the first step: ``½ dᵀF d``, in the loss's unit. The group's value is updated.
+        radius: ``δ`` at the first step: ``½ dᵀ(F + λI)d``, in the loss's unit. The group's value is updated.
         adapt_radius: let it follow the slope along the last step, as the next batch sees it.
         renew_every: steps with the same factors.
         factor_decay: share of the older factors in renewed ones.

@@ -401,7 +401,9 @@ class NaturalCG(Followed):
                 smoothing=last.smoothing,
                 captures=settings.cuda_graphs,
             )
-            point = linearize(closures, None if others else preconditioning.observe)
+            # One closure's graph is at hand until products are formed: its metric is shown when it is known
+            # that there will be a preconditioner.
+            point = linearize(closures, None if others or is_alone else preconditioning.observe)
             ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters, own))
             if others:
                 other = linearize(others, preconditioning.observe)
@@ -433,6 +435,9 @@ class NaturalCG(Followed):
                 reject=preconditioning.reject,
             )
             solver = build_solver(settings.solver, point, conjugate_gradients)
+            if is_alone and not solver.is_direct:
+                with torch.enable_grad():
+                    ranks.together(lambda: preconditioning.observe(point.graph.get()[1]))
             model = QuadraticModel(
                 gradient,
                 point.product,
@@ -495,6 +500,8 @@ class NaturalCG(Followed):
         )
         self.last_step = report
         self._advice = self._advice.after(report, outcome, point)
+        if point.is_finite and outcome.solution.not_finite == "product":
+            self._experiences.clear()  # another way to form products may do
         if outcome.trial.forgets:
             return point.loss  # the next step goes on as if these data had not been there
         damping.lower_floor(outcome.curvature(report.step_norm))

@@ -119,11 +119,11 @@ class FlatParameters:
                 )
         with torch.no_grad():
             parts = [
-                torch.zeros(size, dtype=self.dtype, device=self.device)
-                if t is None
-                else real_parts(whole(t))
+                torch.zeros(size, dtype=self.dtype, device=self.device) if t is None else whole(t)
                 for size, t in zip(self.sizes, given, strict=True)
             ]
+            if self._has_complex:
+                parts = [real_parts(part) for part in parts]
             if any(part.dtype != self.dtype for part in parts):
                 parts = [part.to(self.dtype) for part in parts]
             return flatten_dense(parts)

@@ -123,7 +123,7 @@ class KFACReport(Report):
         loss: loss before the step; NaN for a step without a closure.
         grad_norm: norm of the gradient.
         step_norm: norm of the step; 0 when refused.
-        kl: ``½ dᵀF d`` by the model of the Kronecker factors, at a rate of 1; 0 when refused.
+        kl: ``½ dᵀ(F + λI)d`` by the model of the Kronecker factors, at a rate of 1; 0 when refused.
         radius: the radius ``δ``, as adapted for this step.
         new_slope: the slope of the loss along the last step, as this step's data see it ÷ its
             steepness at that step's start; NaN at the first step.

@@ -282,10 +282,14 @@ def _require_loss(returned: Any) -> Tensor:
         raise TypeError(
             f"the closure must return the loss as a tensor, or call backward, got {type(returned).__name__}"
         )
-    if returned.numel() != 1 or returned.is_complex():
+    if returned.is_complex():
+        raise TypeError(
+            f"the closure must return a real loss, got one of dtype {returned.dtype}; return its real part, "
+            "or the mean of abs().square()"
+        )
+    if returned.numel() != 1:
         raise ValueError(
-            f"the closure must return a real scalar loss, got {returned.dtype} of shape "
-            f"{tuple(returned.shape)}; reduce it by mean()"
+            f"the closure must return a scalar loss, got shape {tuple(returned.shape)}; reduce it by mean()"
         )
     if not returned.requires_grad:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Private names of torch, each with why it is used. All of them are in torch 2.7, the oldest supported, to 2.13.
+"""Private names of torch, each with why it is used. All are in torch 2.7, the oldest supported, to 2.13, but for one.
 
 What a new torch breaks breaks here, and ``tests/test_torch_internals.py`` says which name it was.
 """
@@ -224,10 +224,22 @@ def is_in_compiled_call() -> bool:
 _WRAPPERS = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
+
+
 def saves_by_hooks() -> bool:
     """``_top_saved_tensors_default_hooks``: whether what autograd saves is handed to hooks, as in a checkpoint."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    return top(True) is not None
+    return _hooks_refuse_to_go() if _top_hooks is None else _top_hooks(True) is not None
+
+
+def _hooks_refuse_to_go() -> bool:
+    """For torch 2.7, and dearer: hooks cannot be disabled while there are any."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):
+            return False
+    except RuntimeError:
+        return True
 
 
 def fsdp_states() -> list[Any]:

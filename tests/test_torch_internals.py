@@ -130,15 +130,25 @@ def test_attention_by_products_has_second_derivatives():
     )
 
 
-def test_checkpoints_save_by_hooks():
+@pytest.mark.parametrize("is_torch_2_7", [False, True])
+def test_checkpoints_save_by_hooks(is_torch_2_7, monkeypatch):
+    if is_torch_2_7:
+        monkeypatch.setattr(internals, "_top_hooks", None)
     seen = []
 
     def look(x):
         seen.append(internals.saves_by_hooks())
         return x.sin()
 
-    checkpoint(look, torch.ones(2, requires_grad=True), use_reentrant=False)
-    assert seen == [True]
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(look, x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]  # it looks again where that is computed again
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    assert not internals.saves_by_hooks()
+    with torch.autograd.graph.disable_saved_tensors_hooks("disabled by the user"):
+        assert not internals.saves_by_hooks()
+        with pytest.raises(RuntimeError, match="disabled by the user"):
+            checkpoint(look, x, use_reentrant=False)
     assert not internals.saves_by_hooks()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
 from ngd_optim import NaturalCG
+from ngd_rl.chain import Chain
 from ngd_rl.critic import all_at_once, minibatches
 
 Closure = Callable[[], tuple[Tensor, Any]]
@@ -365,11 +366,15 @@ class TRPO(sb3_contrib.TRPO):
                 critic.optimizer.step()
         return value_losses
 
-    def _value_losses(self, critic: Any, buffer: RolloutBuffer) -> Iterator[Tensor]:
+    def _value_losses(self, critic: Any, buffer: RolloutBuffer) -> Iterator[Any]:
+        chain = Chain.of(critic)
         batches = minibatches(buffer, self.batch_size, self.n_critic_updates)
         for observations, returns in batches:
-            values = critic.predict_values(observations).flatten()
-            yield torch.nn.functional.mse_loss(values, returns)
+            if chain is not None:
+                yield chain.loss(observations, returns)
+            else:
+                values = critic.predict_values(observations).flatten()
+                yield torch.nn.functional.mse_loss(values, returns)
 
     def _record(self, report: Any, value_losses: list[float]) -> None:
         buffer = self.rollout_buffer

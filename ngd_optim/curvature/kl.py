@@ -52,7 +52,8 @@ def distributions_in(metric: object) -> Iterator[Distribution]:
     else:
         raise TypeError(
             "the metric that the closure returns must be a torch.distributions.Distribution, a "
-            f"list, tuple or dict of them, or a scalar tensor, got {type(metric).__name__}"
+            f"list, tuple or dict of them, or a scalar tensor, got {type(metric).__name__}; of "
+            "what else there is, return the loss alone"
         )
 
 

@@ -68,7 +68,8 @@ def _is_fixed(node: Any, edges: Sequence[Edge], to_fixed: int, index: Mapping[in
         return False
     if len(edges) == 1:  # a view may have several outputs, each a part of its input
         is_larger = shape_of((node, 0)).numel() > shape_of(parents[0]).numel()
-        return len(outputs_of(node)) > 1 or not is_larger
+        is_view = len(outputs_of(node)) > 1 or node.name() == "ViewAsRealBackward0"
+        return is_view or not is_larger
     if len(edges) == len(parents):
         return True
     shape = shape_of((node, 0))
@@ -77,7 +78,7 @@ def _is_fixed(node: Any, edges: Sequence[Edge], to_fixed: int, index: Mapping[in
 
 def _contraction(node: Any, position: int, target: Edge) -> Contraction | None:
     metadata = outputs_of(node)
-    if len(metadata) > 1 or metadata[0] is None or metadata[0].dtype.is_complex:
+    if len(metadata) > 1 or metadata[0] is None:
         return None
     factors = factors_at(node, position)
     if factors is None:

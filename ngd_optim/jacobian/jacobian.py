@@ -199,6 +199,7 @@ def _find_samples(
 ) -> tuple[slice, Tensor | None] | None:
     """The samples and places of terms at ``c`` and ``w c``; None if one belongs to several samples."""
     length, count = own.shape[1], len(weights)
+    own, weighted = (real_parts(t).flatten(2) for t in (own, weighted))
     weights = weights.unsqueeze(1)
     most = torch.finfo(own.dtype).eps ** 0.5 * torch.linalg.vector_norm(weighted)
 
@@ -240,14 +241,23 @@ def _add_rows(block: Tensor, terms: Sequence[_Term], parameters: FlatParameters)
     computed: dict[Edge, Tensor] = {}
     for target, own in by_target.items():
         variable = variable_of(target[0])
+        is_complex = any(term.back.is_complex() for term in own)
+        if variable is not None and not is_complex:
+            _add_sums(by_parameter[id(variable)], own)
+            continue
+        dtype = block.dtype.to_complex() if is_complex else block.dtype
+        sums = block.new_zeros(len(block), shape_of(target).numel(), dtype=dtype)
+        _add_sums(sums, own)
         if variable is None:
-            computed[target] = block.new_zeros(len(block), shape_of(target).numel())
-        _add_sums(computed[target] if variable is None else by_parameter[id(variable)], own)
+            computed[target] = sums
+        else:  # it may be real, and cast
+            sums = real_parts(sums).flatten(1) if variable.is_complex() else sums.real
+            by_parameter[id(variable)].add_(sums)
     if not computed:
         return
     metadata = [outputs_of(node)[number] for node, number in computed]  # pyright: ignore
     sums = [
-        t.view(len(block), *m.shape).to(m.dtype)
+        (t if m.dtype.is_complex else t.real).view(len(block), *m.shape).to(m.dtype)
         for t, m in zip(computed.values(), metadata, strict=True)
     ]
     gradients = _pull_rows([GradientEdge(*edge) for edge in computed], sums, parameters.tensors)

@@ -137,7 +137,8 @@ class Factors(NamedTuple):
 
     Attributes:
         back: makes ``l`` of the gradient at the node, (groups, n, rows).
-        into: gives ``r``, (groups, n, columns); None for ones, with one column.
+        into: gives ``r``, (groups, n, columns), the conjugate of what went in; None for ones, with
+            one column.
         transposed: whether the sum is the transpose of the input's gradient, for each group.
     """
 
@@ -161,12 +162,12 @@ def factors_at(node: Any, position: int) -> Factors | None:
     other = names[1 - place]
 
     def into() -> Tensor:
-        matrix = _batched(saved_by(node, other).to_dense())
+        matrix = _batched(saved_by(node, other).to_dense()).conj()
         return matrix.mT if place == 0 else matrix
 
-    if place == 0:  # the gradient of a in a b is g bᵀ
+    if place == 0:  # the gradient of a in a b is g b*ᵀ
         return Factors(lambda gradient: _batched(gradient).mT, into, transposed=False)
-    return Factors(_batched, into, transposed=True)  # that of b is (gᵀ a)ᵀ
+    return Factors(_batched, into, transposed=True)  # that of b is (gᵀ a*)ᵀ
 
 
 def _convolution_factors(node: Any) -> Factors:

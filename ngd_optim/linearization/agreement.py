@@ -189,6 +189,11 @@ class Verdict(NamedTuple):
     is_right: bool
     problem: str
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a product, and it is."""
+        return self.product is not None and bool(self.product.isfinite().all())
+
 
 def judge_backend(
     backend: Backend, graph: Graph, v: Tensor, parameters: FlatParameters, eps: float
@@ -239,8 +244,13 @@ def _judge_hessian(
     # A gradient is known to ε, its differences to ε^⅔.
     noise = eps ** (2 / 3) * v.norm() / (1e-3 + parameters.read().norm())
     floor = 10 * (noise * graph.compute_gradient().norm()).item()
-    difference = max(0.0, (product - witness).norm().item() - floor)
-    error = difference / witness.norm().item() if difference else 0.0
+    difference = (product - witness).norm().item() - floor
+    if not math.isfinite(difference):
+        # A norm at zero has a gradient of 0 and no second derivative; differences step over that. A
+        # KL without one bounds no step.
+        is_right = graph.get()[1].kind == "fisher" or not witness.isfinite().all()
+        return Verdict(product, 0.0 if is_right else math.inf, is_right, problem)
+    error = difference / witness.norm().item() if difference > 0 else 0.0
     return Verdict(product, error, error <= eps**0.25, problem)
 
 

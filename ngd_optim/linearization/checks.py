@@ -218,8 +218,9 @@ def check_closure(
         logger.warning(
             "the loss does not move as its gradient says: %s. Likely causes: a straight-through "
             "estimator, weights that are projected or renormalised in forward, hooks on gradients, "
-            "something computed from the parameters before the closure ran. Steps are made for the "
-            "gradient and judged by the loss, and may be turned down",
+            "padding_idx of an embedding whose weight is used elsewhere, third derivatives of "
+            "layer_norm or batch_norm, something computed from the parameters before the closure "
+            "ran. Steps are made for the gradient and judged by the loss, and may be turned down",
             motion.problem,
         )
     first = _choose_backend(
@@ -274,6 +275,10 @@ def _choose_backend(
         chosen = _choose_almost_right(verdicts, eps, ranks)
     if chosen is None:
         chosen = _choose_agreeing(verdicts, eps, ranks, graph)
+    # Where no product is finite, the step will be refused.
+    is_hopeless = not any(verdict.is_finite for verdict in verdicts.values())
+    if chosen is None and isinstance(graph.get()[1], OutputMetric) and ranks.all(is_hopeless):
+        chosen = candidates[0]
     problems = [
         ON_ANOTHER_RANK if verdict.is_right else verdict.problem
         for candidate, verdict in verdicts.items()
@@ -321,10 +326,8 @@ def _choose_agreeing(
     functions = {
         node.name() for node in nodes([graph.get()[0].loss]) if isinstance(node, BackwardCFunction)
     }
-    # Where no product is finite, the step will be refused.
     agree = len(products) == 2 and (
-        (functions <= {_HOOK} and are_close(products[0], products[1], eps**0.5, eps))
-        or not any(p.isfinite().all() for p in products)
+        functions <= {_HOOK} and are_close(products[0], products[1], eps**0.5, eps)
     )
     return exact[0] if ranks.all(agree) else None
 

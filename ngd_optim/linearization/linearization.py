@@ -206,7 +206,8 @@ def linearize(
             each counts ``size`` times: the number of samples, where a loss is their mean. Each
             product runs all of them again, with the memory of one at a time.
         params: the parameters, or pairs of a name and one, in the order in which the flat vectors
-            hold them; frozen ones are left out.
+            hold them; frozen ones are left out, and complex ones have two real numbers for each of
+            theirs, as ``torch.view_as_real(p).flatten()`` has them.
         curvature: ``"fisher"`` for the returned metric's Hessian, ``"ggn"`` for the loss functions'
             Gauss-Newton matrix, ``"hessian"`` for that of the loss, ``"auto"`` for the first of the
             three that the closure offers.

@@ -59,7 +59,8 @@ class CurvatureOperator:
         if not isinstance(v, Tensor) or v.is_complex():
             kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
             raise TypeError(
-                f"v must be a real tensor, got {kind}; use to_scipy() for arrays, and for complex vectors"
+                f"v must be a real tensor, got {kind}; use to_scipy() for arrays and for complex vectors, and "
+                "torch.view_as_real(v).flatten() for what belongs to complex parameters"
             )
         if v.ndim not in (1, 2) or len(v) != self.shape[0]:
             n = self.shape[0]

@@ -6,7 +6,7 @@ code runs once, and whatever else it does happens once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -18,17 +18,17 @@ from ngd_optim.aten import STATISTICS, facts, find_written, tensors_of
 from ngd_optim.autograd_graph import leaves
 from ngd_optim.program import (
     CannotReplayError,
+    Input,
     Operation,
-    find_last_uses,
     release_held,
-    remove_dead_code,
-    run,
     take_slots_out,
 )
+from ngd_optim.recording.forward_program import ForwardProgram
 from ngd_optim.recording.trace import Place, Trace
 from ngd_optim.torch_internals import DispatchMode, materialize, memory_of
 
 _aten = torch.ops.aten
+_DETACH, _DROPOUT = _aten.detach.default, _aten.native_dropout.default
 _RECORDERS = count(1)
 _NO_KWARGS: dict[str, Any] = {}
 """Of all operations without any: one object, and nobody writes to it."""
@@ -59,45 +59,6 @@ class _TensorMark(tuple[int, int, str]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return set, ()  # which torch.load takes with weights_only
-
-
-class ForwardProgram:
-    """``parameters ↦ tensors``, a pure function: it writes to nothing that was there before.
-
-    Args:
-        program: the operations, which fill slots; the parameters are in the first ones.
-        last_uses: of each operation, slots that are not needed after it.
-        values: of the slots that are constants, None in the others.
-        outputs: of each output, its slot, or its value if it is a constant.
-        has_functions: whether something is on the way whose derivatives need not be those of its
-            operations: an ``autograd.Function``, or an activation that is changed under ``no_grad``.
-    """
-
-    def __init__(
-        self,
-        program: list[Operation],
-        last_uses: list[Sequence[int]],
-        values: list[Any],
-        outputs: list[int | Tensor],
-        *,
-        has_functions: bool,
-    ) -> None:
-        self.has_functions = has_functions
-        self._program = program
-        self._last_uses = last_uses
-        self._values = values
-        self._outputs = outputs
-
-    def __call__(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs at other parameters, with a graph if gradients are enabled.
-
-        Raises:
-            CannotReplayError: a condition that the closure asks about does not hold there.
-            RuntimeError: an operation is not possible there.
-        """
-        values = [*parameters, *self._values[len(parameters) :]]
-        run(self._program, self._last_uses, values)
-        return [values[out] if isinstance(out, int) else out for out in self._outputs]
 
 
 class ForwardRecorder(DispatchMode):
@@ -184,22 +145,14 @@ class ForwardRecorder(DispatchMode):
         if predicted:
             operations, twins, memories = release_held(operations, memories)
             n = len(outputs)
-            slots[n:] = [twins.get(slot, slot) for slot in slots[n:]]
-        needed = [slot for slot in slots if slot is not None]
-        kept = remove_dead_code(operations, needed, memories.__getitem__)
-        values: list[Any] = [None] * len(memories)
-        for slot, constant in constants.items():
-            if slot is not None:
-                values[slot] = constant
+            slots[n:] = [slot if slot is None else twins.get(slot, slot) for slot in slots[n:]]
         tensors = [*outputs, *predicted]
-        result = [
-            out.detach() if slot is None else slot for slot, out in zip(slots, tensors, strict=True)
-        ]
-        has_functions = any(
-            slot in self._of_functions for operation in kept for _, slot in operation.outputs
-        )
-        return ForwardProgram(
-            kept, find_last_uses(kept, needed), values, result, has_functions=has_functions
+        return ForwardProgram.of(
+            operations,
+            memories,
+            [t.detach() if slot is None else slot for slot, t in zip(slots, tensors, strict=True)],
+            {slot: constant for slot, constant in constants.items() if slot is not None},
+            self._of_functions,
         )
 
     def trace(self, about: Any) -> Trace:
@@ -208,9 +161,10 @@ class ForwardRecorder(DispatchMode):
         return Trace(self._parameters, self._operations, self._places, self._cuts, about)
 
     def _note_place(self, slot: int, tensor: Tensor) -> None:
-        # Sparse tensors and wrappers have none.
-        with suppress(RuntimeError, NotImplementedError):
+        try:  # noqa: SIM105  (a context takes longer than what is in it)
             self._places[slot] = Place.of(tensor)
+        except (RuntimeError, NotImplementedError):
+            pass  # sparse tensors and wrappers have none
 
     def note_detached(self, tensor: Tensor) -> None:
         """A tensor is cut off from its history, which no operation tells."""
@@ -264,7 +218,7 @@ class ForwardRecorder(DispatchMode):
             self._on_draw(kwargs.get("generator"))
         if self._paused or fact.asks_about_shapes:
             return func(*args, **kwargs)
-        if func is _aten.detach.default:  # autograd calls it too, for what it saves
+        if func is _DETACH:  # autograd calls it too, for what it saves
             return self._detach(args[0])
         written = find_written(fact, args, kwargs) if fact.written else []
         call = self._find_inputs(func, args, kwargs, written)
@@ -281,21 +235,20 @@ class ForwardRecorder(DispatchMode):
             if written:
                 self.fail(f"{func} changes what depends on the parameters at random")
             cut = "random"
-        if func in STATISTICS:
+        if fact.has_statistics:
             self._left_out += _leave_statistics_alone(operation)
         result = func(*args, **kwargs)
         tensors = tensors_of(result)
         if not tensors and not written:
             return self._note_reading(operation, result)
-        if func is _aten.native_dropout.default and cut == "random" and torch.is_grad_enabled():
+        if func is _DROPOUT and cut == "random" and torch.is_grad_enabled():
             _fix_mask(operation, result)
             tensors, cut = [(None, result[0])], ""
-        memory = self._memories[operation.slots[0]] if fact.shares_memory else None
+        memory = self._memories[operation.inputs[0][2]] if fact.shares_memory else None
         is_new = not written or fact.shares_memory
-        operation.outputs = [
-            (index, self._new_slot(tensor, memory, cut) if is_new else self._rewrite(tensor, cut))
-            for index, tensor in tensors
-        ]
+        for index, tensor in tensors:
+            slot = self._new_slot(tensor, memory, cut) if is_new else self._rewrite(tensor, cut)
+            operation.outputs.append((index, slot))
         self._operations.append(operation)
         return result
 
@@ -315,14 +268,14 @@ class ForwardRecorder(DispatchMode):
             found.append((tensor, mark[1]))
             return mark[0]
 
-        inputs: list[tuple[Any, Any, int]] = []
+        inputs: list[Input] = []
         own_args = take_slots_out(list(args), inputs, slot_of)
         own_kwargs = take_slots_out(dict(kwargs), inputs, slot_of) if kwargs else _NO_KWARGS
         if not found:
             return None
         cuts = {cut for _, cut in found}
         is_followed = torch.is_grad_enabled() and "" in cuts
-        held: Sequence[tuple[Any, Any, int]] = ()
+        held: Sequence[Input] = ()
         if is_followed and len(cuts) > 1:
             inputs, held = _put_back(inputs, found, written)
             self.held |= cuts - {""}
@@ -484,8 +437,8 @@ def _has_history(tensor: Tensor) -> bool:
 
 
 def _put_back(
-    inputs: list[tuple[Any, Any, int]], found: list[tuple[Tensor, str]], written: list[Tensor]
-) -> tuple[list[tuple[Any, Any, int]], list[tuple[Any, Any, int]]]:
+    inputs: list[Input], found: list[tuple[Tensor, str]], written: list[Tensor]
+) -> tuple[list[Input], list[Input]]:
     """The inputs that autograd follows or that are written to, and the others, put back as constants."""
     kept, held = [], []
     for (place, key, slot), (tensor, cut) in zip(inputs, found, strict=True):

@@ -58,7 +58,9 @@ class FixedCalls(Prepared):
             function: Any = operation.function
             args, kwargs, inputs = operation.filled(values)
             self.places += [
-                Place(*place, slot - plan.size) for *place, slot in inputs if slot >= plan.size
+                Place(arguments, key, slot - plan.size)
+                for arguments, key, slot in inputs
+                if slot >= plan.size
             ]
             fact, result = facts(function), None
             if buffer is not None:

@@ -1,5 +1,6 @@
 """A recorded program without what it reads."""
 
+import threading
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Plan:
         length: how many operations a replay takes.
         bytes: how much they compute.
         was_run: whether it was replayed.
+        is_free: is held while it runs, which fills its arguments: threads take turns.
         prepared: by class, the program in memory of its own; None: it cannot be had.
     """
 
@@ -55,6 +57,7 @@ class Plan:
             self.program = remove_dead_code(program, [output], lambda slot: metas[slot].memory)
         self.size = len(metas)
         self.was_run = False
+        self.is_free = threading.Lock()
         self.prepared: dict[type[Prepared], Prepared | None] = {}
         everything = [*self.views, *self.program]
         _take_constants_out(everything, self.size, constants)

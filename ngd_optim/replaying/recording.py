@@ -49,7 +49,8 @@ class Recording:
             values[0] = v
             return plan.run(values)
 
-        return torch.vmap(replay)(rows)
+        with plan.is_free:
+            return torch.vmap(replay)(rows)
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
@@ -61,18 +62,19 @@ class Recording:
         if plan.output is None:
             assert plan.zero is not None
             return plan.zero.clone()  # linear, and the same for every vector
-        # The first call is a plain one: libraries make themselves ready, which cannot be captured, and
-        # what is called once need not be prepared.
-        prepared = self._prepare(v) if plan.was_run else None
-        plan.was_run = True
-        if prepared is not None:
-            return prepared(v, self, self.constants)
-        if not (self._seen[0] is v and self._seen[1] == v.data_ptr()):
-            self._seen = v, v.data_ptr()
-            self._values[0] = v
-            plan.look(self._values)
-        # Slots of constants and of the vector's views; the program fills the others.
-        return plan.run(self._values.copy())
+        with plan.is_free:
+            # The first call is a plain one: libraries make themselves ready, which cannot be captured, and
+            # what is called once need not be prepared.
+            prepared = self._prepare(v) if plan.was_run else None
+            plan.was_run = True
+            if prepared is not None:
+                return prepared(v, self, self.constants)
+            if not (self._seen[0] is v and self._seen[1] == v.data_ptr()):
+                self._seen = v, v.data_ptr()
+                self._values[0] = v
+                plan.look(self._values)
+            # Slots of constants and of the vector's views; the program fills the others.
+            return plan.run(self._values.copy())
 
     def _prepare(self, v: Tensor) -> Prepared | None:
         """The program in memory of its own, by a CUDA graph if that was asked for; None: it cannot be had."""

@@ -64,7 +64,10 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             f"the closure must return the loss as a tensor, got {type(loss).__name__}{_what_to_return(loss)}"
         )
     if loss.is_complex():
-        raise TypeError(f"the closure must return a real loss, got one of dtype {loss.dtype}")
+        raise TypeError(
+            f"the closure must return a real loss, got one of dtype {loss.dtype}; return its real part, or "
+            "the mean of abs().square()"
+        )
     if loss.numel() != 1:
         raise ValueError(
             f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by "

@@ -809,7 +809,7 @@ def test_step_without_any_gradient():
     ("result", "error", "message"),
     [
         (lambda z: None, TypeError, "must return the loss as a tensor, or call backward, got None"),
-        (lambda z: z, ValueError, "must return a real scalar loss"),
+        (lambda z: z, ValueError, "must return a scalar loss"),
         (lambda z: z.mean().detach(), ValueError, "the loss has no graph"),
         (lambda z: z.cosh().mean(), RuntimeError, "from a function of torch.nn.functional"),
     ],

@@ -42,7 +42,7 @@ class Moduli(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(3))
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
         self.first = nn.Linear(4, 3, dtype=torch.complex128)
         self.last = nn.Linear(3, CLASSES, dtype=torch.complex128)
 

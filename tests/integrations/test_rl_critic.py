@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ngd_rl import TRPO
+from ngd_rl.chain import Chain
 from ngd_rl.critic import all_at_once, minibatches
 from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ OPTIMIZERS = {
 }
 
 
-def agent(**settings: Any) -> TRPO:
+def agent(env: str = "Pendulum-v1", **settings: Any) -> TRPO:
     given = {"n_steps": 96, "batch_size": 40, "n_critic_updates": 3, "seed": 0, **settings}
-    return TRPO("MlpPolicy", "Pendulum-v1", **given).learn(96)
+    return TRPO("MlpPolicy", env, **given).learn(96)
 
 
 def fit_as_the_base_class(model: TRPO) -> list[float]:
@@ -47,18 +48,80 @@ def everything(model: TRPO) -> list[Any]:
     return [state["param_groups"], *(t.tolist() for t in tensors)]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_ends_bit_for_bit_where_the_plain_loop_ends(name: str) -> None:
-    kind, options = OPTIMIZERS[name]
-    policy = {"optimizer_class": kind, "optimizer_kwargs": options}
+def both_ends(change: Any = None, env: str = "Pendulum-v1", **policy: Any) -> list[Any]:
     ends = []
     for fit in (TRPO._update_critic, fit_as_the_base_class):
-        model = agent(policy_kwargs=policy)
+        model = agent(env, policy_kwargs=policy)
+        if change is not None:
+            change(model.policy)
         set_random_seed(3)
         losses = fit(model)
         drawn = np.random.permutation(99).tolist()  # noqa: NPY002
         ends.append([losses, *everything(model), drawn])
-    assert ends[0] == ends[1]
+    return ends
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_ends_bit_for_bit_where_the_plain_loop_ends(name: str) -> None:
+    kind, options = OPTIMIZERS[name]
+    ours, plain = both_ends(optimizer_class=kind, optimizer_kwargs=options)
+    assert ours == plain
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("layers", [[], [16], [64, 32, 8]])
+def test_chains_are_differentiated_as_autograd_does(
+    env: str, activation: Any, layers: list[int]
+) -> None:
+    policy = {"activation_fn": activation, "net_arch": layers}
+    assert Chain.of(agent(env, policy_kwargs=policy).policy) is not None
+    ours, plain = both_ends(env=env, **policy)
+    assert ours == plain
+
+
+def hook_on_a_module(policy: Any) -> None:
+    policy.value_net.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def hook_on_a_parameter(policy: Any) -> None:
+    policy.value_net.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+def frozen(policy: Any) -> None:
+    policy.value_net.bias.requires_grad_(False)
+
+
+def reparametrised(policy: Any) -> None:
+    nn.utils.parametrizations.orthogonal(policy.mlp_extractor.value_net[0])
+
+
+def another_head(policy: Any) -> None:
+    policy.value_net = nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 1))
+
+
+def method_of_its_own(policy: Any) -> None:
+    before = policy.predict_values
+    policy.predict_values = lambda observations: 2 * before(observations)
+
+
+MORE_THAN_A_CHAIN = [
+    hook_on_a_module,
+    hook_on_a_parameter,
+    frozen,
+    reparametrised,
+    another_head,
+    method_of_its_own,
+]
+
+
+@pytest.mark.parametrize("change", MORE_THAN_A_CHAIN)
+def test_autograd_sees_to_what_is_more_than_a_chain(change: Any) -> None:
+    model = agent()
+    change(model.policy)
+    assert Chain.of(model.policy) is None
+    ours, plain = both_ends(change)
+    assert ours == plain
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])

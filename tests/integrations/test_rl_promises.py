@@ -1,7 +1,9 @@
 """What Stable-Baselines3 and sb3-contrib promise of each algorithm, and test of their own."""
 
 import io
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import sb3_contrib
 import torch
 from gymnasium import spaces
 from helpers.agents import BOX, DICT, IMAGE, VECTOR, build, toy, values_of
-from ngd_rl import NPG, TRPO, RecurrentTRPO
+from ngd_rl import CPO, NPG, TRPO, CPOReport, RecurrentTRPO, TRPOLagrangian
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -25,6 +27,8 @@ from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+
+from ngd_optim import StepReport
 
 ALGORITHMS = [(TRPO, "MlpPolicy"), (NPG, "MlpPolicy"), (RecurrentTRPO, "MlpLstmPolicy")]
 each_algorithm = pytest.mark.parametrize(("algorithm", "policy"), ALGORITHMS)
@@ -365,3 +369,19 @@ def test_another_environment_with_as_many_copies(tmp_path):
     loaded = TRPO.load(tmp_path / "model", env=toy(n_envs=3)).learn(192)
     assert loaded.n_envs == 3
     assert loaded.policy_optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, CPO, TRPOLagrangian])
+def test_all_that_is_logged_is_explained(algorithm):
+    page = (Path(__file__).parents[2] / "docs" / "trpo.md").read_text()
+    _, _, told = page.partition("## What is logged")
+    explained = {*re.findall(r"`(\w+)`", told.partition("## Several")[0])}
+    explained |= StepReport.__dataclass_fields__.keys() | CPOReport.__dataclass_fields__.keys()
+    agent = build(algorithm).learn(128)
+    logged = {
+        name.removeprefix("train/")
+        for name in agent.logger.name_to_value
+        if name.startswith("train/")
+    }
+    assert {"kl", "policy_objective", "value_loss"} <= logged
+    assert logged - explained == set()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 from torch.utils.checkpoint import checkpoint
 
-from ngd_optim import NaturalCG
+from ngd_optim import NaturalCG, least_squares
 from ngd_optim.kronecker.factors import unpack_factor
 from ngd_optim.preconditioners import kfac
 
@@ -616,6 +616,18 @@ def test_no_factors_are_estimated_where_the_closure_has_no_layer(kind, monkeypat
     assert not calls
     kept = {"left", "right", "diagonal"} & optimizer.state[w].keys()
     assert not any(optimizer.state[w][name].any() for name in kept)
+
+
+@pytest.mark.parametrize("solver", ["auto", "dense", "sample", "cg"])
+def test_factors_are_estimated_for_conjugate_gradients_alone(solver, monkeypatch):
+    calls, estimate = [], kfac.estimate_factors
+    monkeypatch.setattr(kfac, "estimate_factors", lambda *a: (calls.append(1), estimate(*a))[1])
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 1)), torch.randn(30, 3)
+    optimizer = NaturalCG(model.parameters(), solver=solver, preconditioner="kfac")
+    for _ in range(2):
+        optimizer.step(lambda: least_squares(model(x) - x.sum(1, keepdim=True)))
+    assert bool(calls) == (optimizer.last_step.solver == "cg") == (solver == "cg")
 
 
 @pytest.mark.parametrize(

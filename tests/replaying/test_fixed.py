@@ -2,13 +2,15 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from helpers.problems import real
 from torch import Tensor
 
 from ngd_optim.recording import record
-from ngd_optim.replaying import Recording
+from ngd_optim.replaying import Recording, fixed
 from ngd_optim.replaying.fixed import FixedCalls
 
 MATRIX = real(6, 6)
@@ -68,3 +70,18 @@ def test_memory_is_given_up_and_had_again() -> None:
     assert not recording.plan.prepared
     torch.testing.assert_close(recording(v), chain(v))
     assert recording.plan.prepared
+
+
+@pytest.mark.parametrize("held", [fixed._HELD, -1])
+def test_threads_get_their_own_products(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixed, "_HELD", held)
+    matrix, vectors = real(200, 200), real(400, 200)
+
+    def product(v: Tensor) -> Tensor:
+        return (matrix.t() @ torch.tanh(matrix).mul(2).mm((matrix @ v).view(-1, 1))).flatten()
+
+    _, recording = record(product, vectors[0])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(recording, vectors))
+    expected = [product(v) for v in vectors]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
