@@ -290,9 +290,12 @@ def spread(scores: list[float]) -> str:
 
 def draw(runs: list[Run]) -> Figure:
     """Score against seconds, a panel per task and a line per run."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
     tasks = list(dict.fromkeys(run.task for run in runs))
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, task in zip(panels, tasks, strict=False):
         data = TASKS[task]
         labelled: set[str] = set()
         for run in runs:
@@ -307,7 +310,8 @@ def draw(runs: list[Run]) -> Figure:
                     color=COLOURS[run.method],
                     alpha=0.7,
                 )
-        axes.set(title=data.what, xlabel="CPU seconds, one thread", xscale="log")
+        axes.set_title(data.what, fontsize=10)
+        axes.set(xlabel="CPU seconds, one thread", xscale="log")
         if data.higher_is_better:
             axes.set_ylim(0, 0.1)
         axes.set_ylabel(
@@ -317,6 +321,8 @@ def draw(runs: list[Run]) -> Figure:
         )
         axes.legend()
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels:
+        axes.set_axis_off()
     return figure
 
 
