@@ -1,18 +1,18 @@
-"""Small batches: thousands of steps on batches of 128 digits, and a language model that never sees a text twice.
+"""Small batches: digits, and language models on text that comes again or never does.
 
-    python benchmarks/minibatch.py
+    python benchmarks/minibatch.py --name minibatch-kfac-sources --tasks sources --methods KFAC Muon AdamW SOAP
 
-A CNN on the digits, a fifth of them held out: NaturalCG takes 2,000 steps for each of five seeds, and Adam and KFAC as
-much CPU time, Adam with the best of three learning rates on the first seed, both decayed to zero. Then a small
-transformer on fresh pieces of text: KFAC and Muon with all seeds, Adam, SOAP and NaturalCG with one for the same time,
-and NaturalCG with the gradient of four batches at a time and the curvature of one. Writes results/minibatch.json, .md
-and .png.
+Methods of first order have the best of their rates for a quarter of the time on the first seed, decayed to zero.
+Methods take turns from seed to seed; KFAC and Muon run with all seeds, the others with one. On the CNN of the digits, a
+fifth of them held out, NaturalCG takes 2,000 steps for each seed, and the others as much CPU time. Runs that the
+file of results has already are not repeated. Writes results/NAME.json, .md and .png.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,14 +22,27 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from methods import Loss, rates_of, steps_of
-from tasks import CHARACTERS, CONTEXT, DIGIT, IMAGES, LanguageModel, next_character, small_cnn
+from methods import METHODS, Loss, rates_of, steps_of
+from tasks import (
+    CONTEXT,
+    DIGIT,
+    IMAGES,
+    LanguageModel,
+    Text,
+    adapted,
+    next_character,
+    reference,
+    residual_cnn,
+    small_cnn,
+    sources,
+)
 from timing import machine
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {
     "Adam": "#E69F00",
+    "AdamW": "#999999",
     "Muon": "#CC79A7",
     "SOAP": "#009E73",
     "NaturalCG": "#0072B2",
@@ -61,43 +74,86 @@ _ORDER = torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(0))
 _TRAINING, _HELD_OUT = _ORDER[: len(IMAGES) * 4 // 5], _ORDER[len(IMAGES) * 4 // 5 :]
 
 
-def digits(seed: int) -> Iterator[Loss]:
-    """Batches of 128, in a new order in each epoch."""
+def digits(batch: int, seed: int) -> Iterator[Loss]:
+    """Full batches, in a new order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = _TRAINING[torch.randperm(len(_TRAINING), generator=generator)]
-        for batch in order.split(BATCH):
-            if len(batch) == BATCH:
-                yield lambda model, batch=batch: F.cross_entropy(model(IMAGES[batch]), DIGIT[batch])
+        for some in order.split(batch):
+            if len(some) == batch:
+                yield lambda model, some=some: F.cross_entropy(model(IMAGES[some]), DIGIT[some])
 
 
-_BORDER = len(CHARACTERS) * 9 // 10
-"""The text from here on is held out."""
-
-
-def text(seed: int) -> Iterator[Loss]:
-    """128 random pieces of text."""
+def random_pieces(text: Callable[[], Text], batch: int, seed: int) -> Iterator[Loss]:
+    """Pieces of the text that begin anywhere."""
+    characters, _, border = text()
     generator = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(_BORDER - CONTEXT, (BATCH,), generator=generator)
-        yield lambda model, starts=starts: next_character(model, starts)
+        starts = torch.randint(border - CONTEXT, (batch,), generator=generator)
+        yield partial(next_character, starts=starts, characters=characters)
+
+
+def new_pieces(text: Callable[[], Text], batch: int, seed: int) -> Iterator[Loss]:
+    """Pieces of the text in a random order, none of which comes again before all have come."""
+    characters, _, border = text()
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(border // (CONTEXT + 1), generator=generator) * (CONTEXT + 1)
+        for starts in order.split(batch):
+            if len(starts) == batch:
+                yield partial(next_character, starts=starts, characters=characters)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
     """Share of the held-out digits."""
-    return (model(IMAGES[_HELD_OUT]).argmax(1) == DIGIT[_HELD_OUT]).float().mean().item()
+    model.eval()
+    share = (model(IMAGES[_HELD_OUT]).argmax(1) == DIGIT[_HELD_OUT]).float().mean().item()
+    model.train()
+    return share
 
 
 @torch.no_grad()
-def nats(model: nn.Module) -> float:
+def nats(text: Callable[[], Text], every: int, model: nn.Module) -> float:
     """Cross-entropy per character of the held-out text."""
-    return next_character(model, torch.arange(_BORDER, len(CHARACTERS) - CONTEXT - 1, 97)).item()
+    characters, _, border = text()
+    starts = torch.arange(border, len(characters) - CONTEXT - 1, every)
+    return next_character(model, starts, characters).item()
 
 
+def transformer(text: Callable[[], Text], width: int = 64) -> nn.Module:
+    """In the symbols of a text."""
+    return LanguageModel(width, heads=width // 16, symbols=text().symbols)
+
+
+def on_digits(what: str, make: Callable[[], nn.Module], batch: int = BATCH) -> Batches:
+    """Classify them."""
+    return Batches(f"{what}, accuracy", make, partial(digits, batch), accuracy, True)
+
+
+def on_sources(what: str, make: Callable[[], nn.Module], batch: int = BATCH) -> Batches:
+    """Pieces of Python's sources that never come again."""
+    losses = partial(new_pieces, sources, batch)
+    return Batches(f"{what}, nats per character", make, losses, partial(nats, sources, 499), False)
+
+
+_ON_SOURCES = partial(transformer, sources)
 TASKS = {
-    "digits": Batches("CNN on digits, accuracy", small_cnn, digits, accuracy, True),
-    "text": Batches("language model, nats per character", LanguageModel, text, nats, False),
+    "digits": on_digits("CNN on digits", small_cnn),
+    "residual": on_digits("residual CNN on digits", residual_cnn),
+    "text": Batches(
+        "language model, nats per character",
+        partial(transformer, reference),
+        partial(random_pieces, reference, BATCH),
+        partial(nats, reference, 97),
+        False,
+    ),
+    "sources": on_sources("language model on sources", _ON_SOURCES),
+    "wide": on_sources("language model of width 256 on sources", partial(_ON_SOURCES, 256)),
+    "adapters": on_sources("low-rank adapters on sources", adapted),
+} | {
+    f"sources, {n}": on_sources(f"language model on sources, batches of {n}", _ON_SOURCES, n)
+    for n in (16, 512, 2048)
 }
 
 
@@ -128,9 +184,15 @@ class Run(NamedTuple):
 
 
 def train(
-    task: str, method: str, seed: int, lr: float, seconds: float, steps: float = math.inf
+    task: str,
+    method: str,
+    seed: int,
+    lr: float,
+    seconds: float,
+    steps: float = math.inf,
+    points: int = 40,
 ) -> Run:
-    """Until the time is up or all steps are taken. The score is measured some forty times, outside the time."""
+    """Until the time is up or all steps are taken. The score is measured at some points, outside the time."""
     data = TASKS[task]
     torch.manual_seed(seed)
     model = data.make()
@@ -142,14 +204,16 @@ def train(
         spent += process_time() - start
         if (progress := max(spent / seconds, len(losses) / steps)) >= due:
             curve.append((spent, len(losses), data.score(model)))
-            due = progress + 1 / 40
+            due = progress + 1 / points
     curve.append((spent, len(losses), data.score(model)))
     return Run(task, method, seed, lr, curve, max(losses[len(losses) // 10 :]))
 
 
 def tuned(task: str, method: str, seconds: float) -> float:
     """The best learning rate for a quarter of the time, on the first seed; NaN where there is none to choose."""
-    trials = {lr: train(task, method, 0, lr, seconds / 4).final for lr in rates_of(method)}
+    trials = {
+        lr: train(task, method, 0, lr, seconds / 4, points=1).final for lr in rates_of(method)
+    }
     sign = 1 if TASKS[task].higher_is_better else -1
     return max(
         trials,
@@ -158,24 +222,35 @@ def tuned(task: str, method: str, seconds: float) -> float:
     )
 
 
-def run_digits(steps: int, seeds: int) -> Iterator[Run]:
+def run_digits(known: list[Run], steps: int, seeds: int) -> Iterator[Run]:
     """NaturalCG for a number of steps, and Adam and KFAC for the same time."""
     seconds = 0.0
     for seed in range(seeds):
-        yield (own := train("digits", "NaturalCG", seed, math.nan, math.inf, steps))
+        done = [r for r in known if (r.task, r.method, r.seed) == ("digits", "NaturalCG", seed)]
+        own = done[0] if done else train("digits", "NaturalCG", seed, math.nan, math.inf, steps)
         seconds += own.seconds / seeds
-    for method in ("Adam", "KFAC"):
-        lr = tuned("digits", method, seconds)
-        for seed in range(seeds):
-            yield train("digits", method, seed, lr, seconds)
+        if not done:
+            yield own
+    yield from run_for(known, "digits", ["Adam", "KFAC"], seconds, seeds, {"Adam", "KFAC"})
 
 
-def run_text(seconds: float, seeds: int) -> Iterator[Run]:
-    """Every method for the same time; those that are ahead with all seeds."""
-    for method in ("KFAC", "Muon", "Adam", "SOAP", "NaturalCG", "NaturalCG, 4 batches"):
-        lr = tuned("text", method, seconds)
-        for seed in range(seeds if method in ("KFAC", "Muon") else 1):
-            yield train("text", method, seed, lr, seconds)
+def run_for(
+    known: list[Run],
+    task: str,
+    methods: list[str],
+    seconds: float,
+    seeds: int,
+    ahead: Collection[str] = ("KFAC", "Muon"),
+) -> Iterator[Run]:
+    """Every method for the same time, in turn; those that are ahead with all seeds."""
+    rates = {run.method: run.lr for run in known if run.task == task}
+    done = {(run.method, run.seed) for run in known if run.task == task}
+    for seed in range(seeds):
+        for method in methods:
+            if (method, seed) not in done and (method in ahead or seed == 0):
+                if method not in rates:
+                    rates[method] = tuned(task, method, seconds)
+                yield train(task, method, seed, rates[method], seconds)
 
 
 def table(runs: list[Run]) -> str:
@@ -215,9 +290,12 @@ def spread(scores: list[float]) -> str:
 
 def draw(runs: list[Run]) -> Figure:
     """Score against seconds, a panel per task and a line per run."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
     tasks = list(dict.fromkeys(run.task for run in runs))
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, task in zip(panels, tasks, strict=False):
         data = TASKS[task]
         labelled: set[str] = set()
         for run in runs:
@@ -232,7 +310,8 @@ def draw(runs: list[Run]) -> Figure:
                     color=COLOURS[run.method],
                     alpha=0.7,
                 )
-        axes.set(title=data.what, xlabel="CPU seconds, one thread", xscale="log")
+        axes.set_title(data.what, fontsize=10)
+        axes.set(xlabel="CPU seconds, one thread", xscale="log")
         if data.higher_is_better:
             axes.set_ylim(0, 0.1)
         axes.set_ylabel(
@@ -242,6 +321,8 @@ def draw(runs: list[Run]) -> Figure:
         )
         axes.legend()
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels:
+        axes.set_axis_off()
     return figure
 
 
@@ -253,6 +334,12 @@ def write(runs: list[Run], name: str) -> None:
     draw(runs).savefig(RESULTS / f"{name}.png", dpi=110)
 
 
+def known_runs(name: str) -> list[Run]:
+    """Those that the file of results has."""
+    path = RESULTS / f"{name}.json"
+    return [Run(**run) for run in json.loads(path.read_text())["runs"]] if path.exists() else []
+
+
 def main() -> None:
     """Train, print and write."""
     parser = argparse.ArgumentParser(
@@ -261,22 +348,31 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=2_000, help="of NaturalCG on the digits (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="on the digits (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of CPU time for text (default: %(default)s)"
+        "--seconds", type=float, default=60.0, help="of CPU time (default: %(default)s)"
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits", "text", "sources"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["KFAC", "Muon", "Adam", "SOAP", "NaturalCG", "NaturalCG, 4 batches"],
+        help="on all tasks but the digits",
+    )
     parser.add_argument(
         "--name", default="minibatch", help="of the files in results/ (default: %(default)s)"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs: list[Run] = []
-    tasks = {
-        "digits": lambda: run_digits(arguments.steps, arguments.seeds),
-        "text": lambda: run_text(arguments.seconds, arguments.seeds),
-    }
-    for run in chain.from_iterable(tasks[task]() for task in arguments.tasks):
+    runs = known_runs(arguments.name)
+    known = list(runs)
+    for run in chain.from_iterable(
+        run_digits(known, arguments.steps, arguments.seeds)
+        if task == "digits"
+        else run_for(known, task, arguments.methods, arguments.seconds, arguments.seeds)
+        for task in arguments.tasks
+    ):
         runs.append(run)
         print(
             f"{run.task}, seed {run.seed}: {run.method} {run.final:.4f} after {run.seconds:.0f} s",

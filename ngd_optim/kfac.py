@@ -40,7 +40,7 @@ _AT_START = (1, 2, 3, 4, 6, 8, 14)
 _OLD = 3
 """Factors that have served so many times as many steps as they were to are told of."""
 
-_RATE, _UPHILL = 0.2, 0.25
+_RATE, _UPHILL = 0.35, 0.1
 """How fast the radius follows, and at which slope on new data, uphill, it stays as it is while ``lr`` is 1."""
 
 
@@ -253,7 +253,8 @@ class KFAC(Followed):
             own = self._own(parameters, modules, self._ranks)
             there = StreamState(parameters, self.state, own, self._ranks)
             inverse = self._invert(None, there, damping) if there.has_factors else None
-            self._known = {} if inverse is None else inverse.pairs_on_all_ranks()
+            pairs = {} if inverse is None else inverse.pairs_on_all_ranks()
+            self._known = {layer: pairs[layer] for layer in there.factors.estimated}
         watching = self._watch.watching(parameters, self._drawing, self._known)
         with self._ranks.noticing_ddp(module), watching:
             yield
@@ -296,8 +297,8 @@ class KFAC(Followed):
 
     def _step(self, closure: Any) -> Tensor | None:
         settings = self._settings()
-        self._transaction.cover(FlatParameters(self.param_groups))
         parameters, modules = self._parameters()
+        self._transaction.cover(FlatParameters(self.param_groups) if modules else parameters)
         state = StreamState(parameters, self.state)
         is_due = self._is_due(state, settings)
         group = self._find_group(modules)
@@ -437,10 +438,11 @@ class KFAC(Followed):
         if is_first and new is None:
             raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
         if new is not None:
+            known = self._known or ()
             # At the start they change fast, and the older count less.
             share = min(settings.factor_decay, state.draws / (state.draws + 2))
-            new = new.normalise(known=older.layers or (), ranks=ranks)
-            found = older.renew(new, share, ranks, keeps_unseen=True)
+            new = new.normalise(known=known, ranks=ranks)
+            found = older.renew(new, share, ranks, keeps_unseen=True, known=known)
             if is_first or found.is_finite:
                 return found
         if state.age >= _OLD * settings.renew_every and not self._has_told_of_age:

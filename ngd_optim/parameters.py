@@ -58,17 +58,18 @@ class FlatParameters:
             )
         (self.device,) = devices
         self.dtype = torch.float32
-        for p in self.params:
-            if p.dtype.to_real() is torch.float16:
-                way_out = "complex64" if p.is_complex() else "bfloat16 or float32"
-                name = str(p.dtype).removeprefix("torch.")
+        for dtype in {p.dtype for p in self.params}:
+            if dtype.to_real() is torch.float16:
+                way_out = "complex64" if dtype.is_complex else "bfloat16 or float32"
+                name = str(dtype).removeprefix("torch.")
                 raise TypeError(
                     f"{name} parameters are not supported: float16 has too little range for "
                     f"curvature products, and a GradScaler cannot scale them; use {way_out}"
                 )
-            self.dtype = torch.promote_types(self.dtype, p.dtype.to_real())
+            self.dtype = torch.promote_types(self.dtype, dtype.to_real())
         # A flat step would move shared memory twice.
-        parts = [local_part(p) for p in self.params]
+        self._is_spread = any(map(is_spread, self.params))
+        parts = [local_part(p) for p in self.params] if self._is_spread else self.params
         places = [part.data_ptr() for part in parts if part.numel()]
         if len(set(places)) < len(places) or any(
             0 in part.stride() and part.numel() > 1 for part in parts
@@ -78,7 +79,6 @@ class FlatParameters:
                 "for both"
             )
         self._weight_of = weight_of
-        self._is_spread = any(map(is_spread, self.params))
         self._has_complex = any(p.is_complex() for p in self.params)
         self.sizes = [real_size(p) for p in self.params]
         """How many numbers of the vector each parameter has."""
@@ -165,10 +165,11 @@ class FlatParameters:
 
     def lay_out(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, as it lies over ranks; a view where it is whole."""
-        return [
-            spread_like(p, piece.to(p.dtype))
-            for p, piece in zip(self.params, self._complex_where_they_are(flat), strict=True)
-        ]
+        pairs = zip(self.params, self._complex_where_they_are(flat), strict=True)
+        pieces = [piece.to(p.dtype) for p, piece in pairs]
+        if not self._is_spread:
+            return pieces
+        return [spread_like(p, piece) for p, piece in zip(self.params, pieces, strict=True)]
 
     def to_state(self, flat: Tensor) -> list[Tensor]:
         """A flat vector → one tensor per parameter, as the optimizer's state has it."""

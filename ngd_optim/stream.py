@@ -150,9 +150,13 @@ class StreamState:
             self.own.to_state(step),
             strict=True,
         )
-        for entry in self._state.values():
-            for name in (*_NUMBERS, "last_step"):
-                entry.pop(name, None)  # of a step of other parameters
+        ours = set(map(id, self.parameters.params))
+        for p, entry in self._state.items():  # what is of a step of other parameters
+            if id(p) not in ours:
+                entry.pop("last_step", None)
+            if "steps" in entry:
+                for name in _NUMBERS:
+                    entry.pop(name, None)
         for p, m, d in parts:
             self._state[p] |= {"momentum": m, "last_step": d}
         if factors is not None:

@@ -176,7 +176,17 @@ def saved_by(node: Any, name: str) -> Any:
     Of a subclass of tensors it is the plain one: what the subclass adds is not saved.
     """
     value = getattr(node, f"_saved_{name}", None)
-    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+    return plain(value) if isinstance(value, Tensor) else value
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """``Tensor.__torch_dispatch__``: the same, without a subclass that only adds methods and attributes.
+
+    One that has the dispatcher call it, as it holds other tensors, stays what it is.
+    """
+    kind = type(tensor)
+    holds_others = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor if kind is Tensor or holds_others else tensor.as_subclass(Tensor)
 
 
 def variable_of(node: Node | None) -> Tensor | None:

@@ -8,6 +8,7 @@ Martens 2016; weights that are used several times, "expand": Eschenhagen et al. 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -47,17 +48,17 @@ class KroneckerFactors:
 
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether they are of some parameters: of their shapes, and of all that are in no layer."""
-        shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+        shapes: dict[tuple[int, str], tuple[tuple[int, ...], ...]] = {}
         for layer in self.layers:
             groups, rows, columns = layer.shape(params)
-            shapes |= {
-                (layer.weight, "left"): (groups, rows),
-                (layer.weight, "right"): (groups, columns),
-            }
+            for name, n in (("left", rows), ("right", columns)):
+                shapes[layer.weight, name] = (groups, n), (groups, *_packed_shape(n))
         inside = {i for layer in self.layers for i in (layer.weight, layer.bias)}
-        shapes |= {(i, "diagonal"): real_shape(p) for i, p in enumerate(params) if i not in inside}
+        shapes |= {
+            (i, "diagonal"): (real_shape(p),) for i, p in enumerate(params) if i not in inside
+        }
         return shapes.keys() == self.values.keys() and all(
-            _shape(key[1], self.values[key]) == shapes[key] for key in shapes
+            self.values[key].shape in allowed for key, allowed in shapes.items()
         )
 
     def add(self, other: "KroneckerFactors") -> "KroneckerFactors":
@@ -138,10 +139,9 @@ def _mix(value: Tensor, older: Tensor | None, share: float) -> Tensor:
     return value.lerp(older.to(value), share)
 
 
-def _shape(name: str, value: Tensor) -> tuple[int, ...]:
-    if name == "diagonal" or value.ndim == 2:
-        return tuple(value.shape)
-    return len(value), unpack(value[:0]).shape[-1]
+@cache
+def _packed_shape(n: int) -> tuple[int, ...]:
+    return tuple(pack(torch.empty(n, n, device="meta")).shape)
 
 
 def pack_factor(factor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ then owns each layer: it gathers the layer's factors to invert them, and for eac
 layer's part of the vector.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +27,7 @@ from ngd_optim.kronecker.saved import (
 )
 from ngd_optim.layout import is_spread, local_part, spread_like, whole
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.reading import read
 from ngd_optim.real_parts import from_real_parts, real_shape
 
 Key = tuple[int, str]
@@ -84,8 +85,33 @@ class KeptFactors:
         """Whether these are the layers whose factors there are."""
         return KroneckerFactors(tuple(layers), self.values).fits(self.parameters.params)
 
+    @property
+    def estimated(self) -> list[Layer]:
+        """The layers whose factors are not zero; all ranks together.
+
+        A layer behind a weight of zeros has no curvature. That says nothing of the curvature that it
+        has later: it is as if the layer had not been seen.
+        """
+        layers = self.layers or ()
+        pairs = self._are_positive(layers) if layers else []
+        return [layer for layer, both in zip(layers, pairs, strict=True) if all(both)]
+
+    def _are_positive(self, layers: Sequence[Layer]) -> list[tuple[bool, ...]]:
+        """For each layer, whether each of its factors has a number that is not zero."""
+        flags = [
+            self.values[one.weight, side].any() for one in layers for side in ("left", "right")
+        ]
+        found = read(*flags)  # the host waits once for all
+        return list(zip(found[::2], found[1::2], strict=True))
+
     def renew(
-        self, new: KroneckerFactors, share: float, ranks: Ranks, *, keeps_unseen: bool
+        self,
+        new: KroneckerFactors,
+        share: float,
+        ranks: Ranks,
+        *,
+        keeps_unseen: bool,
+        known: Collection[Layer] | None = None,
     ) -> "KeptFactors":
         """The mean over the ranks of new ones, mixed with a share of these.
 
@@ -94,11 +120,14 @@ class KeptFactors:
             share: of the older ones, where they are of the same shape.
             ranks: those that take the step.
             keeps_unseen: keep the layers that ``new`` does not have.
+            known: the layers of these that are mixed in; None: all.
         """
         mean = KroneckerFactors(new.layers, {k: ranks.average(v) for k, v in new.values.items()})
         if keeps_unseen:
             mean = mean.with_layers_of(KroneckerFactors(self.layers or (), self.values))
-        return KeptFactors(self.parameters, mean.layers, mean.mix(self.values, share))
+        unknown = {one.weight for one in _others(self.layers, known)}
+        older = {key: value for key, value in self.values.items() if key[0] not in unknown}
+        return KeptFactors(self.parameters, mean.layers, mean.mix(older, share))
 
     @property
     def is_finite(self) -> bool:
@@ -172,10 +201,24 @@ class OwnedFactors(KeptFactors):
         rows = {(i, name): entries[i][name] for i, names in used.items() for name in names}
         return cls(parameters, layers, rows, ranks)
 
+    def _are_positive(self, layers: Sequence[Layer]) -> list[tuple[bool, ...]]:
+        flags = {key: bool(local_part(row).any()) for key, row in self._rows.items()}
+        found = dict(zip(flags, self._ranks.any(list(flags.values())), strict=True))
+        return [
+            tuple(flag for (i, _), flag in found.items() if i == layer.weight) for layer in layers
+        ]
+
     def renew(
-        self, new: KroneckerFactors, share: float, ranks: Ranks, *, keeps_unseen: bool
+        self,
+        new: KroneckerFactors,
+        share: float,
+        ranks: Ranks,
+        *,
+        keeps_unseen: bool,
+        known: Collection[Layer] | None = None,
     ) -> KeptFactors:
         """As :meth:`KeptFactors.renew`; one reduce-scatter for each factor."""
+        unknown = _others(self.layers, known)
         layers = {layer.weight: layer for layer in new.layers}
         older = {layer.weight: layer for layer in self.layers or ()}
         unseen = [one for w, one in older.items() if keeps_unseen and w not in layers]
@@ -185,7 +228,7 @@ class OwnedFactors(KeptFactors):
             layer, value = layers.get(i), new.values.pop((i, name))
             if i in inside:
                 continue
-            is_known = self.layers is not None and layer == older.get(i)
+            is_known = self.layers is not None and layer == older.get(i) and layer not in unknown
             for saved, tensor in to_saved(name, value, layer, self.parameters.params[i]).items():
                 before = self._rows.get((i, saved)) if is_known else None
                 rows[i, saved] = ranks.mean_in_rows(tensor, before, share)
@@ -322,6 +365,10 @@ def _invert(
 ) -> KroneckerInverse:
     found = relative_shift(factors, relative) if shift is None else mean_shift(shift)
     return KroneckerInverse(factors, parameters, found)
+
+
+def _others(layers: Sequence[Layer] | None, known: Collection[Layer] | None) -> list[Layer]:
+    return [layer for layer in layers or () if known is not None and layer not in known]
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from ngd_optim.recognised.rewrites import (
     triplet,
     triplet_with_distance,
 )
-from ngd_optim.torch_internals import reduction_of
+from ngd_optim.torch_internals import plain, reduction_of
 
 
 class Loss:
@@ -163,7 +163,7 @@ def _alias(z: Any, outputs: list[Tensor]) -> Any:
         return z  # the loss function refuses it
     view = real_parts(z) if z.is_complex() else z.view_as(z)
     # Gradients at a subclass of tensors would be of that class, without what its own code sets.
-    outputs.append(view if type(view) is Tensor else view.as_subclass(Tensor))
+    outputs.append(plain(view))
     return torch.view_as_complex(outputs[-1]) if z.is_complex() else outputs[-1]
 
 

@@ -10,6 +10,7 @@ from ngd_optim.aten import facts
 from ngd_optim.program import Meta, Operation, find_last_uses, remove_dead_code, run
 from ngd_optim.replaying.passes import optimise
 from ngd_optim.replaying.prepared import Prepared
+from ngd_optim.torch_internals import plain
 
 
 class Plan:
@@ -50,7 +51,7 @@ class Plan:
         self.output = output
         self.views: list[Operation] = []
         self.program: list[Operation] = []
-        self.zero = torch.zeros_like(result.as_subclass(Tensor)) if output is None else None
+        self.zero = torch.zeros_like(plain(result)) if output is None else None
         if output is not None and optimises:
             self.views, self.program = optimise(program, metas, output, zeros)
         elif output is not None:

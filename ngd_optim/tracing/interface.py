@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ngd_optim.shown import show
+from ngd_optim.torch_internals import plain
 
 Closure = Callable[[], Any]
 
@@ -54,7 +55,7 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             )
         metric = metric.reshape(())
     if roots and isinstance(loss, Tensor | Number):
-        return _plain(torch.stack([root.reshape(()) for root in roots]).sum()), metric
+        return plain(torch.stack([root.reshape(()) for root in roots]).sum()), metric
     if isinstance(loss, Distribution):
         raise TypeError(
             "the closure must return the loss first, then the distribution: (loss, distribution)"
@@ -73,12 +74,8 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by "
             "mean()"
         )
-    return _plain(loss.reshape(())), metric
-
-
-def _plain(loss: Tensor) -> Tensor:
     # The gradients of a subclass of tensors would be of that class.
-    return loss if type(loss) is Tensor else loss.as_subclass(Tensor)
+    return plain(loss.reshape(())), metric
 
 
 def _what_to_return(returned: Any) -> str:

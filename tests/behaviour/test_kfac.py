@@ -519,6 +519,28 @@ def test_a_module_that_a_batch_does_not_use_keeps_its_factors():
     assert all(optimizer.state[e.weight]["layer_groups"] == 1 for e in stream.model.all)
 
 
+def test_a_layer_behind_zeros_is_new_when_it_gets_a_curvature():
+    """As in LoRA. Factors that were zero say nothing: the next ones are those of a new optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3, bias=False))
+    nn.init.zeros_(model[1].weight)
+    x, y = torch.randn(32, 6), torch.randint(3, (32,))
+
+    def step(model, optimizer):
+        optimizer.generator.manual_seed(1)
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        return [optimizer.state[model[0].weight][side] for side in ("left", "right")]
+
+    optimizer = KFAC(model.parameters(), generator=torch.Generator())
+    assert not any(side.any() for side in step(model, optimizer))
+    other = copy.deepcopy(model)
+    second = step(model, optimizer)
+    first = step(other, KFAC(other.parameters(), generator=torch.Generator()))
+    for side, expected in zip(second, first, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(side, expected)
+
+
 def test_copies_of_a_watched_module_are_not_watched():
     stream = Stream()
     optimizer = KFAC(stream.model.parameters())

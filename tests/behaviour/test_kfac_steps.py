@@ -173,7 +173,7 @@ def test_steps_are_those_of_dense_matrices(name, decay, monkeypatch):
         if last is not None:
             radius *= min(1, average / decrement)
             slope = g @ last / abs(last_slope)
-            radius *= 2 ** (0.2 * 0.7 * (0.25 * 0.7 - slope).clamp(-1, 1).item())
+            radius *= 2 ** (0.35 * 0.7 * (0.1 * 0.7 - slope).clamp(-1, 1).item())
         d = -0.7 * math.sqrt(2 * radius / (mean @ solution).item()) * solution
         expected = (1 - 0.7 * decay) * flatten(model.parameters()) + d
         last, last_slope, decrement = d, mean @ d, average

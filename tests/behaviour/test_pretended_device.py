@@ -11,7 +11,7 @@ from helpers.scripts import run_python
 MOST_READS = 12
 MORE_WHERE_FACTORS_ARE_RENEWED = 2
 MOST_READS_ON_STREAMS = 1
-MORE_WHERE_FACTORS_OF_STREAMS_ARE_RENEWED = 4
+MORE_WHERE_FACTORS_OF_STREAMS_ARE_RENEWED = 5
 ROUNDING = {"convolutions": 1e-5}
 """Where other kernels run: the device has no memory layout of its own."""
 
@@ -45,15 +45,19 @@ def test_the_host_waits_once_on_streams(found: dict[str, Any], name: str) -> Non
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in STREAMS])
 def test_the_host_waits_rarely(found: dict[str, Any], name: str) -> None:
     # The first step also checks the closure.
-    columns = (found[name][column] for column in ("reads", "iterations", "solved_again"))
-    steps = list(zip(*columns, strict=True))[1:]
-    assert any(not again for *_, again in steps)
-    for reads, iterations, again in steps:
-        if again:
+    for reads, iterations in list(
+        zip(found[name]["reads"], found[name]["iterations"], strict=True)
+    )[1:]:
+        per_trial = max(n for line, n in reads.items() if "there.loss" in line)
+        if (
+            not iterations
+        ):  # a direct solver, which reads the same lines for each damping that it tries
+            dampings = next(n for line, n in reads.items() if line.startswith("step/trust_region"))
+            assert len(reads) <= MOST_READS
+            assert max(reads.values()) <= dampings
             continue
         in_solve = sum(n for line, n in reads.items() if line.startswith(("linalg/", "solvers/")))
         assert in_solve <= math.ceil(iterations / 8) + 7
-        per_trial = max(n for line, n in reads.items() if "there.loss" in line)
         renews = any("kronecker/sampling" in line for line in reads)
         most = MOST_READS + MORE_WHERE_FACTORS_ARE_RENEWED * renews
         assert sum(reads.values()) - (per_trial - 1) <= most

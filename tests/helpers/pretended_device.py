@@ -248,7 +248,7 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
     other = scenario.kind(there.parameters(), **scenario.settings)
     if isinstance(own, KFAC) or isinstance(other, KFAC):
         return compare_streams(scenario, (model, x, y, own), (there, x_there, y_there, other))
-    reads, iterations, solved_again = [], [], []
+    reads, iterations = [], []
     for _ in range(steps):
         own.step(lambda: scenario.closure(model, x, y))
         READS.clear()
@@ -256,13 +256,11 @@ def compare(scenario: Scenario, steps: int = 4) -> dict[str, Any]:
         assert other.last_step is not None
         reads.append(dict(READS))
         iterations.append(other.last_step.cg_iters)
-        solved_again.append(other.last_step.backtracks * (other.last_step.solver != "cg"))
     pairs = zip(model.parameters(), there.parameters(), strict=True)
     return {
         "difference": max((p - q.held).abs().max().item() for p, q in pairs),
         "moved": own.last_step.accepted,
         "iterations": iterations,
-        "solved_again": solved_again,
         "reads": reads,
     }
 

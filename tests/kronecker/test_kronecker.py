@@ -884,6 +884,31 @@ def test_the_preconditioner_is_the_inverse_of_the_damped_factors(name, diagonal_
     assert torch.linalg.eigvalsh(inverse).min() > 0
 
 
+def test_layers_of_one_shape_are_solved_together_as_each_alone():
+    shapes = [(4, 3, 1, 1), (4,)] * 3 + [(6, 3)]
+    params: list[Tensor] = [weight(*shape) for shape in shapes]
+    layers = [Layer(i, i + 1, flipped=False, groups=2) for i in (0, 2, 4)]
+    layers.append(Layer(6, None, flipped=False, groups=1))
+    found = random_factors(tuple(layers), params)
+    singular = torch.zeros_like(found.values[2, "left"])
+    singular[0] = pack_factor(-torch.eye(2).double()[None])[0]  # damped until it is positive
+    values = {**found.values, (2, "left"): singular}
+    shift = [torch.tensor(0.1 + i).double() for i in range(len(params))]
+    r = real(sum(p.numel() for p in params))
+
+    def solve(values: dict[Any, Tensor], layers: Iterable[Layer]) -> list[Tensor]:
+        parameters = FlatParameters([{"params": params}])
+        factors = KroneckerFactors(tuple(layers), values)
+        return parameters.views(KroneckerInverse(factors, parameters, shift)(r))
+
+    together = solve(values, layers)
+    for layer in layers:
+        own = [i for i in (layer.weight, layer.bias) if i is not None]
+        alone = solve({k: v for k, v in values.items() if k[0] in own}, [layer])
+        for i in own:
+            assert_near(together[i], alone[i], 1e-12)
+
+
 SINGULAR = {
     "rank 1": lambda side: spd(1, side, 1),
     "rank 2": lambda side: spd(1, side, 2).pow(3),
