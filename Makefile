@@ -44,6 +44,7 @@ bench: $(READY)  ## side by side with peers; writes benchmarks/results
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,vision,bench]'
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/minibatch.py
 	$(BIN)/python benchmarks/iterations.py

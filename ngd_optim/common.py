@@ -16,7 +16,7 @@ from ngd_optim.distributed import Common
 from ngd_optim.layout import is_spread
 from ngd_optim.preconditioners import Diagonal, Nystrom
 from ngd_optim.real_parts import real_parts
-from ngd_optim.settings import Settings
+from ngd_optim.settings import KFACSettings, Settings
 from ngd_optim.state import NAMES
 
 _SENTENCES = {
@@ -51,16 +51,18 @@ class Beginning:
             where no state was loaded since the last step.
         generator: the user's, if there is one.
         calls: how many closures there are, and how many for the curvature.
+        names: of the entries of the state that count.
     """
 
     groups: Sequence[Mapping[str, Any]]
-    settings: Settings
+    settings: Settings | KFACSettings
     tensors: Sequence[Tensor]
     theta: Tensor | None
     state: Mapping[Any, Any]
     whole_state: bool
     generator: torch.Generator | None
     calls: tuple[int, int]
+    names: Sequence[str] = NAMES
 
     length = len(_SENTENCES)
     """Of :meth:`common`."""
@@ -74,8 +76,9 @@ class Beginning:
             for group in self.groups
         ]
         # Kronecker factors are means over the ranks, whose draws may differ.
-        is_drawn_alike = isinstance(self.settings.preconditioner, Diagonal | Nystrom)
-        is_drawn_alike |= self.settings.preconditioner == "diagonal"
+        preconditioner = getattr(self.settings, "preconditioner", "kfac")
+        is_drawn_alike = isinstance(preconditioner, Diagonal | Nystrom)
+        is_drawn_alike |= preconditioner == "diagonal"
         generator = self.generator if is_drawn_alike else None
         numbers: dict[str, int | Tensor] = {
             "calls": _number(self.calls),
@@ -90,7 +93,7 @@ class Beginning:
 
     def _state(self) -> int | Tensor:
         own = [self.state.get(p, {}) for p in self.tensors]
-        entries = [(i, n, e[n]) for i, e in enumerate(own) for n in NAMES if n in e]
+        entries = [(i, n, e[n]) for i, e in enumerate(own) for n in self.names if n in e]
         if not self.whole_state:
             entries = [entry for entry in entries if entry[0] == 0]
         total: int | Tensor = _number(

@@ -1,6 +1,7 @@
-"""Whether a step tells that there is nothing left to gain."""
+"""Whether a step tells that there is nothing left to gain, and whether a run can come to that."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,9 @@ _FAIR = 0.25
 
 _GOOD = 0.5
 """Reduction ratio above which the damping falls."""
+
+_PATIENCE = 100
+"""Steps in a row without a lower loss: rejections raise the damping over all of its range in thirty."""
 
 
 def find_convergence(
@@ -65,3 +69,33 @@ def find_convergence(
         flat = torch.finfo(point.loss.dtype).eps ** 0.5 * abs(point.value)
         is_held = without > max(enough, flat) and not damping_was_raised
     return "" if is_held else why
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Whether a run on the same data still goes down. A step replaces it."""
+
+    lowest: float = math.inf
+    """The lowest loss so far."""
+    still: int = 0
+    """How many steps in a row have not lowered it."""
+
+    def after(self, loss: float, *, is_new_data: bool) -> "Progress":
+        """One step further, which ended at a loss; other data begin anew."""
+        if is_new_data:
+            return Progress()
+        return Progress(loss) if loss < self.lowest else Progress(self.lowest, self.still + 1)
+
+    def check(self, reason: str) -> None:
+        """Raise where a loop until convergence would never end.
+
+        Raises:
+            RuntimeError: with the last step's reason.
+        """
+        if self.still >= _PATIENCE:
+            raise RuntimeError(
+                f"the loss has not become lower in {self.still} steps, and a loop until "
+                f"optimizer.converged would not end; the last step was {reason}. Is the loss finite, "
+                "and lr above 0? Steps to the edge of a trust region (trust_region='boundary' or "
+                "'damped') do not end at a minimum: use 'clip', or a number of steps"
+            )

@@ -1,15 +1,14 @@
 """Hooks that look at a step's gradients, as code between ``backward()`` and ``step()`` would."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ngd_optim.distributed import ParametersInParts
 from ngd_optim.layout import local_part
-from ngd_optim.linearization import Point
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.tracing import TracedClosure
 
@@ -26,30 +25,38 @@ class GradientHooks:
         self._hooks[handle.id] = hook
         return handle
 
+    def __len__(self) -> int:
+        return len(self._hooks)
+
     def __call__(
         self,
         optimizer: Any,
         run: TracedClosure,
-        point: Point,
+        reached: Sequence[bool],
         parameters: FlatParameters,
-        own: FlatParameters | ParametersInParts,
+        gradients: Sequence[Tensor],
+        flat: Tensor | None,
     ) -> None:
-        """Show the gradients as one run of the closure leaves them; ``own`` has the step's own vectors.
+        """Show the gradients as one run of the closure leaves them.
 
         Nothing here takes the other ranks, which may have no hooks.
+
+        Args:
+            optimizer: whose hooks they are.
+            run: the closure.
+            reached: for each parameter, whether it has a gradient.
+            parameters: of the step.
+            gradients: copies, as the parameters lie.
+            flat: the same as a whole vector; None if there is none.
 
         Raises:
             RuntimeError: a hook changed them.
         """
-        if not self._hooks:
-            return
         before = [p.grad for p in parameters.leaves]
-        gradient = point.gradient.clone()
-        gradients = own.lay_out(gradient)
-        run.leave_gradients(gradients, point.reached)
+        run.leave_gradients(gradients, reached)
         params, weights = parameters.params, parameters.tensors
         if weights is not params:  # a model's parameters are its whole weights, within the step
-            whole = parameters.unflatten(gradient) if own is parameters else [None] * len(weights)
+            whole = [None] * len(weights) if flat is None else parameters.unflatten(flat)
             for p, weight, mine, all_of_it in zip(params, weights, gradients, whole, strict=True):
                 weight.grad = all_of_it if p.grad is mine else None
         shown = [p.grad for p in parameters.leaves]

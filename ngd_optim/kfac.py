@@ -10,20 +10,24 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ngd_optim.distributed import Ranks, ShardedModules
+from ngd_optim.common import Beginning
+from ngd_optim.distributed import ParametersInParts, Ranks, ShardedModules
 from ngd_optim.history import Followed
 from ngd_optim.kernels import without_autocast
-from ngd_optim.kronecker import (
-    KroneckerFactors,
-    KroneckerInverse,
-)
+from ngd_optim.kronecker import KeptFactors, KroneckerFactors
 from ngd_optim.layout import local_part
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.reading import read
 from ngd_optim.report import KFACReport
 from ngd_optim.settings import KFACSettings, add_missing, to_plain_numbers
 from ngd_optim.shown import show
-from ngd_optim.stream import StreamState, check_stream_state, differentiate
+from ngd_optim.stream import (
+    NAMES,
+    StreamState,
+    check_stream_state,
+    complete_stream_state,
+    differentiate,
+)
 from ngd_optim.tracing import list_closures
 from ngd_optim.transaction import all_or_nothing
 from ngd_optim.watch import FactorWatch, WatchedModule
@@ -60,6 +64,10 @@ class KFAC(Followed):
         factor_decay: share of the older factors in renewed ones.
         weight_decay: each step shrinks parameters by ``lr`` times this (decoupled: Loshchilov &
             Hutter 2019).
+        shard_state: with several processes, let each keep an equal part of the optimizer's state and
+            of its vectors, and let one of them invert each Kronecker factor (ZeRO, stage 1:
+            Rajbhandari et al. 2020). The state then has ``DTensor``s: save it by
+            ``torch.distributed.checkpoint``. With ``fully_shard`` that is so anyway.
         generator: draws the random vectors. None: one of the optimizer's own.
         process_group: a ``torch.distributed`` process group over whose ranks gradients and factors
             are averaged. None: the factors are, over the group of the DistributedDataParallel module
@@ -108,6 +116,7 @@ class KFAC(Followed):
         renew_every: int = 10,
         factor_decay: float = 0.85,
         weight_decay: float = 0.0,
+        shard_state: bool = False,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -120,6 +129,7 @@ class KFAC(Followed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After a copy, unpickling or ``load_state_dict``, which carry only what torch's optimizers carry."""
         for group in state["param_groups"]:
+            add_missing(group, {"shard_state": False})  # newer than the first saved ones
             KFACSettings.require_names(group, "KFAC")
             KFACSettings.check_each(group)
         check_stream_state(state["state"])
@@ -132,8 +142,10 @@ class KFAC(Followed):
             self._watch = FactorWatch()
             self._ranks: Ranks | None = None
             self._drawing: torch.Generator | None = None
+            self._known: Any = None
+            self._group: Any = None
             self._has_told_of_age = False
-        self._inverse: tuple[Any, KroneckerInverse] | None = None
+        self._inverse: tuple[Any, Any] | None = None
         self._transaction: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -193,6 +205,29 @@ class KFAC(Followed):
             )
         return FlatParameters(self.param_groups, modules.weight if modules else None), modules
 
+    def _is_due(self, state: StreamState, settings: KFACSettings) -> bool:
+        is_known = self._inverse is not None and self._inverse[0][0] == state.parameters.key
+        return state.is_due(settings.renew_every, _AT_START, is_known=is_known)
+
+    def _find_group(self, modules: ShardedModules) -> Any:
+        """The process group as far as it is known before the closure runs; to shard the state it must be."""
+        group = modules.group or self.process_group or self._group
+        if group is None and self.param_groups[0]["shard_state"]:
+            group = self._group = Ranks.group_of(self._everything)
+        return group
+
+    def _own(
+        self, parameters: FlatParameters, modules: ShardedModules, ranks: Ranks
+    ) -> FlatParameters | ParametersInParts:
+        """The parameters as the step's vectors lie."""
+        if ranks.group is None or not (modules or self.param_groups[0]["shard_state"]):
+            return parameters
+        own = ranks.divide(parameters)
+        if ranks.division is not None and not ranks.division.has_rows:  # replicas of parts
+            ranks.division = None
+            return parameters
+        return own
+
     @contextmanager
     def _watching(self, module: nn.Module | None = None) -> Iterator[None]:
         """Watch the losses of the block if factors are due; ``module`` is about to run."""
@@ -201,7 +236,7 @@ class KFAC(Followed):
             return
         settings = self._settings()
         state = StreamState(self._parameters()[0], self.state)
-        if not state.is_due(settings.renew_every, _AT_START):
+        if not self._is_due(state, settings):
             yield
             return
         with self._watching_for(state, settings.damping, module):
@@ -211,13 +246,15 @@ class KFAC(Followed):
     def _watching_for(
         self, state: StreamState, damping: float, module: nn.Module | None = None
     ) -> Iterator[None]:
-        _, modules = self._parameters()
-        group = modules.group or self.process_group
-        self._ranks = Ranks(group, state.parameters.device, follow_ddp=True)
-        if self._drawing is None:  # one for all batches of a step
+        parameters, (_, modules) = state.parameters, self._parameters()
+        self._ranks = Ranks(self._find_group(modules), parameters.device, follow_ddp=True)
+        if self._drawing is None:  # these serve all batches of a step
             self._drawing = self.generator or state.generator()
-        known = self._invert(None, state, damping).pairs if state.factors else {}
-        watching = self._watch.watching(state.parameters, self._drawing, known)
+            own = self._own(parameters, modules, self._ranks)
+            there = StreamState(parameters, self.state, own, self._ranks)
+            inverse = self._invert(None, there, damping) if there.has_factors else None
+            self._known = {} if inverse is None else inverse.pairs_on_all_ranks()
+        watching = self._watch.watching(parameters, self._drawing, self._known)
         with self._ranks.noticing_ddp(module), watching:
             yield
 
@@ -255,36 +292,60 @@ class KFAC(Followed):
     def _forget_batch(self) -> None:
         """Nothing is left of what was watched, also of a step that failed."""
         self._watch.take()
-        self._ranks = self._drawing = None
+        self._ranks = self._drawing = self._known = None
 
     def _step(self, closure: Any) -> Tensor | None:
         settings = self._settings()
         self._transaction.cover(FlatParameters(self.param_groups))
         parameters, modules = self._parameters()
         state = StreamState(parameters, self.state)
-        is_due = state.is_due(settings.renew_every, _AT_START)
+        is_due = self._is_due(state, settings)
+        group = self._find_group(modules)
+        if closure is None and not state.steps and self._is_made_by_a_checkpoint():
+            self._complete_state()
+            return None
 
         # 1. The gradient, and the factors of this batch if they are due.
-        loss, gradients = None, [p.grad for p in parameters.params]
         functions = [] if closure is None else list_closures(closure)
-        if functions:
+
+        tensors = [p for group in self.param_groups for p in group["params"]]
+
+        def run() -> tuple[Tensor | None, list[Tensor | None]]:
+            if not functions:
+                return None, [p.grad for p in parameters.params]
             with self._watching_for(state, settings.damping) if is_due else nullcontext():
-                loss, gradients = differentiate(functions, parameters)
-        reached = [g is not None for g in gradients]
-        group = modules.group or self.process_group
+                return differentiate(functions, parameters)
+
+        def find_reached(found: tuple[Any, Sequence[Tensor | None]]) -> list[bool]:
+            gradients = dict(zip(parameters.params, found[1], strict=True))
+            return [gradients.get(p) is not None for p in tensors]
+
+        # Without an engine that averages them, the gradients are this rank's, and ranks meet here first.
+        averages = self.process_group is not None and not modules
+        given = Ranks(self.process_group if averages else None, parameters.device, follow_ddp=False)
+        beginning = Beginning(
+            groups=self.param_groups,
+            settings=settings,
+            tensors=parameters.params,
+            theta=parameters.read() if averages else None,
+            state=self.state,
+            whole_state=self._inverse is None,  # nothing was computed since it was loaded
+            generator=None,
+            calls=(len(functions), 0),
+            names=NAMES,
+        )
+        given.begin_with(Beginning.length, beginning.common)
+        (loss, gradients), flags = given.together_with_flags(run, find_reached, len(tensors))
+        reached = [flag for p, flag in zip(tensors, flags, strict=True) if p.requires_grad]
         ranks = self._ranks or Ranks(group, parameters.device, follow_ddp=False)
-        if self.process_group is not None:
-            reached = ranks.any(reached)
         if not any(reached):
             raise ValueError(
                 "no parameter of the optimizer has a gradient; call loss.backward() before step(), or "
                 "was the model copied or built anew after the optimizer was made?"
             )
-        if closure is None and state.factors is None and self._is_made_by_a_checkpoint(gradients):
-            raise RuntimeError(_NO_TEMPLATE)
-        gradient = parameters.flatten(gradients)
-        if self.process_group is not None:
-            gradient = ranks.average(gradient)
+        own = self._own(parameters, modules, ranks)
+        state = StreamState(parameters, self.state, own, ranks)
+        gradient = ranks.mean(parameters.flatten(gradients)) if averages else own.flatten(gradients)
 
         with without_autocast():
             # 2. F as Kronecker factors, new ones mixed with the older (Martens & Grosse 2015, section 5).
@@ -297,16 +358,16 @@ class KFAC(Followed):
             mean = gradient.lerp(momentum / weight, settings.momentum)  # Nesterov's
             x = solve(mean)
             if not all(reached):  # the others stay where they are
-                x *= parameters.repeat([float(one) for one in reached])
-            step = parameters.spread(settings.lr) * x
+                x *= own.repeat([float(one) for one in reached])
+            step = own.spread(settings.lr) * x
             # The host waits once: the length of the step depends on these.
             slope, slope_of_step, slope_now, size, grad_norm, value = read(
-                mean @ x,
-                mean @ step,
-                gradient @ state.flat("last_step"),
+                torch.dot(mean, x),
+                torch.dot(mean, step),
+                torch.dot(gradient, state.flat("last_step")),
                 step.norm(),
                 gradient.norm(),
-                gradient.new_full((), torch.nan) if loss is None else loss.to(gradient.device),
+                math.nan if loss is None else loss.to(parameters.device),
             )
 
             # 4. The radius δ, by what these data say of the last step, and s, with which ½ dᵀF d = δ.
@@ -322,7 +383,7 @@ class KFAC(Followed):
 
         # 5. What the next step needs, and the report. Of a step that is refused nothing is left.
         if accepted:
-            self._move(parameters, d, settings, reached)
+            self._move(own, d, settings, reached)
             state.keep(
                 momentum=momentum,
                 weight=weight,
@@ -331,7 +392,9 @@ class KFAC(Followed):
                 decrement=decrement,
                 factors=factors,
             )
-            self._inverse = (parameters.key, settings.damping), solve
+            if factors is not None:
+                complete_stream_state(self.state, parameters, getattr(own, "mesh", None))
+            self._inverse = (parameters.key, settings.damping, ranks.division is None), solve
             for group in self.param_groups:
                 group["radius"] = radius
         self.last_step = KFACReport(
@@ -348,50 +411,56 @@ class KFAC(Followed):
         )
         return loss
 
-    def _is_made_by_a_checkpoint(self, gradients: Sequence[Tensor | None]) -> bool:
+    def _complete_state(self) -> None:
+        parameters, modules = self._parameters()
+        ranks = Ranks(self._find_group(modules), parameters.device, follow_ddp=False)
+        own = self._own(parameters, modules, ranks)
+        complete_stream_state(self.state, parameters, getattr(own, "mesh", None))
+
+    def _is_made_by_a_checkpoint(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` makes a state to load into: no rate, and no gradient but zero."""
+        gradients = [p.grad for p in self._everything if p.grad is not None]
         is_still = all(float(group["lr"]) == 0 for group in self.param_groups)
-        return is_still and not any(g is not None and local_part(g).any() for g in gradients)
+        return is_still and not any(local_part(g).any() for g in gradients)
 
     def _renew(
         self, state: StreamState, ranks: Ranks, settings: KFACSettings, closures: int
-    ) -> KroneckerFactors | None:
+    ) -> KeptFactors | None:
         """New factors, mixed with the older; None if this step has seen no losses, or its numbers are not finite."""
         estimate = self._watch.take()
         if not closures and ranks.group is None and Ranks.is_one_of_several():
             raise RuntimeError(_NO_GROUP)
         if closures > 1 and estimate is not None:  # these stand for the mean of their losses
             estimate = estimate.scale(1 / closures)
-        mean = KroneckerFactors.average([estimate], ranks)
-        older = state.factors
-        if older is None:
-            if mean is None:
-                raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
-            return mean.normalise(known=())
-        if mean is None or not mean.is_finite:
-            if state.age >= _OLD * settings.renew_every and not self._has_told_of_age:
-                self._has_told_of_age = True
-                logger.warning("the factors in use are %d steps old. %s", state.age, _NOTHING_SEEN)
-            return None
-        # At the start they change fast, and the older count less.
-        share = min(settings.factor_decay, state.draws / (state.draws + 2))
-        mean = mean.normalise(known=older.layers).with_layers_of(older)
-        return KroneckerFactors(mean.layers, mean.mix(older.values, share))
+        new, older = KroneckerFactors.agreed([estimate], ranks), state.factors
+        is_first = not state.has_factors
+        if is_first and new is None:
+            raise RuntimeError(_NOTHING_SEEN if estimate is None else _RANKS_DIFFER)
+        if new is not None:
+            # At the start they change fast, and the older count less.
+            share = min(settings.factor_decay, state.draws / (state.draws + 2))
+            new = new.normalise(known=older.layers or (), ranks=ranks)
+            found = older.renew(new, share, ranks, keeps_unseen=True)
+            if is_first or found.is_finite:
+                return found
+        if state.age >= _OLD * settings.renew_every and not self._has_told_of_age:
+            self._has_told_of_age = True
+            logger.warning("the factors in use are %d steps old. %s", state.age, _NOTHING_SEEN)
+        return None
 
-    def _invert(
-        self, factors: KroneckerFactors | None, state: StreamState, damping: float
-    ) -> KroneckerInverse:
+    def _invert(self, factors: KeptFactors | None, state: StreamState, damping: float) -> Any:
         """``r ↦ (F + λI)⁻¹ r``, with ``λ`` relative to the mean eigenvalue of each layer."""
-        key = state.parameters.key, damping
+        key = state.parameters.key, damping, state.own is state.parameters
         if factors is None and self._inverse is not None and self._inverse[0] == key:
             return self._inverse[1]
-        factors = factors or state.factors
-        assert factors is not None
-        return KroneckerInverse.relative(factors, state.parameters, damping)
+        return (factors or state.factors).invert(relative=damping)
 
     @staticmethod
     def _move(
-        parameters: FlatParameters, d: Tensor, settings: KFACSettings, reached: Sequence[bool]
+        parameters: FlatParameters | ParametersInParts,
+        d: Tensor,
+        settings: KFACSettings,
+        reached: Sequence[bool],
     ) -> None:
         decays = [lr * decay for lr, decay in zip(settings.lr, settings.weight_decay, strict=True)]
         parts = zip(
@@ -424,10 +493,6 @@ _NOTHING_SEEN = (
     "torch.compile made a module of that, watch the compiled one), or call "
     "optimizer.step(closure); and let the loss come from a function of torch.nn.functional, such as "
     "cross_entropy or mse_loss, or from least_squares"
-)
-_NO_TEMPLATE = (
-    "torch.distributed.checkpoint cannot make the state of a new KFAC, whose factors depend on the loss; take "
-    "one step before you load, or save and load optimizer.state_dict() by torch.save and torch.load"
 )
 _NO_GROUP = (
     "torch.distributed runs several processes, and KFAC has not seen which of them take this step: let "

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.advice import Advice
 from ngd_optim.common import Beginning
-from ngd_optim.distributed import Ranks, ShardedModules
+from ngd_optim.convergence import Progress
+from ngd_optim.distributed import ParametersInParts, Ranks, ShardedModules
 from ngd_optim.gradient_hooks import GradientHooks
 from ngd_optim.history import Followed
 from ngd_optim.kernels import twice_differentiable
@@ -48,8 +49,9 @@ from ngd_optim.solvers import (
     build_solver,
     curvature_diagonal,
 )
-from ngd_optim.state import check_state, complete_state, give_memory
+from ngd_optim.state import check_state, complete_state
 from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
+from ngd_optim.tangent import Tangent
 from ngd_optim.tracing import TracedClosure, list_closures
 from ngd_optim.transaction import all_or_nothing
 
@@ -143,6 +145,10 @@ class NaturalCG(Followed):
         cuda_graphs: replay curvature products by CUDA graphs: one launch for each. They hold what a
             product reads and computes from step to step. Where that cannot be, the log says why, and
             products are as without. It has not been run on a GPU yet.
+        shard_state: with several processes, let each keep an equal part of the optimizer's state and
+            of the vectors of a step, and let one of them invert each Kronecker factor (ZeRO, stage 1:
+            Rajbhandari et al. 2020), at no more traffic. The state then has ``DTensor``s: save it by
+            ``torch.distributed.checkpoint``. Models of ``fully_shard`` have most of it in parts anyway.
         generator: draws the random vectors from which preconditioners are estimated. None: one of
             the optimizer's own, so that the same steps give the same numbers; torch's global one is
             left alone.
@@ -209,6 +215,7 @@ class NaturalCG(Followed):
         ftol: float = 1e-8,
         gtol: float = 0.0,
         cuda_graphs: bool = False,
+        shard_state: bool = False,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -239,16 +246,6 @@ class NaturalCG(Followed):
         super().__setstate__(state)
         self._complete()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Settings and state, which are tensors and numbers."""
-        has_gradients = any(p.requires_grad and p.grad is not None for p in self._everything)
-        if not self.state and has_gradients:
-            # torch.distributed.checkpoint makes no state where it finds gradients, and then loads none.
-            parameters = FlatParameters(self.param_groups)
-            complete_state(self.state, parameters, Settings.of(self.param_groups))
-        saved = super().state_dict()
-        return {**saved, "state": give_memory(saved["state"])}
-
     def _complete(self) -> None:
         self.begin_history()
         # Schedulers take an optimizer whose defaults have a momentum for one of heavy balls, and cycle it.
@@ -261,6 +258,7 @@ class NaturalCG(Followed):
         if "_gradient_hooks" not in self.__dict__:
             self._gradient_hooks = GradientHooks()
         self._advice = Advice()
+        self._progress = Progress()
         self._experiences: Learnt = {}
         self._transaction: Any = None
         self._has_met = False
@@ -308,7 +306,9 @@ class NaturalCG(Followed):
             self._experiences,
         )
 
-    @all_or_nothing(attributes=("process_group", "_has_met", "_advice"), setting="damping")
+    @all_or_nothing(
+        attributes=("process_group", "_has_met", "_advice", "_progress"), setting="damping"
+    )
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Closures | None = None, *, curvature_closure: Closures | None = None
@@ -335,17 +335,29 @@ class NaturalCG(Followed):
         """
         if closure is None and curvature_closure is None and self._stands_still():
             # torch.distributed.checkpoint has optimizers make their state in this way.
-            parameters = FlatParameters(self.param_groups)
-            complete_state(self.state, parameters, Settings.of(self.param_groups))
+            self._complete_state()
             return torch.zeros((), device=self._device)
         modules = ShardedModules(self._everything, self.process_group)
         with Ranks(
-            modules.group or self.process_group,
+            modules.group or self._find_group(),
             self._device,
             follow_ddp=True,
             parameters=self._everything,
         ) as ranks:
             return self._step(closure, curvature_closure, ranks, modules)
+
+    def _complete_state(self) -> None:
+        parameters, settings = FlatParameters(self.param_groups), Settings.of(self.param_groups)
+        modules = ShardedModules(self._everything, self.process_group)
+        ranks = Ranks(modules.group or self._find_group(), parameters.device, follow_ddp=False)
+        own = _divide(parameters, settings, modules, ranks)
+        complete_state(self.state, parameters, settings, getattr(own, "mesh", None))
+
+    def _find_group(self) -> Any:
+        """The process group as far as it is known before the closure runs; to shard the state it must be."""
+        if self.process_group is None and any(g["shard_state"] for g in self.param_groups):
+            return Ranks.group_of(self._everything)
+        return self.process_group
 
     def _step(
         self,
@@ -376,7 +388,7 @@ class NaturalCG(Followed):
             ranks.begin_with(Beginning.length)
             parameters = FlatParameters(self.param_groups, modules.weight)
         # As the step's own vectors lie.
-        own = ranks.divide(parameters) if modules and _divides(parameters, settings) else parameters
+        own = _divide(parameters, settings, modules, ranks)
         last = LastStep(own, self.state)
         is_alone = len(functions) == 1 and not others
         closures = [TracedClosure(f, parameters, is_alone=is_alone) for f in functions]
@@ -389,7 +401,7 @@ class NaturalCG(Followed):
             ranks.begin_with(beginning.length, replace(beginning, theta=theta).common)
             theta = ranks.own(theta)
             preconditioning = build_preconditioner(
-                settings.preconditioner, parameters, self.state, self.generator
+                settings.preconditioner, parameters, self.state, self.generator, ranks
             )
             linearize = partial(
                 linearize_mean,
@@ -404,7 +416,7 @@ class NaturalCG(Followed):
             # One closure's graph is at hand until products are formed: its metric is shown when it is known
             # that there will be a preconditioner.
             point = linearize(closures, None if others or is_alone else preconditioning.observe)
-            ranks.together(lambda: self._gradient_hooks(self, closures[0], point, parameters, own))
+            self._show_gradients(closures[0], point, parameters, own, ranks)
             if others:
                 other = linearize(others, preconditioning.observe)
                 _require(other.used, "the curvature closure")
@@ -438,9 +450,14 @@ class NaturalCG(Followed):
             if is_alone and not solver.is_direct:
                 with torch.enable_grad():
                     ranks.together(lambda: preconditioning.observe(point.graph.get()[1]))
+            curvature: Callable[[Tensor], Tensor] = point.product
+            if point.writes_parameters and not solver.is_direct and ranks.group is None:
+                point.product.form(gradient)  # before the parameters are moved
+                tangent = Tangent(point, parameters, theta, gradient)
+                gradient, curvature = tangent(gradient), tangent.project(curvature)
             model = QuadraticModel(
                 gradient,
-                point.product,
+                curvature,
                 decay,
                 scale=self._damping_scale(
                     settings.damping_scale, solver, point, last, is_new=not math.isnan(new_slope)
@@ -501,6 +518,9 @@ class NaturalCG(Followed):
         )
         self.last_step = report
         self._advice = self._advice.after(report, outcome, point)
+        self._progress = self._progress.after(
+            report.new_loss, is_new_data=not math.isnan(report.new_slope)
+        )
         if point.is_finite and outcome.solution.not_finite == "product":
             self._experiences.clear()  # another way to form products may do
         if outcome.trial.forgets:
@@ -518,7 +538,7 @@ class NaturalCG(Followed):
                 accepted=report.accepted,
             )
         preconditioning.keep(report.cg_iters)
-        complete_state(self.state, parameters, settings)
+        complete_state(self.state, parameters, settings, getattr(own, "mesh", None))
         self._has_met = True
         return point.loss
 
@@ -528,8 +548,39 @@ class NaturalCG(Followed):
 
         False before the first step, and before the first one after ``load_state_dict``. Parameters that
         are set by hand are not noticed: give each fit an optimizer of its own.
+
+        Raises:
+            RuntimeError: for many steps on the same data the loss has not become lower, as where it is NaN or
+                ``lr=0``: ``while not optimizer.converged`` would never end.
         """
-        return self._has_met and self.last_step is not None and self.last_step.converged
+        if self.last_step is None:
+            return False
+        if self._has_met and self.last_step.converged:
+            return True
+        self._progress.check(self.last_step.reason)
+        return False
+
+    def _show_gradients(
+        self,
+        run: TracedClosure,
+        point: Point,
+        parameters: FlatParameters,
+        own: FlatParameters | ParametersInParts,
+        ranks: Ranks,
+    ) -> None:
+        """To the hooks, which some ranks alone may have."""
+        is_shown = bool(self._gradient_hooks)
+        if isinstance(own, ParametersInParts) and own.gathers:
+            (is_shown,) = ranks.any([is_shown])
+        flat = point.gradient.clone() if is_shown else point.gradient
+        gradients = own.lay_out(flat) if is_shown else []
+
+        def show() -> None:
+            if self._gradient_hooks:
+                whole = flat if own is parameters else None
+                self._gradient_hooks(self, run, point.reached, parameters, gradients, whole)
+
+        ranks.together(show)
 
     @property
     def _device(self) -> torch.device:
@@ -557,10 +608,15 @@ class NaturalCG(Followed):
 _DEFAULTS = {name: inspect.signature(NaturalCG).parameters[name].default for name in SETTINGS}
 
 
-def _divides(parameters: FlatParameters, settings: Settings) -> bool:
-    """Whether vectors are many enough to be divided over the ranks, and nothing needs them whole."""
+def _divide(
+    parameters: FlatParameters, settings: Settings, modules: ShardedModules, ranks: Ranks
+) -> FlatParameters | ParametersInParts:
+    """The parameters as the step's vectors lie: in parts if that is asked for, or if they are many and sharded."""
+    is_worth_it = bool(modules) and parameters.size >= MANY
     uses_parts = settings.solver in ("auto", "cg") and settings.damping_scale != "diagonal"
-    return uses_parts and parameters.size >= MANY
+    if ranks.group is None or not (settings.shard_state or (is_worth_it and uses_parts)):
+        return parameters
+    return ranks.divide(parameters)
 
 
 def _require(flags: Sequence[bool], what: str) -> None:

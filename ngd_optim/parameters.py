@@ -170,6 +170,10 @@ class FlatParameters:
             for p, piece in zip(self.params, self._complex_where_they_are(flat), strict=True)
         ]
 
+    def to_state(self, flat: Tensor) -> list[Tensor]:
+        """A flat vector → one tensor per parameter, as the optimizer's state has it."""
+        return self.lay_out(flat)
+
     def by_parameter(self, per_group: Sequence[float]) -> list[float]:
         """One value per group → one per parameter."""
         return [float(per_group[i]) for i in self._groups]

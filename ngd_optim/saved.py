@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ngd_optim.shown import show
-from ngd_optim.state import join_keys, keep_precision, refuse_complex_for_real
+from ngd_optim.state import (
+    give_memory,
+    join_keys,
+    keep_precision,
+    refuse_complex_for_real,
+)
 
 
 class SavedInFull(Optimizer):
@@ -48,6 +53,19 @@ class SavedInFull(Optimizer):
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         clone.process_group = self.process_group
         return clone
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and state, which are tensors and numbers."""
+        has_gradients = any(p.requires_grad and p.grad is not None for p in self._everything)
+        if not self.state and has_gradients:
+            # torch.distributed.checkpoint makes no state where it finds gradients, and then loads none.
+            self._complete_state()
+        saved = super().state_dict()
+        return {**saved, "state": give_memory(saved["state"])}
+
+    def _complete_state(self) -> None:
+        """Give the state all entries that can occur, empty, before the first step."""
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the settings and the state that :meth:`state_dict` gave.

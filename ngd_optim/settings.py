@@ -158,6 +158,7 @@ class KFACSettings(GroupSettings):
     renew_every: Annotated[int, _COUNT_FROM_1]
     factor_decay: Annotated[float, _BELOW_1]
     weight_decay: Annotated[tuple[float, ...], _PER_GROUP]
+    shard_state: Annotated[bool, _FLAG]
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class Settings(GroupSettings):
     damping_scale: Annotated[DampingScale, _one_of(DampingScale)]
     geodesic: Annotated[bool, _FLAG]
     cuda_graphs: Annotated[bool, _FLAG]
+    shard_state: Annotated[bool, _FLAG]
     momentum: Annotated[float, _BELOW_1]
     xtol: Annotated[float, _FINITE]
     ftol: Annotated[float, _FINITE]
@@ -217,6 +219,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     lowest, highest = settings["min_damping"], settings["max_damping"]
     if "auto" not in (lowest, highest) and lowest > highest:
         raise ValueError(f"min_damping must be at most max_damping, got {lowest!r} > {highest!r}")
+    for name, whole in (("solver", ("dense", "sample")), ("damping_scale", ("diagonal",))):
+        if settings["shard_state"] and settings[name] in whole:
+            raise ValueError(
+                f"{name}={settings[name]!r} works on whole vectors, and shard_state=True divides them; use "
+                f"{name}='auto'"
+            )
     if settings["trust_region"] != "clip" and settings["max_kl"] is None:
         kind = settings["trust_region"]
         raise ValueError(

@@ -15,9 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ngd_optim.layout import is_spread, local_part, zeros_spread_like
+from ngd_optim.kronecker import KeptFactors
+from ngd_optim.layout import (
+    is_of_this_rank,
+    is_spread,
+    local_part,
+    zeros_in_rows,
+    zeros_spread_like,
+)
 from ngd_optim.parameters import FlatParameters
-from ngd_optim.preconditioners import Diagonal, Nystrom, find_sizes_of_factors
+from ngd_optim.preconditioners import Diagonal, Nystrom
 from ngd_optim.real_parts import real_size
 from ngd_optim.settings import Settings
 from ngd_optim.shown import show
@@ -89,7 +96,10 @@ _ENTRIES = {
     "sketch_age": _Entry(*_INTEGER, "sketch"),
 }
 _LIE_LIKE_IT = {name for name, entry in _ENTRIES.items() if entry.holds is _LIKE_IT[1]}
+_LIE_LIKE_IT |= {"momentum", "last_step"}
 """Those that are spread over ranks as their parameter is."""
+_LIE_IN_ROWS = _LIE_LIKE_IT | {"left", "right", "table"}
+"""Those that are spread by rows where the state is to be sharded."""
 
 NAMES = tuple(_ENTRIES)
 """Those of all entries. Any others are the user's, and left alone."""
@@ -102,7 +112,10 @@ _FEW = 2**16
 
 
 def complete_state(
-    state: MutableMapping[Any, dict[str, Any]], parameters: FlatParameters, settings: Settings
+    state: MutableMapping[Any, dict[str, Any]],
+    parameters: FlatParameters,
+    settings: Settings,
+    mesh: Any = None,
 ) -> None:
     """Give each parameter the entries that it does not have, empty.
 
@@ -110,6 +123,7 @@ def complete_state(
         state: the optimizer's.
         parameters: of a step.
         settings: of that step.
+        mesh: over which the state of parameters is spread that are whole themselves; None: over none.
     """
     known: dict[Any, tuple[dict[str, float], list[tuple[str, Any, torch.dtype]]]] = {}
     for p in parameters.params:
@@ -123,10 +137,16 @@ def complete_state(
             entry[name] = numbers[name]
         for name, shape, dtype in tensors:
             if name not in entry:
-                lies_like_it = is_spread(p) and name in _LIE_LIKE_IT
-                entry[name] = (
-                    zeros_spread_like(p, dtype) if lies_like_it else _empty(shape, dtype, p.device)
-                )
+                entry[name] = make_empty(name, shape, dtype, p, mesh)
+
+
+def make_empty(name: str, shape: Sequence[int], dtype: torch.dtype, p: Tensor, mesh: Any) -> Tensor:
+    """Zeros with the memory of one, as the entry of this name lies for a parameter."""
+    if is_spread(p) and name in _LIE_LIKE_IT:
+        return zeros_spread_like(p, dtype)
+    if mesh is not None and shape and name in _LIE_IN_ROWS:
+        return zeros_in_rows(shape, dtype, mesh)
+    return _empty(shape, dtype, p.device)
 
 
 def give_memory(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -173,7 +193,7 @@ def _tensors(
     if scale == "diagonal" or (scale == "auto" and parameters.size <= _FEW):
         yield "largest_curvature", tuple(p.shape), p.dtype
     if settings.preconditioner in ("auto", "kfac"):
-        for name, shape in find_sizes_of_factors(p).items():
+        for name, shape in KeptFactors.sizes(p).items():
             yield name, shape, wide
     columns = min(_sketch_columns(settings), parameters.size)
     if columns:
@@ -216,7 +236,7 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
     for p in own:
         for name, allowed in _ENTRIES.items():
             value: Any = state[p].get(name)
-            if _is_absent(value):
+            if is_absent(value):
                 state[p].pop(name, None)
                 continue
             if not allowed.holds(value, p):
@@ -231,6 +251,7 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
                     f"this state cannot be loaded, it {why}: one of shape {tuple(p.shape)} had {got} as "
                     f"{name!r}, which must be {allowed.words}"
                 )
+            require_own_part(value)
             if isinstance(value, Tensor) and not is_spread(value) and not value.any():
                 state[p][name] = _empty(value.shape, value.dtype, value.device)
             if not _is_finite(value):
@@ -244,6 +265,19 @@ def check_state(state: MutableMapping[Any, Any], params: Sequence[Tensor]) -> No
             for name, allowed in _ENTRIES.items():
                 if allowed.part_of == part:
                     state[p].pop(name, None)
+
+
+def require_own_part(value: Any) -> None:
+    """Check that what was loaded has the part of this rank.
+
+    Raises:
+        ValueError: it has that of another one.
+    """
+    if not is_of_this_rank(value):
+        raise ValueError(
+            "this state has the part of another rank: each saves its own; save and load by "
+            "torch.distributed.checkpoint, or one file for each rank"
+        )
 
 
 def join_keys(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -285,10 +319,9 @@ def keep_precision(
     for p, entry in saved.items():
         for name, value in state.get(p, {}).items():
             part = _ENTRIES[name].part_of if name in _ENTRIES else ""
-            dtype = {
-                "Kronecker factors": torch.promote_types(p.dtype, torch.float32),
-                "sketch": widest,
-            }.get(part, p.dtype)
+            dtype = widest if part == "sketch" else p.dtype
+            if name in KeptFactors.names:
+                dtype = torch.promote_types(p.dtype, torch.float32)
             if isinstance(value, Tensor) and value.dtype != dtype:
                 wide = entry[name].to(value.device, dtype)
                 state[p][name] = (
@@ -298,7 +331,7 @@ def keep_precision(
                 )
 
 
-def _is_absent(value: Any) -> bool:
+def is_absent(value: Any) -> bool:
     """Flat distributed checkpoints give an empty dict for what was not saved."""
     return value is None or (isinstance(value, dict) and not value)
 

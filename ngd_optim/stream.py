@@ -1,8 +1,8 @@
 """What a step on a stream of batches starts from: a gradient, and what the last step left in the optimizer's state.
 
 The state has for each parameter ``momentum``, the average gradient; ``last_step``, the last change; and its
-Kronecker factors: ``left`` and ``right`` with ``layer_groups``, ``layer_flipped`` and ``layer_bias`` (its
-place among all parameters, -1 for none), or ``diagonal``. The first parameter also has ``steps``, how
+Kronecker factors, as :mod:`ngd_optim.kronecker.saved` tells, but ``layer_bias`` is a place among all
+parameters. The first parameter also has ``steps``, how
 many were taken; ``age``, how many with these factors; ``draws``, how often these were drawn; ``slope``,
 that of the loss along the last step; ``decrement``, the average ``mᵀ (F + λI)⁻¹ m``; and ``weight``, the sum
 of the gradients' weights in their average. All are tensors or numbers.
@@ -12,30 +12,37 @@ import logging
 import math
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from functools import cached_property
+from itertools import chain
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngd_optim.jacobian import Layer
-from ngd_optim.kronecker import KroneckerFactors
-from ngd_optim.parameters import FlatParameters
-from ngd_optim.real_parts import from_real_parts, real_parts
+from ngd_optim.distributed import ALONE, ParametersInParts, Ranks
+from ngd_optim.kronecker import KeptFactors
+from ngd_optim.layout import is_spread, local_part
+from ngd_optim.parameters import FlatParameters, forget
 from ngd_optim.settings import check_shapes
 from ngd_optim.shown import show
+from ngd_optim.state import is_absent, make_empty, require_own_part
 from ngd_optim.torch_internals import version_of
 
 logger = logging.getLogger("ngd_optim")
 
 _NUMBERS = ("steps", "age", "draws", "slope", "decrement", "weight")
-_FACTORS = ("left", "right", "diagonal")
 _DECREMENTS = 20
 """About how many of the last decrements count in their average."""
 
-_GO_WITH = {"momentum": "weight", "last_step": "slope"}
-_LAYER = ("layer_groups", "layer_flipped", "layer_bias")
-_TENSORS = ("momentum", "last_step", *_FACTORS)
+_PARTS = {
+    "momentum": ("momentum", "weight"),
+    "last_step": ("last_step", "slope"),
+    "Kronecker factors": KeptFactors.names,
+}
+"""What is dropped together."""
+
+NAMES = tuple(dict.fromkeys((*_NUMBERS, *chain.from_iterable(_PARTS.values()))))
+"""Those of all entries. Any others are the user's, and left alone."""
 
 
 class StreamState:
@@ -44,12 +51,20 @@ class StreamState:
     Args:
         parameters: of the step that is now taken.
         state: the optimizer's; it is written to by :meth:`keep` only.
+        own: the parameters as vectors of the step, which may be in parts; None: these are whole.
+        ranks: those that take the step.
     """
 
     def __init__(
-        self, parameters: FlatParameters, state: MutableMapping[Tensor, dict[str, Any]]
+        self,
+        parameters: FlatParameters,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        own: FlatParameters | ParametersInParts | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.parameters = parameters
+        self.own = own or parameters
+        self._ranks = ranks
         self._state = state
         # Of a step that may have begun with another parameter.
         numbers = next((entry for entry in state.values() if "steps" in entry), {})
@@ -60,30 +75,39 @@ class StreamState:
         self.last_slope = numbers.get("slope", math.nan) if same else math.nan
         self.decrement = numbers.get("decrement", math.nan) if same else math.nan
 
-    def is_due(self, every: int, also: Collection[int]) -> bool:
-        """Whether factors are to be renewed: every so many steps, at the start also after some others."""
+    def is_due(self, every: int, also: Collection[int], *, is_known: bool) -> bool:
+        """Whether factors are to be renewed: every so many steps, at the start also after some others.
+
+        ``is_known`` tells that there are those of these parameters, so that the state is not asked.
+        """
         is_time = self.steps % every == 0 or self.steps in also
-        return (is_time and self.age > 0) or self.age >= every or self.factors is None
+        return (is_time and self.age > 0) or self.age >= every or not (is_known or self.has_factors)
 
     @cached_property
-    def factors(self) -> KroneckerFactors | None:
-        """Those of all parameters; None if some have none, or have them of another shape."""
-        params = self.parameters.params
+    def has_factors(self) -> bool:
+        """Whether there are those of all parameters, of their shapes."""
+        return KeptFactors.are_in(self.parameters, self._entries())
+
+    @cached_property
+    def factors(self) -> KeptFactors:
+        """Those that there are; all ranks together."""
+        entries = self._entries() if self.has_factors else None
+        return KeptFactors.load(self.parameters, entries, self._ranks)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """Those of the parameters, with the bias's place among these."""
         index = {position: i for i, position in enumerate(self.parameters.positions)}
-        values: dict[tuple[int, str], Tensor] = {}
-        layers: list[Layer] = []
-        for i, p in enumerate(params):
-            entry = self._of(p)
-            if "layer_groups" in entry:
-                groups, flipped, bias = (entry[name] for name in _LAYER)
-                layers.append(Layer(i, index.get(bias), bool(flipped), groups))
-            values |= {(i, name): real_parts(entry[name]) for name in _FACTORS if name in entry}
-        factors = KroneckerFactors(tuple(layers), values)
-        return factors if factors.fits(params) else None
+        found = [{"layer_groups": 0, **self._of(p)} for p in self.parameters.params]
+        for entry in found:
+            bias = entry.get("layer_bias", -1)
+            if entry["layer_groups"] > 0 and bias is not None and bias >= 0:
+                # It may be frozen by now: the factors are then of another layer.
+                entry |= {"layer_bias": index[bias]} if bias in index else {"layer_groups": -1}
+        return found
 
     def flat(self, name: str) -> Tensor:
         """A new flat vector of what the parameters have under a name; 0 where they have nothing."""
-        return self.parameters.flatten(self._of(p).get(name) for p in self.parameters.params)
+        return self.own.flatten(self._of(p).get(name) for p in self.parameters.params)
 
     def average_decrement(self, new: float) -> float:
         """The average of the decrements so far and a new one, which forgets the oldest."""
@@ -108,7 +132,7 @@ class StreamState:
         step: Tensor,
         slope: float,
         decrement: float,
-        factors: KroneckerFactors | None,
+        factors: KeptFactors | None,
     ) -> None:
         """For the next step.
 
@@ -122,8 +146,8 @@ class StreamState:
         """
         parts = zip(
             self.parameters.params,
-            self.parameters.lay_out(momentum),
-            self.parameters.lay_out(step),
+            self.own.to_state(momentum),
+            self.own.to_state(step),
             strict=True,
         )
         for entry in self._state.values():
@@ -143,25 +167,51 @@ class StreamState:
             "weight": weight,
         }
 
-    def _keep_factors(self, factors: KroneckerFactors) -> None:
-        layers = {layer.weight: layer for layer in factors.layers}
-        for i, p in enumerate(self.parameters.params):
-            entry = self._state[p]
-            for name in (*_FACTORS, *_LAYER):
-                entry.pop(name, None)
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name in _FACTORS:
-                if (i, name) in factors.values:
-                    value = factors.values[i, name]
-                    is_like_it = name == "diagonal"
-                    entry[name] = (from_real_parts(p, value) if is_like_it else value).to(dtype)
-            if i in layers:
-                _, bias, flipped, groups = layers[i]
-                place = -1 if bias is None else self.parameters.positions[bias]
-                entry |= dict(zip(_LAYER, (groups, int(flipped), place), strict=True))
+    def _keep_factors(self, factors: KeptFactors) -> None:
+        forget(self._state, KeptFactors.names)
+        for p, entry in zip(self.parameters.params, factors.entries(), strict=True):
+            if entry.get("layer_bias", -1) >= 0:
+                entry["layer_bias"] = self.parameters.positions[entry["layer_bias"]]
+            self._state[p] |= entry
 
     def _of(self, p: Tensor) -> dict[str, Any]:
         return self._state.get(p, {})  # the state is made where it is written to
+
+
+def complete_stream_state(
+    state: MutableMapping[Any, dict[str, Any]], parameters: FlatParameters, mesh: Any = None
+) -> None:
+    """Give each parameter the entries that it does not have, empty, as before the first step.
+
+    Args:
+        state: the optimizer's.
+        parameters: of a step.
+        mesh: over which the state lies of parameters that are whole themselves; None: over none.
+    """
+    state[parameters.params[0]] = dict(_AT_FIRST) | state[parameters.params[0]]
+    for p in parameters.params:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        tensors = {name: (tuple(p.shape), p.dtype) for name in ("momentum", "last_step")}
+        tensors |= {name: (shape, wide) for name, shape in KeptFactors.sizes(p).items()}
+        if p.ndim == 2:  # it may be a table
+            tensors["table"] = (len(p),), wide
+        empty = {
+            name: make_empty(name, shape, dtype, p, mesh)
+            for name, (shape, dtype) in tensors.items()
+            if name not in state[p]
+        }
+        state[p] = {**_NO_LAYER, **empty, **state[p]}
+
+
+_AT_FIRST = {
+    "steps": 0,
+    "age": 0,
+    "draws": 0,
+    "slope": math.nan,
+    "decrement": math.nan,
+    "weight": 0.0,
+}
+_NO_LAYER = {"layer_groups": -1, "layer_flipped": 0, "layer_bias": -1, "layer_table": 0}
 
 
 def check_stream_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
@@ -172,24 +222,36 @@ def check_stream_state(state: MutableMapping[Any, dict[str, Any]]) -> None:
     """
     check_shapes(state, ("momentum", "last_step"))
     lost: set[str] = set()
-    for entry in state.values():
-        for name in (*_NUMBERS, *_LAYER):
+    numbers = (*_NUMBERS, *_NO_LAYER)
+    for p, entry in state.items():
+        for name in [name for name in entry if is_absent(entry[name])]:
+            del entry[name]
+        for name in numbers:
             if not isinstance(entry.get(name, 0), Real):
                 raise ValueError(
                     f"this state cannot be loaded, it is broken: {name} must be a number, got "
                     f"{show(entry[name])}"
                 )
-        tensors = {k: v for k, v in entry.items() if k in _TENSORS and isinstance(v, Tensor)}
-        lost |= {name for name, value in tensors.items() if not value.isfinite().all()}
+        tensors = {
+            name: (part, entry[name])
+            for part, names in _PARTS.items()
+            for name in names
+            if isinstance(entry.get(name), Tensor)
+        }
+        for name, (part, value) in tensors.items():
+            require_own_part(value)
+            if not local_part(value).isfinite().all():
+                lost.add(part)
+            elif isinstance(p, Tensor) and not is_spread(value) and not value.any():
+                entry[name] = make_empty(name, value.shape, value.dtype, value, None)
     if lost:
         logger.warning(
             "the loaded state has numbers that are not finite in its %s, which is dropped and found anew",
             ", ".join(sorted(lost)),
         )
     for entry in state.values():
-        for name in lost:
+        for name in (name for part in lost for name in _PARTS[part]):
             entry.pop(name, None)
-            entry.pop(_GO_WITH.get(name, name), None)
 
 
 def differentiate(

@@ -30,6 +30,7 @@ from ngd_optim.curvature.kl_checks import (
 from ngd_optim.curvature.roots import powers_of_hessian
 from ngd_optim.curvature.vector_products import Map, hessian, pull_back
 from ngd_optim.names import Curvature, Kind
+from ngd_optim.recognised import flat_share
 from ngd_optim.tracing import Evaluation
 
 Tensors = Sequence[Tensor]
@@ -277,12 +278,15 @@ def gauss_newton(evaluation: Evaluation, smoothing: float | None) -> OutputMetri
     bends, hidden = [], []
     if smoothing is not None:
         # Without the width, h z would be the loss's own slope.
-        slopes_more = [
-            z.detach() * (h - weigh(slope, 0.0)).detach()
-            for (z, weigh), slope, h in zip(forms, slopes, parabolas, strict=True)
+        for kink, (z, weigh), slope, h in zip(kinks, forms, slopes, parabolas, strict=True):
+            if not kink.is_within:
+                slope_more = z.detach() * (h - weigh(slope, 0.0)).detach()
+                bends.append((z, slope_more))
+                hidden.append(_gap(slope_more, h))
+        parabolas = [
+            h * flat_share(kink.flat * z, smoothing) if kink.flat else h
+            for kink, (z, _), h in zip(kinks, forms, parabolas, strict=True)
         ]
-        bends += [(z, b) for (z, _), b in zip(forms, slopes_more, strict=True)]
-        hidden += [_gap(b, h) for b, h in zip(slopes_more, parabolas, strict=True)]
         if any(call.loss.has_kinks for call, _ in used):
             true = add_scalars((weight * call.result).sum() for call, weight in used)
             bends += _bends_of_losses(loss, true, used)

@@ -6,6 +6,7 @@ tensor. Anything else is refused, so that no part is taken for the whole.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngd_optim.layout import is_spread, local_part, spread_part_like
+from ngd_optim.layout import is_spread, local_part, mesh_of, spread_part_like, spread_rows, whole
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.real_parts import from_real_parts, real_parts, real_shape, real_size
 
@@ -127,25 +128,42 @@ class Division:
     """How vectors of all elements are divided over the ranks of a group.
 
     Each rank has as many rows of each parameter, as ``fully_shard`` has it; what is missing at the
-    end is padded. Of parameters that lie otherwise each rank has as many elements.
+    end is padded. Of parameters that lie otherwise (tensor parallel, replicas) each rank has as many
+    elements.
 
     Args:
         params: what the vectors are for.
         group: the process group.
+        mesh: the same as a mesh, if it was made.
+
+    Attributes:
+        follows_shards: whether the parameters lie in the same way.
+        has_rows: whether all have their rows divided, but those that have none.
     """
 
-    def __init__(self, params: Sequence[Tensor], group: Any) -> None:
+    def __init__(self, params: Sequence[Tensor], group: Any, mesh: Any = None) -> None:
         self.group = group
+        self._params = params
+        self._mesh = mesh
         self._world, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        self.follows_shards = all(_has_rows_of(p, group) for p in params)
+        self.follows_shards = all(has_rows_of(p, group) for p in params)
+        self.has_rows = all(has_rows_of(p, group) or not is_spread(p) for p in params)
         shapes = [
-            (len(p), real_size(p) // max(1, len(p))) if self.follows_shards else (real_size(p), 1)
+            (len(p), real_size(p) // max(1, len(p)))
+            if self.has_rows and p.ndim
+            else (real_size(p), 1)
             for p in params
         ]
-        self._shapes = shapes
-        self._rows = [-(-rows // self._world) for rows, _ in shapes]
-        self._lengths = [n * width for n, (_, width) in zip(self._rows, shapes, strict=True)]
-        self._sizes = [rows * width for rows, width in shapes]
+        rows = [-(-rows // self._world) for rows, _ in shapes]
+        self.lengths = [n * width for n, (_, width) in zip(rows, shapes, strict=True)]
+        """How many elements of each parameter a part has, padding included."""
+        self.sizes = [rows * width for rows, width in shapes]
+        """How many elements each parameter has."""
+
+    @cached_property
+    def mesh(self) -> Any:
+        """Over which the rows lie."""
+        return self._mesh or mesh_of(self.group, self._params[0].device)
 
     def part(self, flat: Tensor) -> Part:
         """This rank's part of a vector that every rank has."""
@@ -153,7 +171,7 @@ class Division:
 
     def mean(self, flat: Tensor) -> Part:
         """This rank's part of the mean over the ranks of a vector that each has its own of."""
-        total = flat.new_empty(sum(self._lengths))
+        total = flat.new_empty(sum(self.lengths))
         getattr(dist, SCATTER)(total, self._padded(flat).view(-1), group=self.group)
         return Part.of(total.div_(self._world), self.group)
 
@@ -162,54 +180,65 @@ class Division:
         local = part.local
         everything = local.new_empty(self._world * len(local))
         getattr(dist, GATHER)(everything, local, group=self.group)
-        columns = everything.view(self._world, -1).split(self._lengths, 1)
+        columns = everything.view(self._world, -1).split(self.lengths, 1)
         return torch.cat(
-            [c.reshape(-1)[:size] for c, size in zip(columns, self._sizes, strict=True)]
+            [c.reshape(-1)[:size] for c, size in zip(columns, self.sizes, strict=True)]
         )
 
-    def from_shards(self, shards: Iterable[Tensor | None], like: Tensor) -> Part:
-        """Of what this rank has of each parameter; None for zeros."""
-        parts = [None if t is None else real_parts(t) for t in shards]
-        pieces = zip(parts, self._lengths, strict=True)
-        return Part.of(
-            torch.cat(
-                [
-                    like.new_zeros(n)
-                    if t is None
-                    else F.pad(t.reshape(-1).to(like), (0, n - t.numel()))
-                    for t, n in pieces
-                ]
-            ),
-            self.group,
-        )
+    def from_tensors(self, tensors: Iterable[Tensor | None], like: Tensor) -> Part:
+        """Of one tensor for each parameter, in rows over the ranks or otherwise; None for zeros."""
+        pieces = zip(tensors, self.lengths, self._params, strict=True)
+        return Part.of(torch.cat([self._piece(t, n, like) for t, n, _ in pieces]), self.group)
 
-    def to_shards(self, part: Part, like: Sequence[Tensor]) -> list[Tensor]:
-        """What this rank has of each parameter: copies."""
-        pieces = part.local.split(self._lengths)
-        shards = [(p, local_part(p)) for p in like]
+    def to_rows(self, part: Part) -> list[Tensor]:
+        """One tensor for each parameter, in rows over the ranks: copies; whole where it has no rows."""
+        pieces = part.local.split(self.lengths)
+        numbers = self._whole_numbers(part)
         return [
-            spread_part_like(
-                p,
-                from_real_parts(shard, piece[: real_size(shard)].view(real_shape(shard))).to(
-                    p.dtype, copy=True
-                ),
-            )
-            for (p, shard), piece in zip(shards, pieces, strict=True)
+            numbers[i] if i in numbers else self._rows(p, piece)
+            for i, (p, piece) in enumerate(zip(self._params, pieces, strict=True))
         ]
+
+    def _piece(self, t: Tensor | None, length: int, like: Tensor) -> Tensor:
+        if t is None:
+            return like.new_zeros(length)
+        if self.has_rows and has_rows_of(t, self.group):
+            local = real_parts(local_part(t)).reshape(-1).to(like)
+        else:
+            local = real_parts(whole(t)).reshape(-1).to(like)[self._rank * length :][:length]
+        return F.pad(local, (0, length - local.numel()))
+
+    def _rows(self, p: Tensor, piece: Tensor) -> Tensor:
+        count = min(piece.numel(), max(0, real_size(p) - self._rank * piece.numel()))
+        part = piece[:count].view(-1, 2) if p.is_complex() else piece[:count]
+        part = from_real_parts(p, part).to(p.dtype, copy=True)
+        return spread_part_like(p, part) if is_spread(p) else spread_rows(p.shape, part, self.mesh)
+
+    def _whole_numbers(self, part: Part) -> dict[int, Tensor]:
+        """By index, parameters without dimensions: by an exchange, if there are any."""
+        numbers = [i for i, p in enumerate(self._params) if not p.ndim]
+        if not numbers:
+            return {}
+        pieces = self.whole(part).split(self.sizes)
+        pairs = [(i, self._params[i]) for i in numbers]
+        return {
+            i: from_real_parts(p, pieces[i].view(real_shape(p))).to(p.dtype, copy=True)
+            for i, p in pairs
+        }
 
     def _padded(self, flat: Tensor) -> Tensor:
         """One row for each rank."""
-        pieces = flat.split(self._sizes)
+        pieces = flat.split(self.sizes)
         return torch.cat(
             [
                 F.pad(piece, (0, self._world * n - len(piece))).view(self._world, n)
-                for piece, n in zip(pieces, self._lengths, strict=True)
+                for piece, n in zip(pieces, self.lengths, strict=True)
             ],
             1,
         )
 
 
-def _has_rows_of(p: Any, group: Any) -> bool:
+def has_rows_of(p: Any, group: Any) -> bool:
     """Whether it lies over the ranks of the group by rows."""
     if not is_spread(p) or p.device_mesh.ndim != 1 or p.device_mesh.get_group() != group:
         return False
@@ -232,23 +261,35 @@ class ParametersInParts:
         self.params = parameters.params
         self.dtype, self.device, self.size = parameters.dtype, parameters.device, parameters.size
         self.by_parameter = parameters.by_parameter
+        self.positions, self.key = parameters.positions, parameters.key
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """As :meth:`FlatParameters.flatten`."""
-        given = list(tensors)
-        if self._division.follows_shards:
-            parts = [None if t is None else local_part(t) for t in given]
-            return self._division.from_shards(
-                parts, torch.empty((), dtype=self.dtype, device=self.device)
-            )
-        return self._division.part(self._parameters.flatten(given))
+        return self._division.from_tensors(
+            tensors, torch.empty((), dtype=self.dtype, device=self.device)
+        )
+
+    @property
+    def mesh(self) -> Any:
+        """Over which the rows of the state lie; None where it lies as the parameters do."""
+        return self._division.mesh if self._division.has_rows else None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether :meth:`lay_out` takes all ranks, as parameters that are whole do."""
+        return not self._division.follows_shards
 
     def lay_out(self, flat: Tensor) -> list[Tensor]:
         """As :meth:`FlatParameters.lay_out`."""
         assert isinstance(flat, Part)
-        if self._division.follows_shards:
-            return self._division.to_shards(flat, self.params)
-        return self._parameters.lay_out(self._division.whole(flat))
+        if self.gathers:
+            return self._parameters.lay_out(self._division.whole(flat))
+        return self._division.to_rows(flat)
+
+    def to_state(self, flat: Tensor) -> list[Tensor]:
+        """As :meth:`FlatParameters.to_state`; by rows, where these are divided."""
+        assert isinstance(flat, Part)
+        return self._division.to_rows(flat) if self._division.has_rows else self.lay_out(flat)
 
     def spread(
         self, per_group: Sequence[float], where: Sequence[bool] | None = None

@@ -9,8 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ngd_optim.distributed.ddp import before_ddp_modules, find_ddp_group
+from ngd_optim.distributed.owners import Owners, share_out
 from ngd_optim.distributed.parts import Division, ParametersInParts, Part
+from ngd_optim.distributed.sharded import ShardedModules
 from ngd_optim.parameters import FlatParameters
+from ngd_optim.real_parts import real_parts
 
 T = TypeVar("T")
 
@@ -71,6 +74,24 @@ class Ranks:
         """Whether ``torch.distributed`` runs this process beside others."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+    @staticmethod
+    def group_of(parameters: Sequence[Tensor]) -> Any:
+        """That of the modules of ``fully_shard`` or DistributedDataParallel with these parameters; None: one process.
+
+        Raises:
+            ValueError: there are several processes, and no such module.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        found = ShardedModules(parameters).group or find_ddp_group(parameters)
+        if found is None and Ranks.is_one_of_several():
+            raise ValueError(
+                "shard_state=True needs to know the processes before the closure runs, and these parameters "
+                "are in no module of DistributedDataParallel or fully_shard; give "
+                "process_group=torch.distributed.group.WORLD"
+            )
+        return found
+
     def begin_with(self, length: int, common: Callable[[], Sequence[Common]] = tuple) -> None:
         """Compare what ``common()`` gives, of this length, when the ranks first meet, at no exchange of its own.
 
@@ -99,6 +120,17 @@ class Ranks:
             raise
         self._exchange(None)
         return result
+
+    def together_with_flags(
+        self, work: Callable[[], T], flags: Callable[[T], Sequence[bool]], length: int
+    ) -> tuple[T, list[bool]]:
+        """The same, and for each of so many flags of it whether it is set on some rank: one exchange for both."""
+        try:
+            result = work()
+        except BaseException as error:
+            self._tell(error, [False] * length)
+            raise
+        return result, self._exchange(None, flags(result))
 
     def mean_deferring_errors(self, work: Callable[[], Tensor], v: Tensor) -> Tensor:
         """The mean over the ranks of what ``work()`` returns, a tensor like ``v``; NaN if it raises on one.
@@ -147,6 +179,51 @@ class Ranks:
         self.division = Division(parameters.params, self.group)
         return ParametersInParts(parameters, self.division)
 
+    @property
+    def rank(self) -> int:
+        """This one."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @staticmethod
+    def share_out(costs: Sequence[float], ranks: int) -> list[int]:
+        """See :func:`~ngd_optim.distributed.owners.share_out`."""
+        return share_out(costs, ranks)
+
+    def owners(self, owner: Sequence[int]) -> Owners:
+        """Of the parameters in vectors of the step, which are in parts."""
+        assert self.division is not None
+        return Owners(self.division, owner)
+
+    def gather_at_owners(
+        self, tensors: Sequence[Tensor], owner: Sequence[int], like: Tensor
+    ) -> dict[int, Tensor]:
+        """By index all elements, flat and of the kind of ``like``, of those tensors in rows that this rank owns."""
+        division = self._division_of(tensors)
+        return Owners(division, owner).gather(division.from_tensors(tensors, like))
+
+    def from_rank(self, tensor: Tensor, rank: int) -> Tensor:
+        """What a rank has, in the memory that each rank gives."""
+        dist.broadcast(tensor, dist.get_global_rank(self.group, rank), group=self.group)
+        return tensor
+
+    def mean_in_rows(self, tensor: Tensor, older: Tensor | None, share: float) -> Tensor:
+        """The mean over the ranks of a tensor, in rows over them, with a share of an older one of its shape."""
+        division = self._division_of([tensor])
+        flat = real_parts(tensor).reshape(-1)
+        mean = division.mean(flat)
+        if older is not None and older.shape == tensor.shape:
+            mean.lerp_(division.from_tensors([older], flat), share)
+        return division.to_rows(mean)[0]
+
+    def _division_of(self, tensors: Sequence[Tensor]) -> Division:
+        assert self.division is not None
+        return Division(tensors, self.group, self.division.mesh)
+
     def mean(self, flat: Tensor) -> Tensor:
         """The mean over the ranks of a vector that is whole on each, as the step's vectors lie."""
         return self.average(flat) if self.division is None else self.division.mean(flat)
@@ -193,29 +270,34 @@ class Ranks:
         highest, lowest = found[n : n + len(numbers)], found[n + len(numbers) :]
         return found[:n], [x == ~y for x, y in zip(highest, lowest, strict=True)]
 
-    def _tell(self, error: BaseException) -> None:
+    def _tell(self, error: BaseException, flags: Sequence[bool] = ()) -> None:
         """Tell the other ranks of an error; it is to be raised, and not what may be raised here."""
         if self.group is None and self._follow_ddp:  # raised before the module ran
             self.group = find_ddp_group(self._parameters)
         with suppress(Exception):
-            self._exchange(error)
+            self._exchange(error, flags)
 
-    def _exchange(self, error: BaseException | None) -> None:
-        """Tell the other ranks of an error, or be told of one; the first time, compare what must be common."""
+    def _exchange(self, error: BaseException | None, flags: Sequence[bool] = ()) -> list[bool]:
+        """Tell the other ranks of an error, or be told of one; the first time, compare what must be common.
+
+        For each flag it returns whether it is set on some rank.
+        """
         if self.group is None:
-            return
+            return list(flags)
         failed = 0 if error is None else 1 + dist.get_rank(self.group)
         n, self._length = self._length, 0
         common = self._common() if n and not failed else ()
         self._common = tuple  # it may hold vectors
-        (failed,), agreed = self._meet([failed], [entry.number for entry in common] or [0] * n)
+        numbers = [entry.number for entry in common] or [0] * n
+        (failed, *found), agreed = self._meet([failed, *flags], numbers)
         if error is not None:
-            return
+            return []
         if failed:
             raise RuntimeError(
                 f"rank {failed - 1} raised an exception in this step, so this rank did not move either"
             )
         _require(common, agreed)
+        return list(map(bool, found))
 
     @contextmanager
     def noticing_ddp(self, running: nn.Module | None = None) -> Iterator[None]:

@@ -23,7 +23,7 @@ from ngd_optim.factors.batch import Batch
 from ngd_optim.factors.curvature import KroneckerCurvature, LayerCurvature
 from ngd_optim.jacobian import Layer
 from ngd_optim.kernels import twice_differentiable
-from ngd_optim.kronecker import LARGEST_FACTOR
+from ngd_optim.kronecker import KroneckerFactors
 from ngd_optim.names import Curvature
 from ngd_optim.parameters import FlatParameters, name_parameters
 from ngd_optim.real_parts import real_parts
@@ -271,7 +271,7 @@ class _Sums:
 
 
 def _shape(groups: int, side: int, *, diagonal: bool = False) -> tuple[int, ...]:
-    return (groups, side) if diagonal or side > LARGEST_FACTOR else (groups, side, side)
+    return (groups, side) if diagonal or side > KroneckerFactors.longest else (groups, side, side)
 
 
 def _add_moment(total: Tensor, rows: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The inverse of blocks that are products of damped Kronecker factors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ class KroneckerInverse:
     """
 
     def __init__(
-        self, factors: KroneckerFactors, parameters: FlatParameters, shift: Sequence[Tensor]
+        self,
+        factors: KroneckerFactors,
+        parameters: FlatParameters,
+        shift: Mapping[int, Tensor],
     ) -> None:
         damped = [
             pair
@@ -46,25 +49,31 @@ class KroneckerInverse:
             if name == "diagonal"
         }
 
-    @classmethod
-    def relative(
-        cls, factors: KroneckerFactors, parameters: FlatParameters, damping: float
-    ) -> "KroneckerInverse":
-        """Each factor gets ``√damping`` times its mean eigenvalue, and so do diagonals."""
-        return cls(factors, parameters, _relative_shift(factors, damping))
-
     def __call__(self, r: Tensor) -> Tensor:
         """The solution, flat."""
         result = torch.empty_like(r)
-        sources, targets = self._parameters.views(r), self._parameters.views(result)
+        sources, targets = (dict(enumerate(self._parameters.views(v))) for v in (r, result))
+        self.solve(sources, targets)
+        return result
+
+    def pairs_on_all_ranks(self) -> dict[Layer, tuple[Tensor, Tensor]]:
+        """These, as each rank has them."""
+        return self.pairs
+
+    def solve(self, sources: Mapping[int, Tensor], targets: Mapping[int, Tensor]) -> None:
+        """Write the solutions for the parameters in the blocks, each by its index."""
         for layer, (left, right) in self.pairs.items():
             _solve(layer, left, right, sources, targets)
         for i, diagonal in self._diagonals.items():
             torch.div(sources[i], diagonal, out=targets[i])
-        return result
 
 
-def _relative_shift(factors: KroneckerFactors, damping: float) -> list[Tensor]:
+def mean_shift(shift: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """For each parameter the mean of what is added to its diagonal."""
+    return {i: part.sum() / max(1, part.numel()) for i, part in shift.items()}
+
+
+def relative_shift(factors: KroneckerFactors, damping: float) -> dict[int, Tensor]:
     """For each parameter the shift that gives each factor, or diagonal, ``√damping`` times its mean eigenvalue."""
     shifts: dict[int, Tensor] = {}
     for layer in factors.layers:
@@ -76,11 +85,15 @@ def _relative_shift(factors: KroneckerFactors, damping: float) -> list[Tensor]:
     for (i, name), value in factors.values.items():
         if name == "diagonal":
             shifts[i] = damping**0.5 * value.mean()
-    return [shifts[i] for i in sorted(shifts)]
+    return shifts
 
 
 def _solve(
-    layer: Layer, left: Tensor, right: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor]
+    layer: Layer,
+    left: Tensor,
+    right: Tensor,
+    sources: Mapping[int, Tensor],
+    targets: Mapping[int, Tensor],
 ) -> None:
     """Write the solution for a layer's parameters."""
     matrix = layer.join(sources[layer.weight], None if layer.bias is None else sources[layer.bias])

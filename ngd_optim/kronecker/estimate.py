@@ -25,9 +25,6 @@ from ngd_optim.kronecker.sampling import draw
 from ngd_optim.parameters import FlatParameters
 from ngd_optim.real_parts import real_parts, real_size
 
-LARGEST_FACTOR = 4096
-"""A longer side of a weight has only the diagonal of its factor."""
-
 _MOST_SKIPPED = 4
 _LEAST_ROWS = 2
 """Of many rows every fourth counts, as long as there are twice as many as a factor has."""
@@ -169,4 +166,4 @@ def _cut(weights: Tensor) -> Tensor:
 
 
 def _second_moment(rows: Tensor, others: Tensor) -> Tensor:
-    return (rows * others).sum(1) if rows.shape[-1] > LARGEST_FACTOR else rows.mT @ others
+    return (rows * others).sum(1) if rows.shape[-1] > KroneckerFactors.longest else rows.mT @ others

@@ -8,11 +8,12 @@ Martens 2016; weights that are used several times, "expand": Eschenhagen et al. 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ngd_optim.distributed import Ranks
+from ngd_optim.distributed import ALONE, Ranks
 from ngd_optim.jacobian import Layer
 from ngd_optim.linalg import pack, unpack
 from ngd_optim.reading import read
@@ -31,6 +32,9 @@ the parameter's real parts.
 @dataclass(frozen=True)
 class KroneckerFactors:
     """Factors of the blocks of weights, and diagonals for all other parameters."""
+
+    longest: ClassVar[int] = 4096
+    """A longer side of a weight has only the diagonal of its factor."""
 
     layers: tuple[Layer, ...]
     values: dict[tuple[int, str], Tensor]
@@ -73,13 +77,16 @@ class KroneckerFactors:
         """All values times a number."""
         return KroneckerFactors(self.layers, {key: factor * v for key, v in self.values.items()})
 
-    def normalise(self, known: Collection[Layer]) -> "KroneckerFactors":
-        """With ``trace(L) = trace(R) = √t`` for layers that were not known, whose traces are both ``t``."""
+    def normalise(self, known: Collection[Layer], ranks: Ranks = ALONE) -> "KroneckerFactors":
+        """With ``trace(L) = trace(R) = √t`` for layers that were not known, whose traces are both ``t``.
+
+        Of several ranks, which have the same layers, ``t`` is the mean.
+        """
         values = dict(self.values)
         for layer in self.layers:
             if layer not in known:
                 for key in ((layer.weight, "left"), (layer.weight, "right")):
-                    trace = trace_of(unpack_factor(values[key]))
+                    trace = ranks.average(trace_of(unpack_factor(values[key])))
                     trace = trace.clamp(min=torch.finfo(trace.dtype).tiny)
                     values[key] = scale_factor(values[key], trace.rsqrt())
         return KroneckerFactors(self.layers, values)
@@ -98,6 +105,17 @@ class KroneckerFactors:
         estimates: Sequence["KroneckerFactors | None"], ranks: Ranks
     ) -> "KroneckerFactors | None":
         """The mean over closures and ranks; None if they do not use the parameters in the same way."""
+        total = KroneckerFactors.agreed(estimates, ranks)
+        if total is None:
+            return None
+        values = {key: ranks.average(value) for key, value in total.values.items()}
+        return KroneckerFactors(total.layers, values)
+
+    @staticmethod
+    def agreed(
+        estimates: Sequence["KroneckerFactors | None"], ranks: Ranks
+    ) -> "KroneckerFactors | None":
+        """This rank's mean over closures; None if some of these, or of the ranks, use the parameters in another way."""
         total, *others = estimates or (None,)
         for other in others:
             agree = total is not None and other is not None and total.layers == other.layers
@@ -106,9 +124,7 @@ class KroneckerFactors:
         # Ranks whose graphs differ must not average factors of different layers.
         if not ranks.agree(zlib.crc32(repr(layers).encode())) or total is None:
             return None
-        total = total.scale(1 / len(estimates)) if others else total
-        values = {key: ranks.average(value) for key, value in total.values.items()}
-        return KroneckerFactors(total.layers, values)
+        return total.scale(1 / len(estimates)) if others else total
 
     def mix(self, older: Values, share: float) -> dict[tuple[int, str], Tensor]:
         """The values, with a share of older ones where these have the same shape; they are taken out one by one."""

@@ -31,7 +31,8 @@ class Linearization:
         gradient: its gradient, shape ``(n,)``; zero for parameters that the loss does not use.
         curvature: the undamped curvature ``F``: ``curvature(v)`` is its product with a vector,
             ``(n,) → (n,)``, or with several as columns. Valid only while the parameters are where they
-            were. See :class:`~ngd_optim.operators.CurvatureOperator`.
+            were, and their data, which may not be written to in place: linearize anew. See
+            :class:`~ngd_optim.operators.CurvatureOperator`.
         kind: what the curvature is: ``"fisher"``, ``"ggn"`` or ``"hessian"``.
         backend: what forms the products: ``"double-backward"``, ``"torch.func"`` or
             ``"differences"``.

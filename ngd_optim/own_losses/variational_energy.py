@@ -29,7 +29,7 @@ def variational_energy(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: shapes do not fit, or there is no sample.
+        ValueError: shapes do not fit, there is no sample, or a weight is below 0.
 
     Examples:
         >>> import torch
@@ -66,7 +66,8 @@ def sample_shares(log_psi: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         real = log_psi.real if log_psi.is_complex() else log_psi
         return torch.full_like(real.detach(), 1 / len(log_psi))
-    weights = weights.detach()
+    # Elsewhere than on a CPU the host would wait to ask: the loss is then NaN.
+    weights = torch.where(weights < 0, torch.nan, weights).detach()
     return weights / weights.sum()
 
 
@@ -113,3 +114,5 @@ def _check_samples(log_psi: Any, local_energy: Any, weights: Any) -> None:
         raise ValueError(
             f"weights must have the shape of log_psi, {tuple(log_psi.shape)}, got {tuple(weights.shape)}"
         )
+    if weights.device.type == "cpu" and (weights < 0).any():
+        raise ValueError(f"weights must be at least 0, got {weights.min().item():g}")

@@ -2,7 +2,6 @@
 
 from ngd_optim.preconditioners.base import Preconditioning
 from ngd_optim.preconditioners.choose import Preconditioner, build_preconditioner
-from ngd_optim.preconditioners.kfac import find_sizes_of_factors
 from ngd_optim.preconditioners.sketches import Diagonal, Nystrom
 
 __all__ = [
@@ -11,5 +10,4 @@ __all__ = [
     "Preconditioner",
     "Preconditioning",
     "build_preconditioner",
-    "find_sizes_of_factors",
 ]

@@ -37,7 +37,7 @@ def cosine_embedding(
     # A match is least squares: 1 − cos(a, b) = ½ ‖a/|a| − b/|b|‖². A mismatch is a hinge of cos(a, b).
     cosine = (a * b).sum(-1, keepdim=True)
     u = torch.where(matches, 0.0, cosine - margin)
-    hinge, shift = irls_parabola(u, 0.5, smoothing)
+    hinge, shift = irls_parabola(u, 0.5, smoothing, is_hinge=True)
     metric = [
         (a - b, torch.where(matches, share, 0.0), 0.0),
         (cosine, torch.where(matches, 0.0, share * hinge), shift),
@@ -107,6 +107,14 @@ def smooth_l1(
     return replace_hessian(loss, [r], [_kink(r, share, smoothing, beta)])
 
 
+def _hinge(
+    u: Tensor, slope: Tensor, smoothing: float | None
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """That of ``slope · max(0, u)``, likewise."""
+    counted = torch.where(slope != 0, u, 0.0)
+    return u, *irls_parabola(counted, 0.5 * slope, smoothing, is_hinge=True)
+
+
 def _kink(
     u: Tensor, slope: Tensor, smoothing: float | None, bound: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -129,7 +137,7 @@ def margin_ranking(
     """``margin_ranking_loss``: a hinge of the difference."""
     u = margin - target * (input1 - input2)
     share = shares_of(torch.ones_like(u), reduction)
-    return add_hessian(loss, [_kink(u, 0.5 * share, smoothing)])
+    return add_hessian(loss, [_hinge(u, share, smoothing)])
 
 
 def hinge_embedding(
@@ -147,7 +155,7 @@ def hinge_embedding(
     share = shares_of(torch.ones_like(x), reduction)
     # A match costs the distance itself, which is its own absolute value.
     near = _kink(x, torch.where(target != -1, share, 0.0), smoothing)
-    far = _kink(margin - x, torch.where(target != 1, 0.5 * share, 0.0), smoothing)
+    far = _hinge(margin - x, torch.where(target != 1, share, 0.0), smoothing)
     return add_hessian(loss, [near, far])
 
 
@@ -205,7 +213,7 @@ def _sum_of_hinges(
     """``Σ w max(0, u)ᵖ`` of each sample, reduced; squares have their own Hessian."""
     per_sample = (weights * u.relu() ** p).sum(sample_dims)
     if p == 1:
-        kink = _kink(u, 0.5 * weights, smoothing)
+        kink = _hinge(u, weights, smoothing)
         per_sample = add_hessian(per_sample, [kink], sample_dims)
     return reduce(per_sample, reduction)
 

@@ -39,7 +39,12 @@ def irls_weight(
 
 
 def irls_parabola(
-    residual: Tensor, slope: Tensor | float, smoothing: float | None, bound: float = 0.0
+    residual: Tensor,
+    slope: Tensor | float,
+    smoothing: float | None,
+    bound: float = 0.0,
+    *,
+    is_hinge: bool = False,
 ) -> tuple[Tensor, Tensor | float]:
     """``(h, s)``: near the residual ``r₀``, ``c |r|`` rounded is that at ``r₀`` and ``½ h (r − r₀ + s)²`` added.
 
@@ -53,6 +58,8 @@ def irls_parabola(
         smoothing: the same; None: there is no width.
         bound: ``δ``, where Huber's function begins to be straight: that has the slope
             ``c min(|r|, δ) / δ``, and no weight above ``c / δ``.
+        is_hinge: whether a slope of ``c`` is added, so that it is flat where the residual is
+            negative; see :func:`flat_share`.
     """
     r = residual.detach()
     size = r.abs()
@@ -62,13 +69,34 @@ def irls_parabola(
     if smoothing is None:
         return slope / least, 0.0
     share = (size / bound).clamp(max=1.0) if bound else 1.0
-    return slope / least, r - r.sgn() * share * least
+    weight = slope / least * (flat_share(r, smoothing) if is_hinge else 1.0)
+    return weight, r - r.sgn() * share * least
+
+
+def flat_share(residual: Tensor, smoothing: float | None) -> Tensor | float:
+    """``(w / |r|)²`` where a hinge ``max(0, r)`` is flat beyond its width ``w``: what is left there of its weight.
+
+    The parabola above a hinge holds negative residuals back as it does positive ones. In the end
+    most samples are where the hinge is zero, and there is nothing to hold back. Of a rounded one,
+    ``½ (r + √(r² + w²))``, the second derivative falls as ``w² / |r|³``.
+
+    Args:
+        residual: as for :func:`irls_weight`.
+        smoothing: the same; None: there is no width, and the parabola is kept.
+    """
+    r = residual.detach()
+    if smoothing is None or not r.numel():
+        return 1.0
+    width = _floor(r.abs(), smoothing)
+    return torch.where(r < -width, (width / r).square(), 1.0)
 
 
 def _floored(size: Tensor, smoothing: float | None) -> Tensor:
     """``max(|r|, floor)``."""
-    if not size.numel():
-        return size
+    return torch.maximum(size, _floor(size, smoothing)) if size.numel() else size
+
+
+def _floor(size: Tensor, smoothing: float | None) -> Tensor:
     mean = size.mean()
     if smoothing is None:
         median = torch.where(size > 0, size, torch.nan).nanmedian()
@@ -77,5 +105,4 @@ def _floored(size: Tensor, smoothing: float | None) -> Tensor:
         share = max(smoothing, torch.finfo(size.dtype).eps)
         floor = share * size.sum() / (size > 0).sum().clamp(min=1)
     # Without a residual there is no gradient either, and any weight will do.
-    floor = torch.where(mean > 0, floor, 1.0)
-    return torch.maximum(size, floor)
+    return torch.where(mean > 0, floor, 1.0)

@@ -34,10 +34,15 @@ _TIMED = 3
 """The product whose time is that of each: the first ones are recorded."""
 
 
+_told: set[tuple[str, int]] = set()
+"""Of which solvers, with how many parameters, it was said that they take long."""
+
+
 def tell_if_long(name: str, operations: float, like: Tensor, seconds: float = 0.0) -> None:
-    """Say in the log that a solver will take long; silence would look as if it hung."""
+    """Say in the log, once, that a solver will take long; silence would look as if it hung."""
     total = seconds + operations / _SPEED.get(like.device.type, 1e12)
-    if total > _LONG:
+    if total > _LONG and (name, len(like)) not in _told:
+        _told.add((name, len(like)))
         logger.warning(
             "solver=%r takes about %.0f seconds for each step with %s parameters; solver='cg' takes "
             "some products in place of that",

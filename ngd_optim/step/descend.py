@@ -202,9 +202,11 @@ class Descent:
 
         What the model promises for that is what the decrease is compared with.
         """
-        d = self.parameters.read() - self.theta
+        taken = self.parameters.read()
+        d = taken - self.theta
         # The host waits, for closures that write to their parameters alone.
         metric = torch.dot(d, model.curvature(d)).item()
+        self.parameters.write(taken)  # products by differences leave them at θ
         return replace(
             step,
             direction=d,

@@ -142,5 +142,5 @@ class LastStep:
         return torch.dot(self._parameters.repeat(lr) * solution, gradient).item()
 
     def _write(self, name: str, flat: Tensor) -> None:
-        for p, part in zip(self._parameters.params, self._parameters.lay_out(flat), strict=True):
+        for p, part in zip(self._parameters.params, self._parameters.to_state(flat), strict=True):
             self._state[p][name] = part

@@ -235,8 +235,7 @@ class TracedClosure:
                 accumulation.forget()
                 mode.roots = []
             loss, metric = split_returned(returned, mode.roots)
-            results = [call.result.grad_fn for call in mode.losses]
-            kinks, is_all = find_last_kinks(loss, mode.kinks, results)
+            kinks, is_all = find_last_kinks(loss, mode.kinks, mode.losses)
         return Evaluation(
             loss,
             metric,

@@ -9,7 +9,7 @@ the kink is, and would carry the step past it: none would end near a kink. The w
 steps are taken; see :func:`~ngd_optim.step.damping.smoothing_factor`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ngd_optim.autograd_graph import find_linear_ends
 from ngd_optim.real_parts import real_parts
-from ngd_optim.recognised import irls_weight
+from ngd_optim.recognised import LossCall, irls_weight
 
 Weigh = Callable[[Tensor, float | None], Tensor]
 """``(c, smoothing) ↦ h``; see :class:`Kink`."""
@@ -39,6 +39,10 @@ class Kink:
             :func:`irls_weight`.
         takes_memory: whether the inputs would be let go after the call.
         is_smooth: whether it has no kink after all: a square, which that parabola is.
+        is_length: whether it is a norm.
+        flat: where ``flat · z < 0`` it is constant: 1 or -1, or 0 for nowhere.
+        is_within: whether a recognised loss comes after it, which rounds its own kinks: then it has
+            its parabola's curvature, and keeps its slope.
     """
 
     node: Any
@@ -46,6 +50,9 @@ class Kink:
     form: Callable[[], tuple[Tensor, Weigh]]
     takes_memory: bool
     is_smooth: bool
+    is_length: bool = False
+    flat: int = 0
+    is_within: bool = False
 
     def formed(self) -> "Kink":
         """The same, with the coordinate computed: while the run is recorded."""
@@ -60,6 +67,8 @@ class Reading(NamedTuple):
     form: Callable[..., tuple[Tensor, Weigh]]
     takes_memory: bool = False
     is_smooth: bool = False
+    is_length: bool = False
+    flat: int = 0
 
 
 _LARGEST = 2**20
@@ -92,7 +101,7 @@ def call_with_kink(func: Any, args: Any, kwargs: Any) -> tuple[Any, Kink | None]
     result = func(*args, **kwargs)
     curved = tuple([t for t in inputs if t.requires_grad])
     form = partial(reading.form, *inputs)
-    return result, Kink(result.grad_fn, curved, form, reading.takes_memory, reading.is_smooth)
+    return result, Kink(result.grad_fn, curved, form, *reading[2:])
 
 
 def _call_with_modulus(func: Any, z: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Kink | None]:
@@ -133,7 +142,17 @@ def _norm(
 
         return x, weigh
 
-    return Reading([x], form)
+    return Reading([x], form, is_length=True)
+
+
+def _distance(
+    x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Reading | None:
+    reading = _norm(x1, p, -1, keepdim)
+    if reading is None:
+        return None
+    # Differences are let go: their form is made of new ones.
+    return Reading([x1, x2], lambda a, b: reading.form(a - b + eps), True, is_length=True)
 
 
 def _vector_norm(
@@ -155,7 +174,8 @@ def _maximum(a: Tensor, b: Any = None, sign: int = 1) -> Reading | None:
         z = a - b
         return z, lambda c, smoothing: irls_weight(z, 0.5 * (sign * c).clamp(min=0), smoothing)
 
-    return Reading([a, b], form, takes_memory=True)
+    constant = (not b.requires_grad) - (not a.requires_grad)
+    return Reading([a, b], form, takes_memory=True, flat=sign * constant)
 
 
 def _minimum(a: Tensor, b: Any = None) -> Reading | None:
@@ -171,7 +191,7 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Reading | None:
         z = x - edge
         return z, lambda c, smoothing: irls_weight(z, 0.5 * (sign * c).clamp(min=0), smoothing)
 
-    return Reading([x], form, takes_memory=True)
+    return Reading([x], form, takes_memory=True, flat=sign)
 
 
 def _clamp_max(x: Tensor, max: Any) -> Reading | None:
@@ -206,6 +226,7 @@ KINKS: dict[Any, Callable[..., Reading | None]] = {
     torch.Tensor.norm: _norm,
     torch.linalg.norm: _matrix_norm,
     torch.linalg.vector_norm: _vector_norm,
+    torch.pairwise_distance: _distance,
     torch.maximum: _maximum,
     torch.Tensor.maximum: _maximum,
     torch.max: _maximum,
@@ -233,22 +254,29 @@ KINKS: dict[Any, Callable[..., Reading | None]] = {
 
 
 def find_last_kinks(
-    loss: Tensor, kinks: Iterable[Kink], others: Iterable[Any]
+    loss: Tensor, kinks: Iterable[Kink], calls: Sequence[LossCall]
 ) -> tuple[tuple[Kink, ...], bool]:
     """The kinks that the loss ends in, with their coordinates, and whether it ends in nothing else that is curved.
 
-    None if these are squares alone.
+    Also the norms that recognised losses with kinks are given, such as distances. None if these are
+    squares alone.
 
     Args:
         loss: 0-dim, with its graph, if it has one.
         kinks: all that were met.
-        others: nodes of the results of recognised loss functions.
+        calls: of recognised loss functions.
     """
     by_node = {kink.node: kink for kink in kinks}
     if loss.grad_fn is None or all(kink.is_smooth for kink in by_node.values()):
         return (), False
-    ends = find_linear_ends(loss, {*by_node, *others})
-    last = [by_node[node] for node in ends if node in by_node]
-    if all(kink.is_smooth for kink in last):
+    ends = find_linear_ends(loss, {*by_node, *(call.result.grad_fn for call in calls)})
+    last = {node: by_node[node] for node in ends if node in by_node}
+    is_all = len(last) == len(ends)
+    for call in calls:
+        if call.loss.has_kinks and call.result.grad_fn in ends:
+            for node in [node for z in call.outputs for node in find_linear_ends(z, {*by_node})]:
+                if node in by_node and by_node[node].is_length:
+                    last.setdefault(node, replace(by_node[node], is_within=True))
+    if all(kink.is_smooth for kink in last.values()):
         return (), False
-    return tuple(kink.formed() for kink in last), all(node in by_node for node in ends)
+    return tuple(kink.formed() for kink in last.values()), is_all

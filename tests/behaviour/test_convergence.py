@@ -83,6 +83,43 @@ def test_before_the_first_step_and_without_a_rate_nothing_has_converged():
     assert not optimizer.converged
 
 
+ENDLESS = {
+    "no rate": ({"lr": 0.0}, lambda w: (w - 3).square().sum(), "accepted"),
+    "nan": ({}, lambda w: math.nan * w.sum(), "the loss is nan"),
+    "a bound that each step goes to": (
+        {"trust_region": "boundary", "max_kl": 0.01, "max_backtracks": 0},
+        lambda w: (w - 3).square().sum(),
+        "accepted",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_loop_that_would_not_end_is_ended_by_an_error(name):
+    settings, loss, reason = ENDLESS[name]
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = NaturalCG([w], **settings)
+
+    def run():
+        while not optimizer.converged:
+            optimizer.step(lambda: loss(w))
+
+    with pytest.raises(RuntimeError, match=rf"would not end; the last step was .*{reason}"):
+        run()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.converged
+
+
+def test_other_data_at_each_step_are_no_reason_to_end():
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = NaturalCG([w], damping=10.0, adapt_damping=False)
+    torch.manual_seed(0)
+    for _ in range(150):
+        target = torch.randn(3, dtype=torch.float64)
+        optimizer.step(lambda target=target: (w - target).square().sum())
+        assert not optimizer.converged
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_what_is_not_finite_has_not_converged(loss):
     x = nn.Parameter(torch.ones(2))

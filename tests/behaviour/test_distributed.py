@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.ranks import on_two_ranks, outcomes_of, results_of, try_each
 from helpers.scripts import EXAMPLES, run_python
+from helpers.sharded import SOLVED, with_backward
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.parallel import DistributedDataParallel
@@ -20,8 +21,6 @@ from torch.nn.utils import parameters_to_vector
 
 from ngd_optim import NaturalCG, StepReport
 
-# A truncated solve amplifies rounding errors; a full one can be compared.
-SOLVED = {"damping": 0.3, "cg_tol": 1e-14, "cg_progress_tol": 0.0}
 STEPS = 3
 FEATURES, HIDDEN, CLASSES = 4, 6, 3  # a full solve has one exchange an iteration, so few parameters
 
@@ -46,18 +45,6 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES, (64,), generator=generator)
 
 
-def classification(
-    model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor
-) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    return closure
-
-
 def without_backward(
     model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor
 ) -> Callable[[], Tensor]:
@@ -78,7 +65,7 @@ def hessian(model: nn.Module, optimizer: NaturalCG, x: Tensor, y: Tensor) -> Cal
     return lambda: (model(x).logsumexp(-1) - model(x).gather(-1, y[:, None]).squeeze(-1)).mean()
 
 
-CLOSURES = [classification, without_backward, likelihood, hessian]
+CLOSURES = [with_backward, without_backward, likelihood, hessian]
 
 
 def train(
@@ -107,19 +94,19 @@ def joined_batch(rank: int, make_closure: Any, dtype: torch.dtype) -> Result:
 def group_without_ddp(rank: int) -> Result:
     x, y = data()
     return train(
-        make_classifier(), classification, x[rank::2], y[rank::2], process_group=dist.group.WORLD
+        make_classifier(), with_backward, x[rank::2], y[rank::2], process_group=dist.group.WORLD
     )
 
 
 def uneven(rank: int) -> Result:
     x, y = data()
     part = slice(0, 10) if rank == 0 else slice(10, 64)
-    return train(DistributedDataParallel(make_classifier()), classification, x[part], y[part])
+    return train(DistributedDataParallel(make_classifier()), with_backward, x[part], y[part])
 
 
 def no_group(rank: int) -> Result:
     x, y = data()
-    return train(make_classifier(), classification, x[rank::2], y[rank::2])
+    return train(make_classifier(), with_backward, x[rank::2], y[rank::2])
 
 
 def several_closures(rank: int) -> Result:
@@ -127,7 +114,7 @@ def several_closures(rank: int) -> Result:
     model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     parts = [x[rank:32:2], x[32 + rank :: 2]], [y[rank:32:2], y[32 + rank :: 2]]
-    closures = [classification(model, optimizer, a, b) for a, b in zip(*parts, strict=True)]
+    closures = [with_backward(model, optimizer, a, b) for a, b in zip(*parts, strict=True)]
     for _ in range(STEPS):
         optimizer.step(closures, curvature_closure=closures[0])
     assert optimizer.last_step is not None
@@ -141,7 +128,7 @@ def default_options(rank: int) -> Result:
     torch.manual_seed(rank)
     first, *rest = model.parameters()
     optimizer = NaturalCG([{"params": [first], "lr": 0.5}, {"params": rest}])
-    closure = classification(model, optimizer, x[rank::2], y[rank::2])
+    closure = with_backward(model, optimizer, x[rank::2], y[rank::2])
     reports = []
     for _ in range(10):
         optimizer.step(closure)
@@ -153,7 +140,7 @@ def default_options(rank: int) -> Result:
 def batch_norm(rank: int) -> tuple[Tensor, list[StepReport], list[Tensor]]:
     x, y = data()
     model = DistributedDataParallel(make_classifier(torch.float64, nn.BatchNorm1d(HIDDEN)))
-    theta, reports = train(model, classification, x[rank::2], y[rank::2])
+    theta, reports = train(model, with_backward, x[rank::2], y[rank::2])
     return theta, reports, [buffer.clone() for buffer in model.buffers()]
 
 
@@ -162,9 +149,9 @@ def nan_on_one_rank(rank: int) -> tuple[Result, list[StepReport], Tensor]:
     model = DistributedDataParallel(make_classifier())
     start = parameters_to_vector(model.parameters()).detach()
     bad = x[rank::2] * (math.nan if rank == 1 else 1)
-    theta, reports = train(model, classification, bad, y[rank::2], steps=2)
+    theta, reports = train(model, with_backward, bad, y[rank::2], steps=2)
     assert torch.equal(theta, start)
-    again = train(model, classification, x[rank::2], y[rank::2])
+    again = train(model, with_backward, x[rank::2], y[rank::2])
     return again, reports, theta
 
 
@@ -173,7 +160,7 @@ def error_on_one_rank(rank: int, fails_at: int) -> tuple[str, bool, list[StepRep
     x, y = data()
     model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), process_group=dist.group.WORLD)
-    inner = classification(model, optimizer, x[rank::2], y[rank::2])
+    inner = with_backward(model, optimizer, x[rank::2], y[rank::2])
     runs = 0
 
     def closure() -> Tensor:
@@ -210,7 +197,7 @@ def hook_error_on_one_rank(rank: int) -> str:
 
     optimizer.register_gradient_hook(hook)
     try:
-        optimizer.step(classification(model, optimizer, x[rank::2], y[rank::2]))
+        optimizer.step(with_backward(model, optimizer, x[rank::2], y[rank::2]))
     except Exception as error:
         return repr(error)
     return "nothing was raised"
@@ -222,7 +209,7 @@ def trial_error_on_one_rank(rank: int) -> list[StepReport]:
     model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), damping=0.3)
     start = parameters_to_vector(model.parameters()).detach().clone()
-    inner = classification(model, optimizer, x[rank::2], y[rank::2])
+    inner = with_backward(model, optimizer, x[rank::2], y[rank::2])
 
     def closure() -> Tensor:
         if rank == 1 and (parameters_to_vector(model.parameters()) - start).norm() > 0.3:
@@ -241,7 +228,7 @@ def unequal_start(rank: int) -> str:
     with torch.no_grad():
         next(model.parameters()).add_(rank)
     try:
-        train(model, classification, x, y, process_group=dist.group.WORLD)
+        train(model, with_backward, x, y, process_group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return "nothing was raised"
@@ -258,7 +245,7 @@ def ddp_options(rank: int, backend: str = "auto", **options: Any) -> Result | st
     x, y = data()
     try:
         model = DistributedDataParallel(make_classifier(), **options)
-        return train(model, classification, x[rank::2], y[rank::2], backend=backend)
+        return train(model, with_backward, x[rank::2], y[rank::2], backend=backend)
     except RuntimeError as error:
         return str(error)
 
@@ -268,7 +255,7 @@ def preconditioned(rank: int) -> tuple[Tensor, list[StepReport], dict[str, Tenso
     x, y = data()
     model = DistributedDataParallel(make_classifier())
     optimizer = NaturalCG(model.parameters(), preconditioner="kfac", **SOLVED)
-    closure = classification(model, optimizer, x[rank::2], y[rank::2])
+    closure = with_backward(model, optimizer, x[rank::2], y[rank::2])
     optimizer.step(closure)
     factors = {name: value.clone() for name, value in factors_in(optimizer).items()}
     optimizer.step(closure)
@@ -295,7 +282,7 @@ def other_layers_on_each_rank(rank: int) -> Result:
     )
     reports = []
     for layer in (model[0], model[rank], model[rank]):
-        optimizer.step(classification(layer, optimizer, x, y))
+        optimizer.step(with_backward(layer, optimizer, x, y))
         optimizer.state[model[0].weight]["products"] = 10
         assert optimizer.last_step is not None
         reports.append(optimizer.last_step)
@@ -306,7 +293,7 @@ def other_optimizer_afterwards(rank: int) -> Tensor:
     """DistributedDataParallel itself still averages gradients after steps of NaturalCG."""
     x, y = data()
     model = DistributedDataParallel(make_classifier())
-    train(model, classification, x[rank::2], y[rank::2])
+    train(model, with_backward, x[rank::2], y[rank::2])
     model.zero_grad()
     F.cross_entropy(model(x[rank::2]), y[rank::2]).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -347,7 +334,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 
 
 QUICK = (
-    "joined classification torch.float64",
+    "joined with_backward torch.float64",
     "joined likelihood torch.float32",
     "group_without_ddp",
     "uneven",
@@ -427,7 +414,7 @@ def test_the_step_of_two_ranks_is_that_of_the_joined_batch(
 def test_a_process_group_without_ddp(ranks: Any) -> None:
     results = ranks("group_without_ddp")
     assert_identical(results)
-    expected, _ = train(make_classifier(), classification, *data())
+    expected, _ = train(make_classifier(), with_backward, *data())
     torch.testing.assert_close(results[0][0], expected, rtol=0, atol=1e-10)
 
 
@@ -438,7 +425,7 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
     model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     closures = [
-        classification(model, optimizer, x[part], y[part]) for part in (slice(0, 10), slice(10, 64))
+        with_backward(model, optimizer, x[part], y[part]) for part in (slice(0, 10), slice(10, 64))
     ]
     for _ in range(STEPS):
         optimizer.step(closures)  # the mean of two means
@@ -451,7 +438,7 @@ def test_uneven_batches_count_the_same(ranks: Any) -> None:
 def test_no_group_and_no_ddp_module_means_no_communication(ranks: Any) -> None:
     x, y = data()
     for rank, (theta, _) in enumerate(ranks("no_group")):
-        expected, _ = train(make_classifier(), classification, x[rank::2], y[rank::2])
+        expected, _ = train(make_classifier(), with_backward, x[rank::2], y[rank::2])
         assert torch.equal(theta, expected)
 
 
@@ -463,8 +450,8 @@ def test_several_closures_and_a_curvature_closure(ranks: Any) -> None:
     model = make_classifier()
     optimizer = NaturalCG(model.parameters(), **SOLVED)
     whole, half = (
-        classification(model, optimizer, x, y),
-        classification(model, optimizer, x[:32], y[:32]),
+        with_backward(model, optimizer, x, y),
+        with_backward(model, optimizer, x[:32], y[:32]),
     )
     for _ in range(STEPS):
         optimizer.step(whole, curvature_closure=half)
@@ -544,7 +531,7 @@ def test_options_of_ddp(ranks: Any, option: str, backend: str) -> None:
     assert_identical(results)
     theta, reports = results[0]
     assert reports[-1].backend == backend
-    expected, _ = train(make_classifier(), classification, *data())
+    expected, _ = train(make_classifier(), with_backward, *data())
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
 
@@ -560,7 +547,7 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
     for rank in range(2):
         model = make_classifier()
         optimizer = NaturalCG(model.parameters(), preconditioner="kfac", **SOLVED)
-        optimizer.step(classification(model, optimizer, x[rank::2], y[rank::2]))
+        optimizer.step(with_backward(model, optimizer, x[rank::2], y[rank::2]))
         apart.append(factors_in(optimizer))
     assert factors.keys() == apart[0].keys() == results[1][2].keys()
     for name, value in factors.items():
@@ -568,7 +555,7 @@ def test_factors_are_means_over_the_ranks(ranks: Any) -> None:
         torch.testing.assert_close(
             value, (apart[0][name] + apart[1][name]) / 2, rtol=1e-12, atol=1e-15
         )
-    expected, _ = train(make_classifier(), classification, x, y, steps=2, preconditioner=None)
+    expected, _ = train(make_classifier(), with_backward, x, y, steps=2, preconditioner=None)
     torch.testing.assert_close(theta, expected, rtol=0, atol=1e-10)
 
 

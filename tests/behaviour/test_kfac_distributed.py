@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.problems import assert_near, flatten
-from helpers.ranks import on_two_ranks, results_of
+from helpers.ranks import on_two_ranks, outcomes_of, results_of, try_each
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,6 +98,18 @@ def run(rank: int) -> dict[str, Any]:
             p.grad = None
         optimizer.step()
         results[name] = flatten(model.parameters())
+
+    def fails_on_rank_1() -> Any:
+        if rank == 1:
+            raise KeyError("no such batch")
+        return model(*batch(9, PARTS[rank]))
+
+    try:
+        optimizer.step(fails_on_rank_1)
+    except Exception as error:
+        results["error"] = repr(error), flatten(model.parameters())
+    by_loss(optimizer, model, 9, PARTS[rank])
+    results["after the error"] = flatten(model.parameters())
     model = make_model()
     ddp, optimizer = DistributedDataParallel(model), KFAC(model.parameters())
     optimizer.watch(model)  # and not ddp
@@ -106,6 +118,67 @@ def run(rank: int) -> dict[str, Any]:
     except RuntimeError as error:
         results["unseen"] = str(error)
     return results
+
+
+def differ(name: str, rank: int) -> tuple[str, bool]:
+    """What is told where rank 1 does otherwise after one step, and whether nothing has moved."""
+    model = make_model()
+    optimizer = KFAC(model.parameters(), process_group=dist.group.WORLD)
+    first, *_, last = model.parameters()
+
+    def closure() -> Any:
+        if name == "raises" and rank:
+            raise KeyboardInterrupt
+        return model(*batch(0, PARTS[rank]))
+
+    if name != "raises":
+        optimizer.step(closure)
+    if rank:
+        if name == "rate":
+            optimizer.param_groups[0]["lr"] *= 2
+        if name == "parameters":
+            first.data.add_(1e-9)
+        if name == "state":
+            saved = optimizer.state_dict()
+            saved["state"][0]["momentum"] = 2 * saved["state"][0]["momentum"]
+            optimizer.load_state_dict(saved)
+        if name == "frozen":
+            last.requires_grad_(False)
+    before = flatten(model.parameters())
+    try:
+        optimizer.step(closure)
+    except (KeyboardInterrupt, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}", torch.equal(flatten(model.parameters()), before)
+    return "no error", False
+
+
+DIFFERENT = {
+    "raises": "rank 1 raised an exception in this step",
+    "rate": "ValueError: the settings differ between the ranks",
+    "parameters": "ValueError: the parameters differ between the ranks",
+    "state": "ValueError: the optimizer's state differs between the ranks",
+    "frozen": "ValueError: the ranks of the process group have different parameters, or froze",
+}
+
+
+@pytest.fixture(scope="module")
+def different(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    def both(folder: Path) -> None:
+        on_two_ranks(try_all, folder)
+
+    return results_of("kfac-different", both, tmp_path_factory)
+
+
+def try_all(rank: int) -> dict[str, Any]:
+    return try_each(rank, differ, DIFFERENT)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_that_differ_are_told_and_stay_where_they_are(name, different):
+    said = outcomes_of(name, different)
+    assert all(stayed for _, stayed in said)
+    assert DIFFERENT[name] in said[0][0]
+    assert said[1][0] == "KeyboardInterrupt: " if name == "raises" else said[1] == said[0]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +215,15 @@ def test_a_rank_whose_loss_is_not_finite_makes_all_skip_the_step(ranks):
 def test_parameters_that_one_rank_alone_has_reached_move_on_all(name, ranks):
     assert torch.equal(ranks[0][name], ranks[1][name])
     assert (ranks[0][name] != ranks[0]["group and watch"]).all()
+
+
+def test_an_error_on_one_rank_stops_all(ranks):
+    for result, said in zip(ranks, ("rank 1 raised an exception", "no such batch"), strict=True):
+        message, theta = result["error"]
+        assert said in message
+        assert torch.equal(theta, result["all"])
+        assert (result["after the error"] != theta).all()
+    assert torch.equal(ranks[0]["after the error"], ranks[1]["after the error"])
 
 
 def test_a_group_that_was_not_seen_is_asked_for(ranks):

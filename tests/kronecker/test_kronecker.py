@@ -686,7 +686,7 @@ def test_the_longer_sides_have_the_diagonal_of_their_factor(module, monkeypatch)
     module, x = module.double(), real(N, 6, *([4] if isinstance(module, nn.Conv1d) else []))
     closure = lambda: F.mse_loss(module(x), module(x).detach() + 1)  # noqa: E731
     whole = pair(closure, module.parameters())
-    monkeypatch.setattr(estimate, "LARGEST_FACTOR", 4)
+    monkeypatch.setattr(KroneckerFactors, "longest", 4)
     left, right = pair(closure, module.parameters())
     assert_near(left, whole[0], 1e-12)
     assert_near(right, whole[1].diagonal(dim1=1, dim2=2), 1e-12)

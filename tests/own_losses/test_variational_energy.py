@@ -177,6 +177,7 @@ GOOD = torch.zeros(3)
         ((GOOD[:2], GOOD), ValueError, "must have the same shape"),
         ((GOOD[:0], GOOD[:0]), ValueError, "must have the same shape"),
         ((GOOD[None], GOOD[None]), ValueError, "must have the same shape"),
+        ((GOOD, GOOD, GOOD - 1), ValueError, "weights must be at least 0, got -1"),
         ((GOOD, GOOD, GOOD[:1]), ValueError, "weights must have the shape of log_psi"),
         ((GOOD, GOOD, [1, 2, 3]), TypeError, "weights must be a real tensor"),
     ],

@@ -17,6 +17,7 @@ from torch.distributions import Categorical, Normal
 from torch.utils.checkpoint import checkpoint
 
 from ngd_optim import NaturalCG, least_squares
+from ngd_optim.kronecker import saved as saved_form
 from ngd_optim.kronecker.factors import unpack_factor
 from ngd_optim.preconditioners import kfac
 
@@ -339,7 +340,7 @@ def test_factors_that_a_save_has_rounded_still_serve():
     resumed.load_state_dict(saved)
     factors = [
         unpack_factor(value)
-        for (_, name), value in kfac.load_factors(
+        for (_, name), value in saved_form.load_factors(
             [resumed.state[p] for p in task.params], task.params
         )[1].items()
         if name != "diagonal"

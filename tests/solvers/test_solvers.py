@@ -432,9 +432,10 @@ def test_a_direct_solver_says_beforehand_that_it_will_take_long(
     is_least_squares, monkeypatch, caplog
 ):
     monkeypatch.setattr(direct, "_SPEED", {"cpu": 1.0})
+    monkeypatch.setattr(direct, "_told", set())
     theta = nn.Parameter(torch.ones(5, dtype=torch.float64))
     optimizer = NaturalCG([theta], solver="dense")
-    for unit in ("none", "auto"):
+    for unit in ("none", "auto", "again"):  # it is said once
         caplog.clear()
         monkeypatch.setattr(direct, "_LONG", 1e9 if unit == "none" else 30.0)
         optimizer.step(

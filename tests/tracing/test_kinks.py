@@ -244,6 +244,58 @@ def test_the_gradient_of_the_model_is_that_of_the_rounded_loss(name, closures):
         assert point.hidden_by_rounding == pytest.approx(hidden, rel=1e-9)
 
 
+FLAT = {
+    "relu": lambda r: r.relu().sum(),
+    "clamp": lambda r: -(-r).clamp(max=0).sum(),
+    "maximum": lambda r: torch.maximum(torch.zeros_like(r), r).sum(),
+    "minimum": lambda r: -torch.minimum(-r, torch.zeros_like(r)).sum(),
+    "hinge_embedding_loss": lambda r: F.hinge_embedding_loss(
+        -r, -torch.ones_like(r), margin=0.0, reduction="sum"
+    ),
+    "both_sides": lambda r: torch.maximum(r, 0 * r).sum(),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_hinge_has_little_curvature_where_it_is_flat(name):
+    r = nn.Parameter(torch.tensor([-2.0, -0.4, -0.1, 0.2, 0.9, 2.4], dtype=torch.float64))
+    parameters = FlatParameters([{"params": [r]}])
+    run = TracedClosure(lambda: FLAT[name](1 * r), parameters)
+    point = linearize_mean(parameters, "auto", "auto", {}, ALONE, [run], smoothing=0.5)
+    size, width = r.detach().abs(), 0.5 * r.detach().abs().mean()
+    expected = 0.5 / size.clamp(min=width)
+    if name != "both_sides":
+        expected[:1] *= (width / size[:1]) ** 2
+    assert size[1] < width < size[0]
+    assert torch.allclose(point.product(torch.ones_like(size)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("distance", [F.pairwise_distance, lambda a, b: (a - b + 1e-6).norm(dim=1)])
+@pytest.mark.parametrize("name", ["hinge_embedding_loss", "margin_ranking_loss", "mse_loss"])
+def test_a_distance_that_a_loss_with_kinks_grows_with_is_curved(name, distance):
+    a, b = nn.Parameter(real(N, C)), real(N, C)
+    sign = torch.ones(N, dtype=torch.float64)
+    sign[::2] = -1
+    loss = {
+        "hinge_embedding_loss": lambda d: F.hinge_embedding_loss(d, sign, margin=9.0),
+        "margin_ranking_loss": lambda d: F.margin_ranking_loss(d, 0 * d, -sign, margin=9.0),
+        "mse_loss": lambda d: F.mse_loss(d, 0 * sign),
+    }[name]
+    with_distance = linearize(lambda: loss(distance(1 * a, b)), [a])
+    z = distance(a, b).detach()
+    rows = torch.stack(
+        [torch.autograd.grad(d, a, retain_graph=True)[0].flatten() for d in distance(a, b)]
+    )
+    v = real(N * C)
+    leaf = z.clone().requires_grad_()
+    expected = rows.T @ linearize(lambda: loss(1 * leaf), [leaf]).curvature(rows @ v)
+    slope = torch.autograd.grad(loss(leaf), leaf)[0]
+    if name != "mse_loss":  # the parabola of a norm that it falls with
+        expected = expected + (irls_weight(z, slope.clamp(min=0))[:, None] * v.view(N, C)).flatten()
+    assert (slope > 0).any()
+    assert (with_distance.curvature(v) - expected).norm() <= 1e-9 * expected.norm()
+
+
 @pytest.mark.parametrize("solver", ["cg", "dense", "sample"])
 def test_the_lasso_is_solved(solver):
     """Of an orthogonal design: shrinkage by λ, with zeros; by least squares too, which direct solvers are for."""
