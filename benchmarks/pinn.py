@@ -481,9 +481,12 @@ def figure(runs: list[dict[str, Any]]) -> Figure:
         title = f"{problem}, relative" if problem in IN_TIME else f"{problem} parameters"
         axes.set(title=title, xlabel="CPU seconds")
         axes.grid(alpha=0.3)
-    axes = picture.axes[0]
-    axes.set_ylabel("RMS error")
-    axes.legend(fontsize="small")
+    picture.axes[0].set_ylabel("RMS error")
+    lines = [axes.get_legend_handles_labels() for axes in picture.axes]
+    by_label = {
+        label: line for pair in lines for line, label in zip(*pair, strict=True)
+    }  # one of each method, wherever it has run
+    picture.axes[0].legend(by_label.values(), by_label.keys(), fontsize="small")
     return picture
 
 
