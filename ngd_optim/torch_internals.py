@@ -184,8 +184,9 @@ def plain(tensor: Tensor) -> Tensor:
 
     One that has the dispatcher call it, as it holds other tensors, stays what it is.
     """
-    kind = type(tensor)
-    holds_others = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    kind: Any = type(tensor)
+    base: Any = Tensor
+    holds_others = kind.__torch_dispatch__ is not base.__torch_dispatch__
     return tensor if kind is Tensor or holds_others else tensor.as_subclass(Tensor)
 
 
