@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from methods import METHODS, Loss, rates_of, steps_of
 from tasks import (
     CONTEXT,
@@ -312,6 +313,9 @@ def draw(runs: list[Run]) -> Figure:
                 )
         axes.set_title(data.what, fontsize=10)
         axes.set(xlabel="CPU seconds, one thread", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if data.higher_is_better:
             axes.set_ylim(0, 0.1)
         axes.set_ylabel(
