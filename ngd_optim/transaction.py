@@ -90,10 +90,11 @@ class Transaction:
         for group, adapted in self._adapted:
             group.update(adapted)
         state = self._optimizer.state
-        for entry, before in self._state.values():
+        for p, (entry, before) in self._state.items():
             if before is not None:
                 entry.clear()
                 entry.update(before)
+            state[p] = entry
         for p in state.keys() - self._state.keys():
             del state[p]
         if self._random is not None:

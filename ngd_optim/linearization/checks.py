@@ -276,7 +276,8 @@ def _choose_backend(
     if chosen is None:
         chosen = _choose_agreeing(verdicts, eps, ranks, graph)
     # Where no product is finite, the step will be refused.
-    is_hopeless = not any(verdict.is_finite for verdict in verdicts.values())
+    formed = [verdict for verdict in verdicts.values() if verdict.product is not None]
+    is_hopeless = bool(formed) and not any(verdict.is_finite for verdict in formed)
     if chosen is None and isinstance(graph.get()[1], OutputMetric) and ranks.all(is_hopeless):
         chosen = candidates[0]
     problems = [

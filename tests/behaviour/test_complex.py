@@ -354,7 +354,8 @@ def test_precisions_and_groups_may_be_mixed():
             [
                 {"params": one.params[:2], "lr": 0.5},
                 {"params": one.params[2:], "weight_decay": 0.1},
-            ]
+            ],
+            adapt_damping=False,  # the less there is, the more the float32 of some parameters is magnified
         )
         for one in (net, twin)
     ]

@@ -13,4 +13,5 @@ def assert_same_state(a: Any, b: Any) -> None:
     )
     assert [path for path, _ in leaves] == [path for path, _ in other_leaves] != []
     for (path, x), (_, y) in zip(leaves, other_leaves, strict=True):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, path
+        same = torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or (x != x and y != y)
+        assert same, (path, x, y)  # also NaN, a number that is not known yet
