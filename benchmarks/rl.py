@@ -218,20 +218,21 @@ def write(results: dict[str, Any]) -> None:
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
-    """Learning curves: mean over seeds, and the range of the seeds."""
+    """Learning curves of the length with the most seeds: their mean and range."""
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     figure = Figure(figsize=(4 * len(tasks), 3.2), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        longest = max(run["steps"] for run in runs if run["task"] == task)
+        lengths = [run["steps"] for run in runs if run["task"] == task]
+        length = max(lengths, key=lambda steps: (lengths.count(steps), steps))
         for name, color in COLORS.items():
             chosen = [
                 run
                 for run in runs
-                if (run["task"], run["algorithm"], run["steps"]) == (task, name, longest)
+                if (run["task"], run["algorithm"], run["steps"]) == (task, name, length)
             ]
             if not chosen:
                 continue
-            grid = np.linspace(0.05, 1, 60) * longest
+            grid = np.linspace(0.05, 1, 60) * length
             curves = np.array([smoothed(run["curve"], grid) for run in chosen])
             axes.plot(grid, curves.mean(0), color=color, label=name)
             axes.fill_between(
