@@ -22,7 +22,8 @@ class TRPOLagrangian(CostLimited):
 
     Args:
         *args: as for :class:`~ngd_rl.TRPO`.
-        multiplier: the price at the start, and I.
+        multiplier: the price at the start, and I. Above 0 it keeps a policy from becoming certain of
+            costly actions before the price is found: from such a policy it learns nothing more.
         multiplier_lr: how fast I changes, per update.
         multiplier_gain: how much of the price is for the excess of the last rollout.
         **kwargs: as for :class:`~ngd_rl.TRPO`, and ``cost_limit``, ``cost_gamma`` and
