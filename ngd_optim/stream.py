@@ -27,6 +27,7 @@ from ngd_optim.settings import check_shapes
 from ngd_optim.shown import show
 from ngd_optim.state import is_absent, make_empty, require_own_part
 from ngd_optim.torch_internals import version_of
+from ngd_optim.tracing import require_real_scalar
 
 logger = logging.getLogger("ngd_optim")
 
@@ -344,15 +345,7 @@ def _require_loss(returned: Any) -> Tensor:
         raise TypeError(
             f"the closure must return the loss as a tensor, or call backward, got {type(returned).__name__}"
         )
-    if returned.is_complex():
-        raise TypeError(
-            f"the closure must return a real loss, got one of dtype {returned.dtype}; return its real part, "
-            "or the mean of abs().square()"
-        )
-    if returned.numel() != 1:
-        raise ValueError(
-            f"the closure must return a scalar loss, got shape {tuple(returned.shape)}; reduce it by mean()"
-        )
+    require_real_scalar(returned)
     if not returned.requires_grad:
         raise ValueError(
             "the loss has no graph to differentiate: it was detached, computed under no_grad, or uses "

@@ -64,6 +64,17 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
         raise TypeError(
             f"the closure must return the loss as a tensor, got {type(loss).__name__}{_what_to_return(loss)}"
         )
+    require_real_scalar(loss)
+    # The gradients of a subclass of tensors would be of that class.
+    return plain(loss.reshape(())), metric
+
+
+def require_real_scalar(loss: Tensor) -> None:
+    """Refuse what is not a loss.
+
+    Raises:
+        TypeError, ValueError: it is complex, or has several elements.
+    """
     if loss.is_complex():
         raise TypeError(
             f"the closure must return a real loss, got one of dtype {loss.dtype}; return its real part, or "
@@ -74,8 +85,6 @@ def split_returned(returned: Any, roots: list[Tensor]) -> tuple[Tensor, Any]:
             f"the closure must return a scalar loss, got shape {tuple(loss.shape)}; reduce it by "
             "mean()"
         )
-    # The gradients of a subclass of tensors would be of that class.
-    return plain(loss.reshape(())), metric
 
 
 def _what_to_return(returned: Any) -> str:
