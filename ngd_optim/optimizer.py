@@ -4,7 +4,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ngd_optim.advice import Advice
-from ngd_optim.common import Beginning
 from ngd_optim.convergence import Progress
 from ngd_optim.distributed import ParametersInParts, Ranks, ShardedModules
 from ngd_optim.gradient_hooks import GradientHooks
@@ -49,19 +47,13 @@ from ngd_optim.solvers import (
     build_solver,
     curvature_diagonal,
 )
+from ngd_optim.start import Start, begin, divide
 from ngd_optim.state import check_state, complete_state
-from ngd_optim.step import Damping, Descent, LastStep, choose_max_kl
+from ngd_optim.step import Damping, Descent, choose_max_kl
 from ngd_optim.tangent import Tangent
-from ngd_optim.tracing import TracedClosure, list_closures
 from ngd_optim.transaction import all_or_nothing
 
 Closures = Callable[[], Any] | Sequence[Callable[[], Any]]
-
-MANY = 2**20
-"""With so many parameters, each rank of sharded modules has a part of the step's vectors.
-
-Of fewer it has them whole, which saves three exchanges of a number in each iteration.
-"""
 
 _USUAL_DAMPING = 1e6
 """What ``max_damping="auto"`` stands for with conjugate gradients, unless the damping is larger at the start."""
@@ -350,7 +342,7 @@ class NaturalCG(Followed):
         parameters, settings = FlatParameters(self.param_groups), Settings.of(self.param_groups)
         modules = ShardedModules(self._everything, self.process_group)
         ranks = Ranks(modules.group or self._find_group(), parameters.device, follow_ddp=False)
-        own = _divide(parameters, settings, modules, ranks)
+        own = divide(parameters, settings, modules, ranks)
         complete_state(self.state, parameters, settings, getattr(own, "mesh", None))
 
     def _find_group(self) -> Any:
@@ -366,64 +358,27 @@ class NaturalCG(Followed):
         ranks: Ranks,
         modules: ShardedModules,
     ) -> Tensor:
-        ranks.begin_with(Beginning.length)
-        settings = Settings.of(self.param_groups)
-        parameters = FlatParameters(self.param_groups)
-        functions = list_closures(closure)
-        others = [] if curvature_closure is None else list_closures(curvature_closure)
-        beginning = Beginning(
+        start = begin(
+            closure,
+            curvature_closure,
+            ranks,
+            modules,
             groups=self.param_groups,
-            settings=settings,
-            tensors=parameters.params,
-            theta=None,
             state=self.state,
             whole_state=not self._has_met,
             generator=self.generator,
-            calls=(len(functions), len(others)),
+            transaction=self._transaction,
         )
-        if modules:
-            ranks.begin_with(beginning.length, beginning.common)
-            ranks.together(lambda: None)  # gathering takes all of them
-            self._transaction.enter(modules)
-            ranks.begin_with(Beginning.length)
-            parameters = FlatParameters(self.param_groups, modules.weight)
-        # As the step's own vectors lie.
-        own = _divide(parameters, settings, modules, ranks)
-        last = LastStep(own, self.state)
-        is_alone = len(functions) == 1 and not others
-        closures = [TracedClosure(f, parameters, is_alone=is_alone) for f in functions]
-        others = [TracedClosure(f, parameters, is_alone=False) for f in others]
-        runs = [*closures, *others]
-        theta = parameters.read()
-        self._transaction.cover(parameters, runs, theta)
+        settings, own, last = start.settings, start.own, start.last
         with twice_differentiable():
             # 1. What is known here: loss, gradient, curvature product (Amari 1998; Schraudolph 2002).
-            ranks.begin_with(beginning.length, replace(beginning, theta=theta).common)
-            theta = ranks.own(theta)
+            start.compare_values()
             preconditioning = build_preconditioner(
-                settings.preconditioner, parameters, self.state, self.generator, ranks
+                settings.preconditioner, start.parameters, self.state, self.generator, ranks
             )
-            linearize = partial(
-                linearize_mean,
-                parameters,
-                settings.curvature,
-                settings.backend,
-                self._experiences,
-                ranks,
-                smoothing=last.smoothing,
-                captures=settings.cuda_graphs,
-            )
-            # One closure's graph is at hand until products are formed: its metric is shown when it is known
-            # that there will be a preconditioner.
-            point = linearize(closures, None if others or is_alone else preconditioning.observe)
-            self._show_gradients(closures[0], point, parameters, own, ranks)
-            if others:
-                other = linearize(others, preconditioning.observe)
-                _require(other.used, "the curvature closure")
-                point = point.with_curvature_of(other)
-            _require(point.reached, "the loss")
-            if point.writes_parameters:
-                theta = own.read()  # where the closure has put them
+            point = self._linearize(start, preconditioning)
+            # If the closure has put them elsewhere, that is where they are.
+            theta = own.read() if point.writes_parameters else ranks.own(start.theta)
 
             # 2. The quadratic model m(d) = gᵀd + ½ dᵀ(F + W)d, and what solves for its minimum.
             # W: the weight decay, where the closure uses a parameter at all.
@@ -432,36 +387,19 @@ class NaturalCG(Followed):
             if any(settings.weight_decay):
                 gradient = gradient + decay * theta
             new_slope = last.slope_on_new_data(point, gradient)
+            is_new = not math.isnan(new_slope)
             max_kl = choose_max_kl(settings.max_kl, settings.trust_region, point.has_kl)
-            # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
-            # 1983). Only a Hessian's is so by more than rounding.
-            unbounded = math.inf if point.kind == "hessian" else None
-            conjugate_gradients = ConjugateGradients(
-                x0=last.solution(point.used).mul_(settings.warm_start),
-                max_iters=settings.max_cg_iters,
-                tol=settings.cg_tol,
-                progress_tol=settings.cg_progress_tol,
-                boundary=unbounded if max_kl is None else 2 * max_kl,
-                form=point.product.form,
-                precondition=lambda model: preconditioning.precondition(point, model, ranks),
-                reject=preconditioning.reject,
-            )
-            solver = build_solver(settings.solver, point, conjugate_gradients)
-            if is_alone and not solver.is_direct:
-                with torch.enable_grad():
-                    ranks.together(lambda: preconditioning.observe(point.graph.get()[1]))
+            solver = _choose_solver(start, point, preconditioning, max_kl)
             curvature: Callable[[Tensor], Tensor] = point.product
             if point.writes_parameters and not solver.is_direct and ranks.group is None:
                 point.product.form(gradient)  # before the parameters are moved
-                tangent = Tangent(point, parameters, theta, gradient)
+                tangent = Tangent(point, start.parameters, theta, gradient)
                 gradient, curvature = tangent(gradient), tangent.project(curvature)
             model = QuadraticModel(
                 gradient,
                 curvature,
                 decay,
-                scale=self._damping_scale(
-                    settings.damping_scale, solver, point, last, is_new=not math.isnan(new_slope)
-                ),
+                scale=_damping_scale(start, solver, point, is_new=is_new),
                 centre=last.momentum(point.used, settings.momentum),
             )
 
@@ -493,15 +431,15 @@ class NaturalCG(Followed):
                 backtrack_ratio=settings.backtrack_ratio,
                 geodesic=settings.geodesic,
                 is_first=not last.exists,
-                on_new_data=not math.isnan(new_slope),
+                on_new_data=is_new,
             )
             outcome = descent(model, check=ranks.check)
 
         # 5. What the next step needs, and the report.
         # Side effects of one run: the closures' own, of the first time that they ran.
-        for run in runs:
+        for run in start.runs:
             run.settle()
-        closures[0].leave_gradients(own.lay_out(point.gradient), point.reached)
+        start.closures[0].leave_gradients(own.lay_out(point.gradient), point.reached)
         self.process_group = ranks.group
         report = build_report(
             point,
@@ -513,14 +451,12 @@ class NaturalCG(Followed):
             initial_damping=self.param_groups[0]["initial_damping"],
             solver=solver.name,
             preconditioner=preconditioning.name,
-            n_forward=sum(run.count for run in runs),
+            n_forward=sum(run.count for run in start.runs),
             n_product=outcome.solution.products + outcome.step.products + preconditioning.products,
         )
         self.last_step = report
         self._advice = self._advice.after(report, outcome, point)
-        self._progress = self._progress.after(
-            report.new_loss, is_new_data=not math.isnan(report.new_slope)
-        )
+        self._progress = self._progress.after(report.new_loss, is_new_data=is_new)
         if point.is_finite and outcome.solution.not_finite == "product":
             self._experiences.clear()  # another way to form products may do
         if outcome.trial.forgets:
@@ -538,9 +474,33 @@ class NaturalCG(Followed):
                 accepted=report.accepted,
             )
         preconditioning.keep(report.cg_iters)
-        complete_state(self.state, parameters, settings, getattr(own, "mesh", None))
+        complete_state(self.state, start.parameters, settings, getattr(own, "mesh", None))
         self._has_met = True
         return point.loss
+
+    def _linearize(self, start: Start, preconditioning: Any) -> Point:
+        """The closures at the parameters, and the curvature closures in place of their curvature."""
+        linearize = partial(
+            linearize_mean,
+            start.parameters,
+            start.settings.curvature,
+            start.settings.backend,
+            self._experiences,
+            start.ranks,
+            smoothing=start.last.smoothing,
+            captures=start.settings.cuda_graphs,
+        )
+        # One closure's graph is at hand until products are formed: its metric is shown when it is known
+        # that there will be a preconditioner.
+        shows = not (start.others or start.is_alone)
+        point = linearize(start.closures, preconditioning.observe if shows else None)
+        self._show_gradients(start, point)
+        if start.others:
+            other = linearize(start.others, preconditioning.observe)
+            _require(other.used, "the curvature closure")
+            point = point.with_curvature_of(other)
+        _require(point.reached, "the loss")
+        return point
 
     @property
     def converged(self) -> bool:
@@ -560,27 +520,22 @@ class NaturalCG(Followed):
         self._progress.check(self.last_step.reason)
         return False
 
-    def _show_gradients(
-        self,
-        run: TracedClosure,
-        point: Point,
-        parameters: FlatParameters,
-        own: FlatParameters | ParametersInParts,
-        ranks: Ranks,
-    ) -> None:
+    def _show_gradients(self, start: Start, point: Point) -> None:
         """To the hooks, which some ranks alone may have."""
+        own, parameters = start.own, start.parameters
         is_shown = bool(self._gradient_hooks)
         if isinstance(own, ParametersInParts) and own.gathers:
-            (is_shown,) = ranks.any([is_shown])
+            (is_shown,) = start.ranks.any([is_shown])
         flat = point.gradient.clone() if is_shown else point.gradient
         gradients = own.lay_out(flat) if is_shown else []
 
         def show() -> None:
             if self._gradient_hooks:
                 whole = flat if own is parameters else None
+                run = start.closures[0]
                 self._gradient_hooks(self, run, point.reached, parameters, gradients, whole)
 
-        ranks.together(show)
+        start.ranks.together(show)
 
     @property
     def _device(self) -> torch.device:
@@ -592,31 +547,43 @@ class NaturalCG(Followed):
             p.grad is not None and p.grad.any() for p in self._everything
         )
 
-    @staticmethod
-    def _damping_scale(
-        setting: DampingScale, solver: Solver, point: Point, last: LastStep, *, is_new: bool
-    ) -> Tensor | None:
-        """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
-        if setting == "identity" or (setting == "auto" and not solver.is_direct):
-            return None
-        if not point.is_finite:
-            return None  # the step will be refused
-        largest = last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
-        return torch.where(largest > 0, largest, 1.0)
-
 
 _DEFAULTS = {name: inspect.signature(NaturalCG).parameters[name].default for name in SETTINGS}
 
 
-def _divide(
-    parameters: FlatParameters, settings: Settings, modules: ShardedModules, ranks: Ranks
-) -> FlatParameters | ParametersInParts:
-    """The parameters as the step's vectors lie: in parts if that is asked for, or if they are many and sharded."""
-    is_worth_it = bool(modules) and parameters.size >= MANY
-    uses_parts = settings.solver in ("auto", "cg") and settings.damping_scale != "diagonal"
-    if ranks.group is None or not (settings.shard_state or (is_worth_it and uses_parts)):
-        return parameters
-    return ranks.divide(parameters)
+def _choose_solver(
+    start: Start, point: Point, preconditioning: Any, max_kl: float | None
+) -> Solver:
+    settings = start.settings
+    # CG ends on the trust region's edge, xᵀF x = 2δ, if the curvature is negative (Steihaug
+    # 1983). Only a Hessian's is so by more than rounding.
+    unbounded = math.inf if point.kind == "hessian" else None
+    conjugate_gradients = ConjugateGradients(
+        x0=start.last.solution(point.used).mul_(settings.warm_start),
+        max_iters=settings.max_cg_iters,
+        tol=settings.cg_tol,
+        progress_tol=settings.cg_progress_tol,
+        boundary=unbounded if max_kl is None else 2 * max_kl,
+        form=point.product.form,
+        precondition=lambda model: preconditioning.precondition(point, model, start.ranks),
+        reject=preconditioning.reject,
+    )
+    solver = build_solver(settings.solver, point, conjugate_gradients)
+    if start.is_alone and not solver.is_direct:
+        with torch.enable_grad():
+            start.ranks.together(lambda: preconditioning.observe(point.graph.get()[1]))
+    return solver
+
+
+def _damping_scale(start: Start, solver: Solver, point: Point, *, is_new: bool) -> Tensor | None:
+    """The largest diagonal of the curvature so far, flat, 1 where it is zero; None for the identity."""
+    setting = start.settings.damping_scale
+    if setting == "identity" or (setting == "auto" and not solver.is_direct):
+        return None
+    if not point.is_finite:
+        return None  # the step will be refused
+    largest = start.last.largest_curvature(curvature_diagonal(solver, point), forgets=is_new)
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def _require(flags: Sequence[bool], what: str) -> None:

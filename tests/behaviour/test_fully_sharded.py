@@ -44,7 +44,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-import ngd_optim.optimizer
+import ngd_optim.start
 from ngd_optim import KFAC, NaturalCG, Nystrom, StepReport, linearize
 from ngd_optim.distributed.parts import GATHER, SCATTER, Division
 
@@ -101,11 +101,11 @@ def same_steps(
 @contextmanager
 def in_parts() -> Iterator[None]:
     """As if the parameters were many, so that each rank has a part of each of the step's vectors."""
-    before, ngd_optim.optimizer.MANY = ngd_optim.optimizer.MANY, 0
+    before, ngd_optim.start.MANY = ngd_optim.start.MANY, 0
     try:
         yield
     finally:
-        ngd_optim.optimizer.MANY = before
+        ngd_optim.start.MANY = before
 
 
 spread = shard
