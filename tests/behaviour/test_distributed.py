@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers.ranks import on_two_ranks, outcomes_of, results_of, try_each
+from helpers.ranks import scenarios_on_two_ranks
 from helpers.scripts import EXAMPLES, run_python
 from helpers.sharded import SOLVED, with_backward
 from torch import Tensor, nn
@@ -363,13 +362,10 @@ def scenario(name: str, rank: int) -> Any:
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], list[Any]]:
-    """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
-    is_slow = request.node.get_closest_marker("slow") is not None
-    names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
-    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=names))
-    results = results_of("slow scenarios" if is_slow else "quick scenarios", run, tmp_path_factory)
-
-    return lambda name: outcomes_of(name, results)
+    """What each rank returned in a scenario."""
+    return scenarios_on_two_ranks(
+        "distributed", scenario, SCENARIOS, QUICK, request, tmp_path_factory
+    )
 
 
 def same(a: StepReport, b: StepReport) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from helpers.problems import assert_near
-from helpers.ranks import on_ranks, on_two_ranks, outcomes_of, results_of, try_each
+from helpers.ranks import mark_slow, on_ranks, scenarios_on_two_ranks
 from helpers.scripts import EXAMPLES, run_python
 from helpers.sharded import (
     SOLVED,
@@ -523,24 +523,13 @@ def scenario(name: str, rank: int) -> Any:
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], list[Any]]:
-    """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
-    is_slow = request.node.get_closest_marker("slow") is not None
-    names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
-    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=names))
-    results = results_of(f"fully sharded {is_slow}", run, tmp_path_factory)
-
-    return lambda name: outcomes_of(name, results)
+    """What each rank returned in a scenario."""
+    return scenarios_on_two_ranks(
+        "fully sharded", scenario, SCENARIOS, QUICK, request, tmp_path_factory
+    )
 
 
-def mark_slow(*names: str, prefix: str = "") -> list[Any]:
-    """Parameters of a test, each with the marker of the scenario that it looks at."""
-    return [
-        pytest.param(name, marks=[] if prefix + name in QUICK else [pytest.mark.slow])
-        for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", mark_slow(*SAME_STEPS, prefix="same "))
+@pytest.mark.parametrize("name", mark_slow(SAME_STEPS, QUICK, "same "))
 def test_the_steps_are_those_of_one_process_with_all_data(ranks: Any, name: str):
     (one, found), (_, other) = ranks(f"same {name}")
     assert_near(found[0], one[0], rtol=1e-10)
@@ -607,7 +596,7 @@ def test_mixed_precision_keeps_exact_parameters(ranks: Any, scenario: str):
     assert not torch.equal(theta, theta.bfloat16().float())
 
 
-@pytest.mark.parametrize("scenario", mark_slow("error 1", "error 3", "error_in_parts"))
+@pytest.mark.parametrize("scenario", mark_slow(("error 1", "error 3", "error_in_parts"), QUICK))
 def test_an_error_on_one_rank_stops_all(ranks: Any, scenario: str):
     (message, unmoved, reason), (message_there, unmoved_there, _) = ranks(scenario)
     assert "rank 1 raised an exception" in message

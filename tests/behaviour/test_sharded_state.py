@@ -3,7 +3,7 @@
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from helpers.problems import assert_near
-from helpers.ranks import on_ranks, on_two_ranks, outcomes_of, results_of, try_each
+from helpers.ranks import mark_slow, on_ranks, scenarios_on_two_ranks
 from helpers.sharded import (
     CLASSES,
     SOLVED,
@@ -385,23 +385,13 @@ def scenario(name: str, rank: int) -> Any:
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], list[Any]]:
-    """What each rank returned in a scenario; the test's speed tells in which pair of processes."""
-    is_slow = request.node.get_closest_marker("slow") is not None
-    names = [name for name in SCENARIOS if name not in QUICK] if is_slow else QUICK
-    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=names))
-    results = results_of(f"sharded state {is_slow}", run, tmp_path_factory)
-    return lambda name: outcomes_of(name, results)
+    """What each rank returned in a scenario."""
+    return scenarios_on_two_ranks(
+        "sharded state", scenario, SCENARIOS, QUICK, request, tmp_path_factory
+    )
 
 
-def mark_slow(names: Iterable[str], prefix: str) -> list[Any]:
-    """Parameters of a test, each with the marker of the scenario that it looks at."""
-    return [
-        pytest.param(name, marks=[] if prefix + name in QUICK else [pytest.mark.slow])
-        for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", mark_slow(SAME_STEPS, "same "))
+@pytest.mark.parametrize("name", mark_slow(SAME_STEPS, QUICK, "same "))
 def test_the_steps_are_those_of_whole_vectors(ranks: Any, name: str):
     (whole, found), (_, other) = ranks(f"same {name}")
     assert_near(found[0], whole[0], rtol=1e-10)
@@ -426,7 +416,7 @@ def test_between_steps_each_rank_has_its_part_of_the_state(ranks: Any):
             assert mine < 0.7 * all_of_them
 
 
-@pytest.mark.parametrize("name", mark_slow(STREAMS, "stream "))
+@pytest.mark.parametrize("name", mark_slow(STREAMS, QUICK, "stream "))
 def test_kfac_takes_the_steps_of_whole_vectors(ranks: Any, name: str):
     (whole, found), (_, other) = ranks(f"stream {name}")
     assert_near(found[0], whole[0], rtol=1e-10)

@@ -3,7 +3,8 @@
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,38 @@ def outcomes_of(name: str, results: Iterable[dict[str, Any]]) -> list[Any]:
         if isinstance(outcome, AssertionError):
             raise outcome
     return found
+
+
+def scenarios_on_two_ranks(
+    what: str,
+    scenario: Callable[[str, int], Any],
+    names: Iterable[str],
+    quick: Collection[str],
+    request: pytest.FixtureRequest,
+    factory: pytest.TempPathFactory,
+) -> Callable[[str], list[Any]]:
+    """What each rank returned in a scenario. The quick ones share a pair of processes, and the slow tests' another.
+
+    Args:
+        what: they are about, for a folder's name.
+        scenario: a module's function of a name and a rank, which processes can import.
+        names: of all scenarios.
+        quick: of those that quick tests look at.
+        request, factory: pytest's.
+    """
+    is_slow = request.node.get_closest_marker("slow") is not None
+    chosen = [name for name in names if name not in quick] if is_slow else list(quick)
+    run = partial(on_two_ranks, partial(try_each, scenario=scenario, names=chosen))
+    results = results_of(f"{what}{', slow' if is_slow else ''}", run, factory)
+    return lambda name: outcomes_of(name, results)
+
+
+def mark_slow(names: Iterable[str], quick: Collection[str], prefix: str = "") -> list[Any]:
+    """Parameters of a test, each with the marker of the scenario that it looks at."""
+    return [
+        pytest.param(name, marks=[] if prefix + name in quick else [pytest.mark.slow])
+        for name in names
+    ]
 
 
 def _run(rank: int, function: Callable[[int], Any], folder: Path, n: int) -> None:
